@@ -1,0 +1,175 @@
+"""Pure functions on weights: scale rules, encode, decode, straight-through, entropy.
+
+Shapes in words: a weight is [out, ...] (any rank), a scale is [groups] with one group for the whole
+tensor or one for each index of the grid's channel axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subbyte.errors import SubbyteError
+from subbyte.grids import Grid, PerChannel, ScaleDomain
+
+MIN_EXPONENT, MAX_EXPONENT = -126, 127
+_FLOAT16_MAX = 65504.0
+
+
+def n_groups(shape: Sequence[int], grid: Grid) -> int:
+    """Number of scales a weight of this shape has on this grid."""
+    if not isinstance(grid.granularity, PerChannel):
+        return 1
+    axis = grid.granularity.axis
+    if axis >= len(shape):
+        raise SubbyteError(f"channel axis {axis} of a weight of shape {tuple(shape)}")
+    return shape[axis]
+
+
+def spread(scale: Tensor, ndim: int, grid: Grid) -> Tensor:
+    """View of scale [groups] that broadcasts against a weight of `ndim` dimensions."""
+    axis = grid.granularity.axis if isinstance(grid.granularity, PerChannel) else 0
+    shape = [1] * ndim
+    if ndim:
+        shape[axis] = -1
+    return scale.reshape(shape)
+
+
+def reduce_groups(x: Tensor, grid: Grid) -> Tensor:
+    """Mean of x over everything but the channel axis; [groups]."""
+    if not isinstance(grid.granularity, PerChannel):
+        return x.mean().reshape(1)
+    dims = [d for d in range(x.ndim) if d != grid.granularity.axis]
+    return x.mean(dim=dims) if dims else x
+
+
+def mean_abs_scale(w: Tensor, grid: Grid) -> Tensor:
+    """Mean of |w| for each group; [groups]."""
+    return reduce_groups(w.abs(), grid)
+
+
+def std_scale(w: Tensor, grid: Grid) -> Tensor:
+    """Root of the mean squared deviation of w from its mean, for each group; [groups].
+
+    Its gradient at a group of equal weights is 0 (a plain square root would give NaN).
+    """
+    centred = w - spread(reduce_groups(w, grid), w.ndim, grid)
+    variance = reduce_groups(centred.square(), grid)
+    safe = torch.where(variance > 0, variance, torch.ones_like(variance))
+    return torch.where(variance > 0, safe.sqrt(), torch.zeros_like(variance))
+
+
+def round_scale(scale: Tensor, domain: ScaleDomain) -> Tensor:
+    """Nearest scale that the domain can store, float32 [groups].
+
+    float32: unchanged. float16: to nearest, at most 65504. power of two: 2^e, e = the nearest
+    whole number to log2(scale) (a tie goes up), limited to -126 .. 127, so that a scale of 0
+    becomes 2^-126. Round the scale first, then choose codes: they fit the scale that is stored.
+    """
+    if domain is ScaleDomain.FLOAT32:
+        return scale.float()
+    if domain is ScaleDomain.FLOAT16:
+        return scale.float().clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half().float()
+    return torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale_exponent(scale))
+
+
+def scale_exponent(scale: Tensor) -> Tensor:
+    """Exponents e of the nearest powers of two (in log2; a tie goes up), int32 [groups]."""
+    mantissa, exponent = torch.frexp(scale.double())  # scale = mantissa * 2^exponent, [0.5, 1)
+    nearest = exponent - (mantissa < 0.5**0.5).to(exponent.dtype)
+    nearest = torch.where(scale > 0, nearest, MIN_EXPONENT)
+    return nearest.clamp(MIN_EXPONENT, MAX_EXPONENT)
+
+
+def divide(w: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """w / scale as float32; a group whose scale is 0 is left as it is (its values decode to 0)."""
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return w / spread(safe, w.ndim, grid)
+
+
+def _nearest_(x: Tensor, grid: Grid) -> Tensor:
+    """Index of the nearest level, as a float tensor; a tie goes up. May overwrite x."""
+    if grid.affine is None:
+        levels = torch.tensor(grid.levels, dtype=torch.float64, device=x.device)
+        edges = ((levels[1:] + levels[:-1]) / 2).to(x.dtype)
+        return torch.bucketize(x, edges, right=True).to(x.dtype)
+    offset, inverse = grid.affine
+    return x.mul_(inverse).add_(0.5 - offset).floor_().clamp_(0, grid.n_levels - 1)
+
+
+def _level_(index: Tensor, grid: Grid) -> Tensor:
+    """Float32 level of each (float) index, the bits of a table look-up. May overwrite index."""
+    if grid.affine is None:
+        return torch.tensor(grid.levels, dtype=torch.float32, device=index.device)[index.int()]
+    offset, inverse = grid.affine
+    return index.add_(offset).div_(inverse)
+
+
+def snap(x: Tensor, grid: Grid) -> Tensor:
+    """Nearest level to each x (unit scale); same bits as `levels[encode(x, 1, grid)]`, no graph."""
+    with torch.no_grad():
+        return _level_(_nearest_(x.detach().clone(), grid), grid)
+
+
+def fake_quantize(w: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """`decode(encode(w, scale, grid), scale, grid)`, bit for bit, without the codes; no graph."""
+    with torch.no_grad():
+        index = _nearest_(divide(w, scale, grid), grid)
+        return _level_(index, grid).mul_(spread(scale, w.ndim, grid))
+
+
+def encode(w: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """Code of the nearest level for every weight; an exact tie takes the upper level.
+
+    w: float [out, ...]. scale: float32 [groups], already in the grid's domain (`round_scale`),
+    so that the codes fit the scale that is stored. Returns uint8 of w's shape. Positions are
+    float32: a weight within about N 2^-23 steps of a tie may go either way.
+    """
+    return _nearest_(divide(w.detach(), scale, grid), grid).to(torch.uint8)
+
+
+def decode(codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """levels[code] * scale in float32, of the codes' shape. A scale is float32 [groups]."""
+    return _level_(codes.float(), grid) * spread(scale, codes.ndim, grid)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Returns q in the forward pass exactly, and hands q's gradient to w."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(w: Tensor, q: Tensor) -> Tensor:
+        return q.view_as(q)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+
+def straight_through(w: Tensor, q: Tensor) -> Tensor:
+    """q, with the gradient of w: the identity, also where q was clamped.
+
+    Exact, unlike `w + (q - w).detach()`, which is one ulp off for some weights.
+    """
+    return _StraightThrough.apply(w, q.detach())
+
+
+def level_shares(codes: Tensor, n_levels: int) -> Tensor:
+    """Share of the weights on each level, float64 [n_levels]; sums to 1 (0 if there are none)."""
+    counts = torch.bincount(codes.flatten().int(), minlength=n_levels).double()
+    return counts / max(1, codes.numel())
+
+
+def entropy(codes: Tensor, n_levels: int) -> float:
+    """Entropy of the codes, bits a weight: -sum p log2 p over the levels that occur."""
+    shares = level_shares(codes, n_levels)
+    used = shares[shares > 0]
+    return float(-(used * used.log2()).sum()) if used.numel() else 0.0

@@ -1,0 +1,152 @@
+"""What a code means: levels, how finely scales are shared, and which scales are legal.
+
+A `Grid` holds everything a reader needs to turn codes into values, and nothing about how the codes
+were found. It is pure Python (no torch), frozen, and is its own serialized form (`to_dict`).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from subbyte.errors import SubbyteError
+
+MAX_LEVELS = 256
+
+
+class ScaleDomain(enum.Enum):
+    """The numbers a scale may be, and so how it is stored."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    POWER_OF_TWO = "power_of_two"  # stored as an int8 exponent, -126 to 127
+
+    @property
+    def bits(self) -> int:
+        """Stored bits of one scale."""
+        return {"float32": 32, "float16": 16, "power_of_two": 8}[self.value]
+
+
+@dataclass(frozen=True, slots=True)
+class PerTensor:
+    """One scale for the whole weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class PerChannel:
+    """One scale for each index of `axis` (0: output channels of Linear and Conv)."""
+
+    axis: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.axis, int) or isinstance(self.axis, bool) or self.axis < 0:
+            raise SubbyteError(f"PerChannel axis is {self.axis!r}; give a dimension, 0 or more")
+
+
+Granularity = PerTensor | PerChannel
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """N values a weight may take (unit scale), and the rules for the scales that multiply them.
+
+    levels: strictly increasing, 2 to 256 finite values. A weight is `levels[code] * scale`.
+    affine: derived; (offset, inverse) if every level i is exactly (i + offset) / inverse with both
+    multiples of one half. Then codes need no search, and float32 arithmetic gives the same bits as
+    a table look-up. All grids made by `uniform` and `fixed_point` are such; others may not be.
+    Raises SubbyteError if the levels are not such a list.
+    """
+
+    levels: tuple[float, ...]
+    granularity: Granularity = field(default_factory=PerTensor)
+    scale_domain: ScaleDomain = ScaleDomain.FLOAT32
+    affine: tuple[float, float] | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 2 <= len(self.levels) <= MAX_LEVELS:
+            raise SubbyteError(f"a grid of {len(self.levels)} levels; use 2 to {MAX_LEVELS}")
+        if not all(math.isfinite(level) for level in self.levels):
+            raise SubbyteError(f"grid levels {self.levels} are not all finite")
+        if any(b <= a for a, b in zip(self.levels, self.levels[1:], strict=False)):
+            raise SubbyteError(f"grid levels {self.levels} do not strictly increase")
+        object.__setattr__(self, "affine", _affine(self.levels))
+
+    @property
+    def n_levels(self) -> int:
+        return len(self.levels)
+
+    @property
+    def bits(self) -> float:
+        """Information content of one code, log2 of the number of levels."""
+        return math.log2(self.n_levels)
+
+    @property
+    def step(self) -> float | None:
+        """Distance between neighbouring levels if all are equal (to 1e-9 of it), else None."""
+        step = (self.levels[-1] - self.levels[0]) / (self.n_levels - 1)
+        ideal = (self.levels[0] + step * i for i in range(self.n_levels))
+        even = all(abs(a - b) <= 1e-9 * step for a, b in zip(self.levels, ideal, strict=True))
+        return step if even else None
+
+    @property
+    def has_zero(self) -> bool:
+        return 0.0 in self.levels
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; `Grid.from_dict` gives an equal grid back."""
+        axis = self.granularity.axis if isinstance(self.granularity, PerChannel) else None
+        return {
+            "levels": list(self.levels),
+            "channel_axis": axis,
+            "scale_domain": self.scale_domain.value,
+        }
+
+    @staticmethod
+    def from_dict(value: Mapping[str, Any]) -> Grid:
+        """Grid from its `to_dict` form. Raises SubbyteError naming what is malformed."""
+        try:
+            levels = tuple(float(level) for level in value["levels"])
+            axis = value["channel_axis"]
+            domain = ScaleDomain(value["scale_domain"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise SubbyteError(f"not a grid: {error!r} in {str(value)[:120]}") from None
+        return Grid(levels, PerTensor() if axis is None else PerChannel(axis), domain)
+
+
+def _affine(levels: tuple[float, ...]) -> tuple[float, float] | None:
+    """(offset, inverse), multiples of one half, with level i == (i + offset) / inverse; or None."""
+    inverse = (len(levels) - 1) / (levels[-1] - levels[0])
+    inverse = round(2 * inverse) / 2
+    offset = round(2 * levels[0] * inverse) / 2
+    if inverse and all(level == (i + offset) / inverse for i, level in enumerate(levels)):
+        return offset, inverse
+    return None
+
+
+def uniform(
+    n: int,
+    granularity: Granularity = PerTensor(),  # noqa: B008 - frozen value
+    scale_domain: ScaleDomain = ScaleDomain.FLOAT32,
+) -> Grid:
+    """N equally spaced levels from -1 to +1: i / h - 1 with h = (N - 1) / 2.
+
+    arXiv:2502.08795. Raises SubbyteError if n is not an integer from 2 to 256.
+    """
+    if not isinstance(n, int) or isinstance(n, bool) or not 2 <= n <= MAX_LEVELS:
+        raise SubbyteError(f"levels={n!r}; use a whole number from 2 to {MAX_LEVELS}")
+    return Grid(tuple((2 * i - (n - 1)) / (n - 1) for i in range(n)), granularity, scale_domain)
+
+
+def fixed_point(bits: int, granularity: Granularity = PerTensor()) -> Grid:  # noqa: B008
+    """The symmetric integers -(2^(b-1) - 1) .. 2^(b-1) - 1 times a power of two.
+
+    bits: 2 to 8, giving 3, 7, 15 .. 255 levels. arXiv:1907.07220.
+    """
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
+        raise SubbyteError(f"bits={bits!r}; fixed point takes a whole number from 2 to 8")
+    top = 2 ** (bits - 1) - 1
+    levels = tuple(float(i) for i in range(-top, top + 1))
+    return Grid(levels, granularity, ScaleDomain.POWER_OF_TWO)

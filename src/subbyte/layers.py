@@ -1,0 +1,125 @@
+"""Which weights of a network can be quantized, and which module owns each.
+
+A site is one weight. Its name is the layer's name; the input projections of attention, which are
+bare parameters of `nn.MultiheadAttention`, get names of their own (`attn.in_proj`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+CHANNEL_AXIS: dict[type[nn.Module], int] = {
+    nn.Linear: 0,
+    nn.Conv1d: 0,
+    nn.Conv2d: 0,
+    nn.Conv3d: 0,
+    nn.ConvTranspose1d: 1,
+    nn.ConvTranspose2d: 1,
+    nn.Embedding: 0,
+    nn.MultiheadAttention: 0,
+}
+"""The supported layers, and the dimension of their weight that counts output channels.
+
+A transposed convolution stores [in, out / groups, ...]: with groups, one scale serves the channels
+of equal index in all groups.
+"""
+
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One weight that can be quantized."""
+
+    name: str  # "features.0", "attn.in_proj"
+    type: str  # "Conv2d", "MultiheadAttention": the supported class, not a subclass of it
+    owner: str  # path of the module that holds the parameter
+    parameter: str  # its name there: "weight", "in_proj_weight"
+    channel_axis: int
+    shape: tuple[int, ...]
+
+    @property
+    def n_weights(self) -> int:
+        product = 1
+        for length in self.shape:
+            product *= length
+        return product
+
+
+def supported_type(module: nn.Module) -> type[nn.Module] | None:
+    """The entry of CHANNEL_AXIS that the module is an instance of."""
+    return next((kind for kind in CHANNEL_AXIS if isinstance(module, kind)), None)
+
+
+def sites(model: nn.Module) -> tuple[Site, ...]:
+    """Every weight of the model that can be quantized, in the order of its modules."""
+    return tuple(_sites(model))
+
+
+def _sites(model: nn.Module) -> Iterator[Site]:
+    for owner, module in model.named_modules():
+        kind = supported_type(module)
+        if kind is None or _inside_parametrization(owner):
+            continue
+        for parameter in weight_names(module):
+            weight = getattr(module, parameter)
+            name = _site_name(owner, parameter)
+            axis = CHANNEL_AXIS[kind]
+            yield Site(name, kind.__name__, owner, parameter, axis, tuple(weight.shape))
+
+
+def weight_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the quantizable parameters that a supported module has."""
+    if isinstance(module, nn.MultiheadAttention):
+        return tuple(name for name in _PROJECTIONS if getattr(module, name) is not None)
+    return ("weight",)
+
+
+def unsupported(model: nn.Module) -> dict[str, str]:
+    """torch.nn layers with matrix weights that subbyte cannot quantize: path -> class name.
+
+    Bare parameters of other classes (a table of positions, say) are not layers and stay float.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        if supported_type(module) or _inside_parametrization(path):
+            continue
+        if _from_torch(module) and any(p.ndim >= 2 for p in own_parameters(module).values()):
+            found[path] = type(module).__name__
+    return found
+
+
+def owners_of_tied_weights(model: nn.Module) -> dict[str, list[str]]:
+    """Parameters that several modules hold: each of their full names -> all of them."""
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules():  # a module used twice appears once: that is no tie
+        for name, parameter in own_parameters(module).items():
+            names.setdefault(id(parameter), []).append(join(path, name))
+    return {name: group for group in names.values() if len(group) > 1 for name in group}
+
+
+def own_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """The module's own parameters, without its children's."""
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+def join(path: str, name: str) -> str:
+    """`path.name`, or `name` at the root."""
+    return f"{path}.{name}" if path else name
+
+
+def _site_name(owner: str, parameter: str) -> str:
+    return owner if parameter == "weight" else join(owner, parameter.removesuffix("_weight"))
+
+
+def _inside_parametrization(path: str) -> bool:
+    return "parametrizations" in path.split(".")
+
+
+def _from_torch(module: nn.Module) -> bool:
+    return any(c.__module__.startswith("torch.nn.modules.") and c is not nn.Module
+               and not issubclass(c, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+               for c in type(module).__mro__)

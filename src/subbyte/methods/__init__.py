@@ -1,0 +1,31 @@
+"""How training reaches a grid. A method is one file here and one line in METHODS."""
+
+from typing import Any
+
+from subbyte.methods.base import (
+    Method,
+    WeightQuantizer,
+    after_step,
+    float_state_dict,
+    freeze,
+    penalty,
+    prepare,
+    quantizers,
+)
+from subbyte.methods.lowres import LowRes
+
+METHODS: dict[str, type[Any]] = {"lowres": LowRes}
+"""Names in a config file -> the frozen dataclass of the method's options."""
+
+__all__ = [
+    "METHODS",
+    "LowRes",
+    "Method",
+    "WeightQuantizer",
+    "after_step",
+    "float_state_dict",
+    "freeze",
+    "penalty",
+    "prepare",
+    "quantizers",
+]

@@ -1,0 +1,198 @@
+"""Base-N digits in 64-bit words: how codes lie in memory and in the file.
+
+A word holds the largest d digits with N^d <= 2^64 (64, 40, 32, 27, 20, 15 for N = 2, 3, 4, 5, 9,
+17). Codes are taken in C order; the first is the least significant digit of the first word; digits
+that are left over in the last word are 0. Words are little-endian and kept as bytes (uint8), because
+torch and safetensors move uint8 everywhere. docs/format.md is the specification.
+
+`radix-bytes` is the same with bytes for words (N^d <= 256). It is a little larger, but zstd finds
+its entropy, which it cannot in 64-bit words.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import zstandard
+from torch import Tensor
+
+from subbyte.errors import SubbyteError
+
+try:
+    from subbyte import _native
+except ImportError:  # a source tree without a compiler: the torch path does everything
+    _native = None  # type: ignore[assignment]
+
+_LOW = 0xFFFFFFFF
+_ZSTD_LEVEL = 19
+
+
+def why_not_native(device: torch.device) -> str | None:
+    """Why the C++ core does not serve this device, in words; None if it does."""
+    if _native is None:
+        return "the C++ core (subbyte._native) was not built"
+    if device.type != "cpu":
+        return f"the C++ core works on CPU tensors, this one is on {device}"
+    return None
+
+
+def digits_per(n_levels: int, word_bits: int) -> int:
+    """Most base-N digits that fit in a word: the largest d with N^d <= 2^word_bits."""
+    digits, value = 0, n_levels
+    while value <= 1 << word_bits:
+        digits, value = digits + 1, value * n_levels
+    return digits
+
+
+def n_words(count: int, n_levels: int) -> int:
+    """64-bit words that `count` codes take."""
+    return -(-count // digits_per(n_levels, 64))
+
+
+# ---------------------------------------------------------------- 64-bit words
+
+
+def pack(codes: Tensor, n_levels: int) -> Tensor:
+    """Words of `codes` (uint8, any shape) as little-endian bytes, uint8 [8 * n_words].
+
+    Raises SubbyteError if a code is n_levels or more.
+    """
+    _check_codes(codes, n_levels)
+    flat = codes.contiguous().flatten()
+    if why_not_native(codes.device):
+        return pack_torch(flat, n_levels)
+    out = torch.empty(8 * n_words(flat.numel(), n_levels), dtype=torch.uint8)
+    _native.radix_pack(flat, n_levels, digits_per(n_levels, 64), out)
+    return out
+
+
+def unpack(packed: Tensor, n_levels: int, count: int) -> Tensor:
+    """Codes, uint8 [count], of words made by `pack` (uint8 [8 * n_words], any device).
+
+    It trusts its input: run `check_words` on words from a file first.
+    """
+    return radix_unpack(packed, n_levels, count)
+
+
+@torch.library.custom_op("subbyte::radix_unpack", mutates_args=())
+def radix_unpack(packed: Tensor, n_levels: int, count: int) -> Tensor:
+    """The op behind `unpack`: opaque to torch.compile and torch.export, so digits stay packed."""
+    if why_not_native(packed.device):
+        return unpack_torch(packed, n_levels, count)
+    out = torch.empty(count, dtype=torch.uint8)
+    _native.radix_unpack(packed.contiguous(), n_levels, digits_per(n_levels, 64), out)
+    return out
+
+
+@radix_unpack.register_fake
+def _(packed: Tensor, n_levels: int, count: int) -> Tensor:
+    return packed.new_empty(count)
+
+
+def check_words(packed: Tensor, n_levels: int, count: int) -> str | None:
+    """What is wrong with words read from a file, in words; None if `unpack` may have them."""
+    expected = 8 * n_words(count, n_levels)
+    if packed.dtype != torch.uint8 or tuple(packed.shape) != (expected,):
+        return f"{count} codes of {n_levels} levels take uint8 [{expected}], not {_describe(packed)}"
+    if not torch.equal(pack(unpack(packed, n_levels, count), n_levels), packed):
+        return f"a word holds a code above the grid (more than {n_levels} levels) or a stray digit"
+    return None
+
+
+def pack_torch(flat: Tensor, n_levels: int) -> Tensor:
+    """`pack` in plain torch, on any device; the 64-bit word is built from two 32-bit halves."""
+    digits = _as_rows(flat, digits_per(n_levels, 64)).long()
+    high = torch.zeros_like(digits[:, 0])
+    low = torch.zeros_like(high)
+    for digit in digits.flip(1).unbind(1):  # Horner's rule from the most significant digit
+        low = low * n_levels + digit
+        high = (high * n_levels + (low >> 32)) & _LOW
+        low = low & _LOW
+    halves = torch.stack([low, high], dim=1).flatten()
+    return _bytes_of(halves, 4)
+
+
+def unpack_torch(packed: Tensor, n_levels: int, count: int) -> Tensor:
+    """`unpack` in plain torch, on any device: long division of two 32-bit halves."""
+    weights = 1 << (8 * torch.arange(4, device=packed.device))
+    halves = (packed.reshape(-1, 2, 4).long() * weights).sum(-1)
+    low, high = halves[:, 0], halves[:, 1]
+    digits = []
+    for _ in range(digits_per(n_levels, 64)):
+        carry = ((high % n_levels) << 32) | low
+        digits.append((carry % n_levels).to(torch.uint8))
+        high, low = high // n_levels, carry // n_levels
+    return torch.stack(digits, dim=1).flatten()[:count]
+
+
+# ---------------------------------------------------------------- bytes, for zstd
+
+
+def compress(codes: Tensor, n_levels: int) -> Tensor:
+    """zstd frame over base-N bytes of `codes`; uint8 [bytes]. CPU."""
+    _check_codes(codes, n_levels)
+    rows = _as_rows(codes.contiguous().flatten(), digits_per(n_levels, 8)).int()
+    value = torch.zeros_like(rows[:, 0])
+    for digit in rows.flip(1).unbind(1):
+        value = value * n_levels + digit
+    frame = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(
+        value.to(torch.uint8).numpy().tobytes()
+    )
+    return torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+
+
+def decompress(frame: Tensor, n_levels: int, count: int) -> Tensor:
+    """Codes, uint8 [count], of a frame made by `compress`; never allocates more than they take.
+
+    Raises SubbyteError if the frame is damaged, of another size, or holds a code above the grid.
+    """
+    digits = digits_per(n_levels, 8)
+    size = -(-count // digits)
+    data = _inflate(frame.numpy().tobytes(), size)
+    value = torch.frombuffer(bytearray(data), dtype=torch.uint8) if size else frame.new_empty(0)
+    if size and int(value.max()) >= n_levels**digits:
+        raise SubbyteError(f"a byte holds a code above the grid of {n_levels} levels")
+    value, columns = value.int(), []
+    for _ in range(digits):
+        columns.append((value % n_levels).to(torch.uint8))
+        value = value // n_levels
+    return torch.stack(columns, dim=1).flatten()[:count]
+
+
+def _inflate(frame: bytes, size: int) -> bytes:
+    """Decompressed frame of exactly `size` bytes."""
+    try:
+        stated = zstandard.frame_content_size(frame)
+        if stated != size:
+            raise SubbyteError(f"the compressed codes hold {stated} bytes, {size} are needed")
+        return zstandard.ZstdDecompressor().decompress(frame) if size else b""
+    except zstandard.ZstdError as error:
+        raise SubbyteError(f"the compressed codes are damaged ({error})") from None
+
+
+def _check_codes(codes: Tensor, n_levels: int) -> None:
+    if codes.dtype != torch.uint8:
+        raise SubbyteError(f"codes are {codes.dtype}, not torch.uint8")
+    if codes.numel() and int(codes.max()) >= n_levels:
+        raise SubbyteError(f"code {int(codes.max())} is above the grid of {n_levels} levels")
+
+
+def _as_rows(flat: Tensor, width: int) -> Tensor:
+    """flat [count] as [rows, width], zeros behind the end."""
+    rows = -(-flat.numel() // width)
+    return torch.nn.functional.pad(flat, (0, rows * width - flat.numel())).reshape(rows, width)
+
+
+def _bytes_of(values: Tensor, n_bytes: int) -> Tensor:
+    """The low `n_bytes` of each value, little-endian; uint8 [len * n_bytes]."""
+    shifts = 8 * torch.arange(n_bytes, device=values.device)
+    return ((values[:, None] >> shifts) & 0xFF).to(torch.uint8).flatten()
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+if sys.byteorder != "little":  # pragma: no cover - no such machine at hand
+    _native = None  # type: ignore[assignment]  # the C++ core writes native words

@@ -1,0 +1,144 @@
+"""Which layer gets which method: patterns on names and types, checked before any work starts.
+
+The first rule that matches a layer decides. Nothing is passed over in silence: a rule that matches
+nothing, a layer that no rule names and a layer that cannot be quantized are errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from subbyte.errors import SubbyteError
+from subbyte.layers import Site, join, owners_of_tied_weights, sites, unsupported
+
+if TYPE_CHECKING:
+    from subbyte.methods.base import Method
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Layers whose name and type match get `method`; None keeps them in float.
+
+    names, types: shell patterns (`*`, `?`, `[ab]`), e.g. "layer1.*" and "Conv*". A type is the
+    torch.nn class: Linear, Conv1d .. Conv3d, ConvTranspose1d/2d, Embedding, MultiheadAttention
+    (its input projections; its output projection is the Linear `<name>.out_proj`).
+    """
+
+    names: str = "*"
+    types: str = "*"
+    method: Method | None = None
+
+    def matches(self, name: str, type_name: str) -> bool:
+        return fnmatchcase(name, self.names) and fnmatchcase(type_name, self.types)
+
+    def __str__(self) -> str:
+        return f"Rule(names={self.names!r}, types={self.types!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLayer:
+    site: Site
+    method: Method | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will happen to each layer. `str(plan)` is a table for people."""
+
+    layers: tuple[PlannedLayer, ...]
+    float_parameters: tuple[tuple[str, int], ...]  # everything else: name, number of values
+
+    @property
+    def quantized(self) -> tuple[PlannedLayer, ...]:
+        return tuple(layer for layer in self.layers if layer.method is not None)
+
+    def __str__(self) -> str:
+        rows = [("layer", "type", "shape", "weights", "method")]
+        for layer in self.layers:
+            site = layer.site
+            shape = "x".join(map(str, site.shape))
+            method = "float" if layer.method is None else str(layer.method)
+            rows.append((site.name, site.type, shape, f"{site.n_weights:,}", method))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+        quantized = sum(layer.site.n_weights for layer in self.quantized)
+        others = sum(count for _, count in self.float_parameters)
+        kept = sum(layer.site.n_weights for layer in self.layers) - quantized
+        lines.append(f"{quantized:,} weights quantized; {kept:,} weights of layers kept float; "
+                     f"{others:,} other values (biases, norms) float")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Rules in order; the first match wins."""
+
+    rules: tuple[Rule, ...]
+
+    def plan(self, model: nn.Module) -> Plan:
+        """The plan for a model. Raises SubbyteError, naming layers, when a rule or layer is off."""
+        found = sites(model)
+        if not found:
+            raise SubbyteError(f"{type(model).__name__} has no layer that can be quantized")
+        self._check_rules(found)
+        self._check_unsupported(model)
+        planned = tuple(PlannedLayer(site, self._method(site)) for site in found)
+        _check_tied(model, planned)
+        return Plan(planned, _other_parameters(model, found))
+
+    def _first(self, name: str, type_name: str) -> Rule | None:
+        return next((rule for rule in self.rules if rule.matches(name, type_name)), None)
+
+    def _method(self, site: Site) -> Method | None:
+        rule = self._first(site.name, site.type)
+        if rule is None:
+            raise SubbyteError(
+                f"no rule matches layer '{site.name}' ({site.type}); add a rule for it, for "
+                "instance a last one with names='*' and method None to keep it in float"
+            )
+        return rule.method
+
+    def _check_rules(self, found: tuple[Site, ...]) -> None:
+        for number, rule in enumerate(self.rules, 1):
+            hits = [site for site in found if rule.matches(site.name, site.type)]
+            if not hits:
+                names = ", ".join(site.name for site in found[:8])
+                raise SubbyteError(f"rule {number}, {rule}, matches no layer; there are: {names}"
+                                   + (", ..." if len(found) > 8 else ""))
+            first = [self._first(site.name, site.type) is rule for site in hits]
+            if not any(first) and (rule.names, rule.types) != ("*", "*"):
+                raise SubbyteError(f"rule {number}, {rule}, never applies: an earlier rule takes "
+                                   f"'{hits[0].name}' and all others; move it up or drop it")
+
+    def _check_unsupported(self, model: nn.Module) -> None:
+        for path, type_name in unsupported(model).items():
+            rule = self._first(path, type_name)
+            if rule is None or rule.method is not None:
+                raise SubbyteError(f"layer '{path}' ({type_name}) cannot be quantized; add "
+                                   f"Rule({path!r}, method=None) before the others to keep it float")
+
+
+def as_recipe(method: Method | Recipe) -> Recipe:
+    """A recipe as it is, or one rule that gives every layer the method."""
+    return method if isinstance(method, Recipe) else Recipe((Rule(method=method),))
+
+
+def _check_tied(model: nn.Module, planned: tuple[PlannedLayer, ...]) -> None:
+    tied = owners_of_tied_weights(model)
+    for layer in planned:
+        parameter = join(layer.site.owner, layer.site.parameter)
+        if layer.method is not None and parameter in tied:
+            raise SubbyteError(
+                f"weight of '{layer.site.name}' is shared by {sorted(tied[parameter])}; quantizing "
+                "one owner would leave the others in float. Untie the weights, or add a rule that "
+                "keeps these layers in float"
+            )
+
+
+def _other_parameters(model: nn.Module, found: tuple[Site, ...]) -> tuple[tuple[str, int], ...]:
+    taken = {join(site.owner, site.parameter) for site in found}
+    return tuple((n, p.numel()) for n, p in model.named_parameters() if n not in taken)

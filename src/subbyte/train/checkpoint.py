@@ -1,0 +1,132 @@
+"""The state of a run between two epochs: written whole or not at all, read without pickle's code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from subbyte.errors import SubbyteError
+from subbyte.train.settings import RunConfig
+
+_VERSION = 1
+_FREE_KEYS = ("out", "compress", "train.epochs", "train.threads")
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One line of `metrics.jsonl`.
+
+    epoch counts from 1; lr: of the epoch's first step; train_loss: cross-entropy without the
+    method's penalty; *_top1 in percent; seconds and images_per_s: of training, not of evaluation.
+    """
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_top1: float
+    test_top1: float
+    test_loss: float
+    images_per_s: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """epoch: how many are done. ema: None when the run averages nothing."""
+
+    model: dict[str, Any]
+    ema: dict[str, Any] | None
+    optimizer: dict[str, Any]
+    epoch: int
+    history: tuple[EpochRecord, ...]
+    fingerprint: dict[str, str]
+
+
+def fingerprint(config: RunConfig) -> dict[str, str]:
+    """What decides the weights, as "section.key" to text; `epochs` may grow, so it is left out."""
+    flat = _flatten("", config)
+    return {key: value for key, value in flat.items() if key not in _FREE_KEYS}
+
+
+def _flatten(name: str, value: object) -> dict[str, str]:
+    if is_dataclass(value) and not isinstance(value, type):
+        inner = {"type": type(value).__name__} if name.endswith(".method") else {}
+        inner |= {f.name: getattr(value, f.name) for f in fields(value)}
+    elif isinstance(value, Mapping):
+        inner = {str(key): value[key] for key in sorted(value)}
+    elif isinstance(value, tuple):
+        inner = {str(i): item for i, item in enumerate(value)}
+    else:
+        return {name: repr(value)}
+    flat: dict[str, str] = {}
+    for key, item in inner.items():
+        flat |= _flatten(f"{name}.{key}" if name else key, item)
+    return flat
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """`write` fills a file beside `path` that then takes its place; a crash leaves the old one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
+    content["history"] = [asdict(record) for record in checkpoint.history]
+    content["version"] = _VERSION
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(path: Path, config: RunConfig) -> Checkpoint:
+    """Raises SubbyteError if there is none, if it is damaged, or if it belongs to another run."""
+    content = _read(path)
+    content["history"] = tuple(EpochRecord(**record) for record in content["history"])
+    checkpoint = Checkpoint(**content)
+    _check_same_run(checkpoint, config, path)
+    return checkpoint
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise SubbyteError(f"{path}: no checkpoint to resume; start the run without resume")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise SubbyteError(
+            f"{path}: not a readable checkpoint; delete it and start again"
+        ) from error
+    version = content.pop("version", None) if isinstance(content, dict) else None
+    if version != _VERSION:
+        raise SubbyteError(
+            f"{path}: checkpoint version {version!r}, expected {_VERSION}; delete it, start again"
+        )
+    return content
+
+
+def _check_same_run(checkpoint: Checkpoint, config: RunConfig, path: Path) -> None:
+    then, now = checkpoint.fingerprint, fingerprint(config)
+    for key in [*now, *then]:
+        if then.get(key) != now.get(key):
+            raise SubbyteError(
+                f"{path}: was made with {key} = {then.get(key, 'nothing')}, "
+                f"the configuration says {now.get(key, 'nothing')}; "
+                "restore the value, or choose another 'out' and start again"
+            )
+    if config.train.epochs < checkpoint.epoch:
+        raise SubbyteError(
+            f"{path}: has {checkpoint.epoch} epochs, the configuration says train.epochs = "
+            f"{config.train.epochs}; epochs may grow, not shrink"
+        )

@@ -1,0 +1,299 @@
+"""The training loop: one for float, hard, soft and proximal methods, without an `if`.
+
+A run that is stopped and resumed ends, on one machine's CPU, in the same weights to the bit as one
+that is not: whatever is drawn at random in an epoch is drawn from (seed, epoch).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from subbyte.data import Augment, ImageSet, batches
+from subbyte.errors import SubbyteError
+from subbyte.methods import after_step, penalty
+from subbyte.models import Network
+from subbyte.train.checkpoint import (
+    Checkpoint,
+    EpochRecord,
+    fingerprint,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
+from subbyte.train.evaluate import Evaluation, count_correct, device_of, evaluate
+from subbyte.train.optim import build_optimizer, learning_rate, set_learning_rate
+from subbyte.train.progress import Progress, Silent
+from subbyte.train.settings import LoopConfig, RunConfig
+from subbyte.train.setup import Setup, set_up
+
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """model: still prepared for training, not frozen; the average if the run has one."""
+
+    model: Network
+    history: tuple[EpochRecord, ...]
+    evaluation: Evaluation
+    checkpoint: Path
+
+
+@dataclass
+class _State:
+    """What the loop changes."""
+
+    model: Network
+    optimizer: Optimizer
+    ema: AveragedModel | None
+    epoch: int = 0
+    history: tuple[EpochRecord, ...] = ()
+
+    @property
+    def best(self) -> nn.Module:
+        """What is evaluated and kept."""
+        return self.model if self.ema is None else self.ema.module
+
+
+@dataclass
+class _Tally:
+    """Sums over the images of an epoch so far."""
+
+    started: float
+    loss: float = 0.0
+    correct: int = 0
+    images: int = 0
+
+    def add(self, loss: float, correct: int, images: int) -> None:
+        self.loss += loss * images
+        self.correct += correct
+        self.images += images
+
+    def figures(self) -> tuple[float, float, float]:
+        """Mean loss, top-1 in percent, images a second."""
+        seconds = time.perf_counter() - self.started
+        return self.loss / self.images, 100.0 * self.correct / self.images, self.images / seconds
+
+
+def train(
+    config: RunConfig, *, resume: bool = False, progress: Progress | None = None
+) -> TrainResult:
+    """Builds, prepares and trains; leaves `checkpoint.pt` and `metrics.jsonl` in `config.out`.
+
+    resume: continue from the checkpoint there. Raises SubbyteError for a configuration, network
+    and data that do not fit, and when the loss is no longer finite.
+    """
+    progress = progress or Silent()
+    with _scope(config.train):
+        torch.manual_seed(config.train.seed)
+        setup = set_up(config)
+        if setup.plan is not None:
+            progress.note(str(setup.plan))
+        state = _start(setup.model, config, resume)
+        try:
+            for _ in range(state.epoch, config.train.epochs):
+                _epoch(state, setup, config, progress)
+        finally:
+            progress.close()
+    return _result(state, setup.test, config)
+
+
+@contextmanager
+def _scope(config: LoopConfig) -> Iterator[None]:
+    """The caller's random state and thread count are as before afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads or threads)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _start(model: Network, config: RunConfig, resume: bool) -> _State:
+    model.to(memory_format=_memory_format(model))
+    ema = averaged(model, config.train.ema) if config.train.ema else None
+    state = _State(model, build_optimizer(model.parameters(), config.train), ema)
+    config.out.mkdir(parents=True, exist_ok=True)
+    if resume:
+        _restore(state, load_checkpoint(config.out / CHECKPOINT, config))
+    return state
+
+
+def _restore(state: _State, checkpoint: Checkpoint) -> None:
+    state.model.load_state_dict(checkpoint.model)
+    state.optimizer.load_state_dict(checkpoint.optimizer)
+    if state.ema is not None and checkpoint.ema is not None:
+        state.ema.load_state_dict(checkpoint.ema)
+    state.epoch, state.history = checkpoint.epoch, checkpoint.history
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """Average = decay * average + (1 - decay) * model at every update; the first one copies.
+
+    Counters and other integer buffers are copied: rounding their average would make them drift.
+    """
+
+    def update(average: list[Tensor], current: list[Tensor], _: Tensor | int) -> None:
+        if average[0].is_floating_point():
+            torch._foreach_lerp_(average, current, 1.0 - decay)
+        else:
+            torch._foreach_copy_(average, current)
+
+    return AveragedModel(model, multi_avg_fn=torch.no_grad()(update), use_buffers=True)
+
+
+def _epoch(state: _State, setup: Setup, config: RunConfig, progress: Progress) -> None:
+    steps = n_steps(len(setup.train), config.train)
+    lr = learning_rate(config.train, state.epoch * steps, steps)
+    progress.start(state.epoch + 1, config.train.epochs, steps)
+    loss, top1, speed, seconds = _train_epoch(state, setup.train, config, steps, progress)
+    _check_weights(state)
+    test = evaluate(state.best, setup.test, preprocess=state.model.preprocess)
+    state.epoch += 1
+    record = EpochRecord(state.epoch, lr, loss, top1, test.top1, test.loss, speed, seconds)
+    state.history += (record,)
+    _save(state, config)
+    progress.finish(record, config.train.epochs)
+
+
+def _train_epoch(
+    state: _State, data: ImageSet, config: RunConfig, steps: int, progress: Progress
+) -> tuple[float, float, float, float]:
+    """Mean loss, top-1, images a second and seconds."""
+    state.model.train()
+    tally = _Tally(started=time.perf_counter())
+    for step, (x, y) in enumerate(_draw(data, config, state.epoch, steps), state.epoch * steps):
+        set_learning_rate(state.optimizer, learning_rate(config.train, step, steps))
+        loss, correct = _step(state, x, y, config.train, step / (config.train.epochs * steps))
+        if not math.isfinite(loss):
+            raise _diverged(f"the loss is {loss}", state.epoch, step - state.epoch * steps)
+        tally.add(loss, correct, len(y))
+        progress.step(*tally.figures())
+    return *tally.figures(), time.perf_counter() - tally.started
+
+
+def n_steps(n_images: int, config: LoopConfig) -> int:
+    """Steps of an epoch. A last batch of one image is dropped: BatchNorm has no variance for it."""
+    full, rest = divmod(n_images, config.batch_size)
+    steps = full + (rest > 1)
+    return steps if config.limit_batches is None else min(steps, config.limit_batches)
+
+
+def _draw(
+    data: ImageSet, config: RunConfig, epoch: int, steps: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The epoch's batches, shuffled and augmented; dropout draws from torch's global generator."""
+    torch.manual_seed(_mix(config.train.seed, epoch, "layers"))
+    generator = torch.Generator().manual_seed(_mix(config.train.seed, epoch, "data"))
+    augment = Augment(crop=config.data.crop, flip=config.data.flip, cutout=config.data.cutout)
+    drawn = batches(data, config.train.batch_size, generator=generator)
+    for x, y in islice(drawn, steps):
+        yield augment(x, generator), y
+
+
+def _mix(seed: int, epoch: int, purpose: str) -> int:
+    """A seed of its own for each (seed, epoch, purpose): sums of them would collide."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _step(
+    state: _State, x: Tensor, y: Tensor, config: LoopConfig, progress: float
+) -> tuple[float, int]:
+    """One update; the cross-entropy (not finite if the whole loss is not) and the hits before it.
+
+    `cached` makes every weight be quantized once, however often the forward pass reads it.
+    """
+    model, device = state.model, device_of(state.model)
+    x, y = model.preprocess(x.to(device)), y.to(device)
+    state.optimizer.zero_grad(set_to_none=True)
+    with parametrize.cached():
+        with _autocast(config, device):
+            logits = model(x.contiguous(memory_format=_memory_format(model, x)))
+        task = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
+        loss = task + penalty(model, progress)
+        if not loss.isfinite():
+            return loss.item(), 0
+        loss.backward()
+    if config.clip_grad_norm:
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
+    state.optimizer.step()
+    after_step(model, progress)
+    if state.ema is not None:
+        state.ema.update_parameters(model)
+    return task.item(), count_correct(logits.detach(), y)
+
+
+def _autocast(config: LoopConfig, device: torch.device) -> torch.autocast | nullcontext[None]:
+    if config.precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def _memory_format(model: nn.Module, x: Tensor | None = None) -> torch.memory_format:
+    """channels_last suits a network with 2-d convolutions, for images that are 4-D."""
+    convs = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    if convs and (x is None or x.ndim == 4):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _check_weights(state: _State) -> None:
+    """The last update of an epoch must not put weights that are not finite into the checkpoint."""
+    for name, parameter in state.model.named_parameters():
+        if not parameter.isfinite().all():
+            raise _diverged(f"'{name}' is not finite after the last step", state.epoch, None)
+
+
+def _diverged(what: str, epoch: int, step: int | None) -> SubbyteError:
+    where = f"epoch {epoch + 1}" + ("" if step is None else f", step {step + 1}")
+    return SubbyteError(
+        f"{what} in {where}; lower train.lr, or set train.clip_grad_norm or train.warmup_epochs. "
+        "The checkpoint of the last whole epoch is kept"
+    )
+
+
+def _save(state: _State, config: RunConfig) -> None:
+    checkpoint = Checkpoint(
+        model=state.model.state_dict(),
+        ema=None if state.ema is None else state.ema.state_dict(),
+        optimizer=state.optimizer.state_dict(),
+        epoch=state.epoch,
+        history=state.history,
+        fingerprint=fingerprint(config),
+    )
+    save_checkpoint(checkpoint, config.out / CHECKPOINT)
+    text = "".join(_json_line(record) for record in state.history)
+    write_atomically(config.out / METRICS, lambda file: file.write(text.encode()))
+
+
+def _json_line(record: EpochRecord) -> str:
+    """JSON has no NaN: a figure that is not finite is null."""
+    figures = {k: v if math.isfinite(v) else None for k, v in asdict(record).items()}
+    return json.dumps(figures, allow_nan=False) + "\n"
+
+
+def _result(state: _State, test: ImageSet, config: RunConfig) -> TrainResult:
+    """The last epoch's figures; memory as other code expects it."""
+    model = state.best.to(memory_format=torch.contiguous_format)
+    assert isinstance(model, Network)
+    last = state.history[-1]
+    evaluation = Evaluation(last.test_top1, last.test_loss, len(test))
+    return TrainResult(model, state.history, evaluation, config.out / CHECKPOINT)

@@ -1,0 +1,90 @@
+"""From a configuration to a network, its method and its data, checked against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from subbyte.data import ImageSet, load_images
+from subbyte.errors import SubbyteError
+from subbyte.methods import prepare
+from subbyte.models import Network, build
+from subbyte.train.evaluate import check_labels, describe
+from subbyte.train.settings import DataConfig, ModelConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class Setup:
+    """plan: what `prepare` did, None in a float run."""
+
+    model: Network
+    train: ImageSet
+    test: ImageSet
+    plan: Any | None
+
+
+def set_up(config: RunConfig) -> Setup:
+    """Data, network (weights drawn from torch's global generator), checks, method; in this order."""
+    train, test = _load(config.data)
+    model = _build(config.model)
+    for data in (train, test):
+        _check_fit(model, data)
+    plan = None if config.recipe is None else prepare(model, config.recipe)
+    return Setup(model, train, test, plan)
+
+
+def _load(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    train = load_images(config.source, config.train_split, size=config.size)
+    test = load_images(config.source, config.test_split, size=config.size)
+    return train, test
+
+
+def _build(config: ModelConfig) -> Network:
+    model = build(config.name, **config.arguments)
+    if config.weights is not None:
+        _load_weights(model, Path(config.weights))
+    return model
+
+
+def _load_weights(model: Network, path: Path) -> None:
+    if not path.is_file():
+        raise SubbyteError(f"model.weights = '{path}': no such file; train in float first")
+    try:
+        model.load_state_dict(safetensors.torch.load_file(path))
+    except safetensors.SafetensorError as error:
+        raise SubbyteError(f"{path}: not a safetensors file of weights: {error}") from error
+    except RuntimeError as error:
+        raise SubbyteError(f"{path}: weights of another network: {error}") from error
+
+
+def _check_fit(model: Network, data: ImageSet) -> None:
+    """The network has a class for every label, as many as the data, and takes its images."""
+    if len(data) < 2:
+        raise SubbyteError(f"{describe(data)} has {len(data)} images; at least 2 are needed")
+    check_labels(data, model.classes)
+    if model.classes != len(data.classes):
+        raise SubbyteError(
+            f"the network has {model.classes} classes, {describe(data)} has {len(data.classes)}; "
+            f"set model.arguments.classes = {len(data.classes)}"
+        )
+    _try_one(model, data)
+
+
+def _try_one(model: Network, data: ImageSet) -> None:
+    was = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            model(model.preprocess(data.images[:1]))
+    except (RuntimeError, ValueError) as error:
+        raise SubbyteError(
+            f"the network does not take images of shape {tuple(data.images.shape[1:])} "
+            f"({describe(data)}): {error}; check model.arguments and data.size"
+        ) from error
+    finally:
+        model.train(was)
