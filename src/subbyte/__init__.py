@@ -1,0 +1,41 @@
+"""subbyte: neural networks at 1 to 4 bits a weight. Train them, convert them, run them.
+
+plan = sb.prepare(model, sb.LowRes(levels=5))     # in place; then train as you always do
+layers = sb.freeze(model)                         # codes and scales, by layer name
+net = sb.pack(model, layers)                      # a new model with packed layers
+sb.save(net, "net.safetensors"); net = sb.load("net.safetensors")
+"""
+
+from subbyte.artifact import load, save
+from subbyte.errors import SubbyteError
+from subbyte.grids import Grid, PerChannel, PerTensor, ScaleDomain, fixed_point, uniform
+from subbyte.methods import LowRes, after_step, float_state_dict, freeze, penalty, prepare
+from subbyte.modules import pack
+from subbyte.recipe import Plan, Recipe, Rule
+from subbyte.tensors import QuantizedLayer, QuantizedTensor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Grid",
+    "LowRes",
+    "PerChannel",
+    "PerTensor",
+    "Plan",
+    "QuantizedLayer",
+    "QuantizedTensor",
+    "Recipe",
+    "Rule",
+    "ScaleDomain",
+    "SubbyteError",
+    "after_step",
+    "fixed_point",
+    "float_state_dict",
+    "freeze",
+    "load",
+    "pack",
+    "penalty",
+    "prepare",
+    "save",
+    "uniform",
+]

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from subbyte.errors import SubbyteError
-from subbyte.methods import METHODS
+from subbyte.methods import METHODS, Method
 from subbyte.recipe import Recipe, Rule
 from subbyte.train.settings import DataConfig, LoopConfig, ModelConfig, RunConfig
 
@@ -147,7 +147,9 @@ def _read_recipe(document: _Document, file: str) -> Recipe | None:
     if document.method is not None:
         place = _Place(file, "method")
         return Recipe((Rule(method=_read_method("name", document.method, place, ("name",))),))
-    rules = [_read_rule(table, _Place(file, f"rules.{i}")) for i, table in enumerate(document.rules)]
+    rules = [
+        _read_rule(table, _Place(file, f"rules.{i}")) for i, table in enumerate(document.rules)
+    ]
     return Recipe(tuple(rules)) if rules else None
 
 
@@ -178,7 +180,7 @@ def _read_method(key: str, table: Table, place: _Place, own: tuple[str, ...]) ->
 
 def _read_fields(cls: type[T], table: Table, place: _Place, own: tuple[str, ...] = ()) -> T:
     """The dataclass from the table. own: further keys that are legal there (for the message)."""
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, localns={"Method": Method})  # Rule imports it for checkers only
     fields = [f for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
     _check_keys(table, [*own, *(f.name for f in fields)], place)
     for f in fields:

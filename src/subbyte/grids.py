@@ -128,7 +128,7 @@ def _affine(levels: tuple[float, ...]) -> tuple[float, float] | None:
 
 def uniform(
     n: int,
-    granularity: Granularity = PerTensor(),  # noqa: B008 - frozen value
+    granularity: Granularity = PerTensor(),
     scale_domain: ScaleDomain = ScaleDomain.FLOAT32,
 ) -> Grid:
     """N equally spaced levels from -1 to +1: i / h - 1 with h = (N - 1) / 2.
@@ -140,7 +140,7 @@ def uniform(
     return Grid(tuple((2 * i - (n - 1)) / (n - 1) for i in range(n)), granularity, scale_domain)
 
 
-def fixed_point(bits: int, granularity: Granularity = PerTensor()) -> Grid:  # noqa: B008
+def fixed_point(bits: int, granularity: Granularity = PerTensor()) -> Grid:
     """The symmetric integers -(2^(b-1) - 1) .. 2^(b-1) - 1 times a power of two.
 
     bits: 2 to 8, giving 3, 7, 15 .. 255 levels. arXiv:1907.07220.

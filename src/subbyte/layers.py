@@ -6,10 +6,15 @@ bare parameters of `nn.MultiheadAttention`, get names of their own (`attn.in_pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
+
+from subbyte.errors import SubbyteError
 
 CHANNEL_AXIS: dict[type[nn.Module], int] = {
     nn.Linear: 0,
@@ -27,6 +32,7 @@ A transposed convolution stores [in, out / groups, ...]: with groups, one scale 
 of equal index in all groups.
 """
 
+_UNSUPPORTED = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.EmbeddingBag, nn.ConvTranspose3d)
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -62,34 +68,45 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
 def _sites(model: nn.Module) -> Iterator[Site]:
     for owner, module in model.named_modules():
         kind = supported_type(module)
-        if kind is None or _inside_parametrization(owner):
+        if kind is None:
             continue
         for parameter in weight_names(module):
-            weight = getattr(module, parameter)
+            weight = stored_weight(module, parameter)
             name = _site_name(owner, parameter)
+            if isinstance(weight, UninitializedParameter):
+                raise SubbyteError(
+                    f"layer '{name}' has no shape yet; run one batch through it first"
+                )
             axis = CHANNEL_AXIS[kind]
             yield Site(name, kind.__name__, owner, parameter, axis, tuple(weight.shape))
 
 
 def weight_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the quantizable parameters that a supported module has."""
-    if isinstance(module, nn.MultiheadAttention):
-        return tuple(name for name in _PROJECTIONS if getattr(module, name) is not None)
-    return ("weight",)
+    if not isinstance(module, nn.MultiheadAttention):
+        return ("weight",)
+    return tuple(
+        name
+        for name in _PROJECTIONS
+        if module._parameters.get(name) is not None or is_parametrized(module, name)
+    )
+
+
+def stored_weight(module: nn.Module, name: str) -> Tensor:
+    """The parameter itself; of a prepared layer the float weight, without quantizing it."""
+    if is_parametrized(module, name):
+        chains: Mapping[str, Any] = module.parametrizations  # type: ignore[assignment]
+        return chains[name].original
+    return getattr(module, name)
 
 
 def unsupported(model: nn.Module) -> dict[str, str]:
     """torch.nn layers with matrix weights that subbyte cannot quantize: path -> class name.
 
-    Bare parameters of other classes (a table of positions, say) are not layers and stay float.
+    Bare parameters of a network (a table of positions, say) are not layers and stay float.
     """
-    found = {}
-    for path, module in model.named_modules():
-        if supported_type(module) or _inside_parametrization(path):
-            continue
-        if _from_torch(module) and any(p.ndim >= 2 for p in own_parameters(module).values()):
-            found[path] = type(module).__name__
-    return found
+    modules = model.named_modules()
+    return {path: type(m).__name__ for path, m in modules if isinstance(m, _UNSUPPORTED)}
 
 
 def owners_of_tied_weights(model: nn.Module) -> dict[str, list[str]]:
@@ -113,13 +130,3 @@ def join(path: str, name: str) -> str:
 
 def _site_name(owner: str, parameter: str) -> str:
     return owner if parameter == "weight" else join(owner, parameter.removesuffix("_weight"))
-
-
-def _inside_parametrization(path: str) -> bool:
-    return "parametrizations" in path.split(".")
-
-
-def _from_torch(module: nn.Module) -> bool:
-    return any(c.__module__.startswith("torch.nn.modules.") and c is not nn.Module
-               and not issubclass(c, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-               for c in type(module).__mro__)

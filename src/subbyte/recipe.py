@@ -68,8 +68,10 @@ class Plan:
         quantized = sum(layer.site.n_weights for layer in self.quantized)
         others = sum(count for _, count in self.float_parameters)
         kept = sum(layer.site.n_weights for layer in self.layers) - quantized
-        lines.append(f"{quantized:,} weights quantized; {kept:,} weights of layers kept float; "
-                     f"{others:,} other values (biases, norms) float")
+        lines.append(
+            f"{quantized:,} weights quantized; {kept:,} weights of layers kept float; "
+            f"{others:,} other values (biases, norms) float"
+        )
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -107,19 +109,25 @@ class Recipe:
             hits = [site for site in found if rule.matches(site.name, site.type)]
             if not hits:
                 names = ", ".join(site.name for site in found[:8])
-                raise SubbyteError(f"rule {number}, {rule}, matches no layer; there are: {names}"
-                                   + (", ..." if len(found) > 8 else ""))
+                raise SubbyteError(
+                    f"rule {number}, {rule}, matches no layer; there are: {names}"
+                    + (", ..." if len(found) > 8 else "")
+                )
             first = [self._first(site.name, site.type) is rule for site in hits]
             if not any(first) and (rule.names, rule.types) != ("*", "*"):
-                raise SubbyteError(f"rule {number}, {rule}, never applies: an earlier rule takes "
-                                   f"'{hits[0].name}' and all others; move it up or drop it")
+                raise SubbyteError(
+                    f"rule {number}, {rule}, never applies: an earlier rule takes "
+                    f"'{hits[0].name}' and all others; move it up or drop it"
+                )
 
     def _check_unsupported(self, model: nn.Module) -> None:
         for path, type_name in unsupported(model).items():
             rule = self._first(path, type_name)
             if rule is None or rule.method is not None:
-                raise SubbyteError(f"layer '{path}' ({type_name}) cannot be quantized; add "
-                                   f"Rule({path!r}, method=None) before the others to keep it float")
+                raise SubbyteError(
+                    f"layer '{path}' ({type_name}) cannot be quantized; add the rule "
+                    f"Rule({path!r}, method=None) first, to keep it float"
+                )
 
 
 def as_recipe(method: Method | Recipe) -> Recipe:

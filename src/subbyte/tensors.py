@@ -44,9 +44,7 @@ class QuantizedTensor:
             raise SubbyteError("scale has NaN or infinite values")
         top = int(self.codes.max()) if self.codes.numel() else 0
         if top >= self.grid.n_levels:
-            raise SubbyteError(
-                f"code {top} is above the grid's last code {self.grid.n_levels - 1}"
-            )
+            raise SubbyteError(f"code {top} is above the grid's last code {self.grid.n_levels - 1}")
 
     @property
     def shape(self) -> torch.Size:

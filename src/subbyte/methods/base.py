@@ -8,6 +8,7 @@ them back.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from subbyte.errors import SubbyteError
-from subbyte.layers import Site, join, sites
+from subbyte.layers import Site, join, sites, stored_weight
 from subbyte.recipe import Plan, Recipe, as_recipe
 from subbyte.tensors import QuantizedLayer, QuantizedTensor
 
@@ -26,11 +27,11 @@ class WeightQuantizer(nn.Module):
 
     def forward(self, w: Tensor) -> Tensor:
         """What the layer sees in the forward pass; w's shape and dtype."""
-        raise NotImplementedError
+        raise NotImplementedError(type(self))
 
     def quantize(self, w: Tensor) -> QuantizedTensor:
         """The weight for good, codes and scale; w is finite float32."""
-        raise NotImplementedError
+        raise NotImplementedError(type(self))
 
     def penalty(self, w: Tensor, progress: float) -> Tensor | float:
         """Added to the loss; progress is the fraction of training done, 0 to 1."""
@@ -50,6 +51,16 @@ class Method(Protocol):
     def quantizer(self, w: Tensor, site: Site) -> WeightQuantizer: ...
 
 
+def describe(method: Any, *always: str) -> str:
+    """`LowRes(levels=5, beta=1.2)`: the named options, and those that are not at their default."""
+    shown = [
+        f"{option.name}={getattr(method, option.name)!r}"
+        for option in dataclasses.fields(method)
+        if option.name in always or getattr(method, option.name) != option.default
+    ]
+    return f"{type(method).__name__}({', '.join(shown)})"
+
+
 def prepare(model: nn.Module, method: Method | Recipe) -> Plan:
     """Put quantizers in front of the model's weights, in place; any training loop works from here.
 
@@ -62,7 +73,7 @@ def prepare(model: nn.Module, method: Method | Recipe) -> Plan:
     for layer in plan.quantized:
         owner = model.get_submodule(layer.site.owner)
         _check_owner(owner, layer.site)
-        weight = getattr(owner, layer.site.parameter)
+        weight = stored_weight(owner, layer.site.parameter)
         _check_weight(weight, layer.site.name)
         assert layer.method is not None
         quantizers.append((owner, layer.site, layer.method.quantizer(weight.detach(), layer.site)))
@@ -111,10 +122,9 @@ def quantizers(model: nn.Module) -> Iterator[tuple[Site, WeightQuantizer, nn.Par
     """Site, quantizer and float weight of every prepared layer."""
     for site in sites(model):
         owner = model.get_submodule(site.owner)
-        if parametrize.is_parametrized(owner, site.parameter):
-            chain: Any = owner.parametrizations[site.parameter]  # type: ignore[index,union-attr]
-            if isinstance(chain[0], WeightQuantizer):
-                yield site, chain[0], chain.original
+        chains: Mapping[str, Any] = getattr(owner, "parametrizations", {})
+        if site.parameter in chains and isinstance(chains[site.parameter][0], WeightQuantizer):
+            yield site, chains[site.parameter][0], chains[site.parameter].original
 
 
 def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -145,15 +155,21 @@ def _accept_float_weights(
 
 def _check_owner(owner: nn.Module, site: Site) -> None:
     if parametrize.is_parametrized(owner, site.parameter):
-        raise SubbyteError(f"weight of '{site.name}' already has a parametrization (prepared twice, "
-                           "or weight norm); start from the plain model")
+        raise SubbyteError(
+            f"weight of '{site.name}' already has a parametrization (prepared twice, "
+            "or weight norm); start from the plain model"
+        )
 
 
 def _check_weight(weight: Tensor, name: str) -> None:
     if weight.dtype != torch.float32:
-        raise SubbyteError(f"weight of '{name}' is {weight.dtype}; call model.float() first, "
-                           "training needs float32 master weights")
+        raise SubbyteError(
+            f"weight of '{name}' is {weight.dtype}; call model.float() first, "
+            "training needs float32 master weights"
+        )
     if not weight.isfinite().all():
         n_bad = int((~weight.isfinite()).sum())
-        raise SubbyteError(f"weight of '{name}' has {n_bad} NaN or infinite values; "
-                           "go back to an earlier checkpoint or lower the learning rate")
+        raise SubbyteError(
+            f"weight of '{name}' has {n_bad} NaN or infinite values; "
+            "go back to an earlier checkpoint or lower the learning rate"
+        )

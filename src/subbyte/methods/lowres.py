@@ -39,7 +39,7 @@ from subbyte.functional import (
 )
 from subbyte.grids import Grid, PerChannel, PerTensor, ScaleDomain, uniform
 from subbyte.layers import Site
-from subbyte.methods.base import WeightQuantizer
+from subbyte.methods.base import WeightQuantizer, describe
 from subbyte.tensors import QuantizedTensor
 
 Gamma = Literal["recomputed", "frozen"]
@@ -71,11 +71,16 @@ class LowRes:
     def __post_init__(self) -> None:
         uniform(self.levels)
         if not (math.isfinite(self.beta) and self.beta > 0):
-            raise SubbyteError(f"beta={self.beta!r}; use a finite number above 0 (the paper's: 1.4)")
+            raise SubbyteError(
+                f"beta={self.beta!r}; use a finite number above 0 (the paper's: 1.4)"
+            )
         _check_choice("gamma", self.gamma, get_args(Gamma))
         _check_choice("statistic", self.statistic, get_args(Statistic))
         _check_choice("granularity", self.granularity, get_args(Sharing))
         _check_choice("scale_domain", self.scale_domain, get_args(Domain))
+
+    def __str__(self) -> str:
+        return describe(self, "levels")
 
     def grid(self, channel_axis: int) -> Grid:
         """The grid of a layer whose output channels lie along this axis of its weight."""

@@ -49,11 +49,11 @@ def checked_spec(name: str, **arguments: int) -> NetworkSpec:
 
 def halved(image_size: int, times: int, network: str) -> int:
     """Side length after `times` 2x2 poolings; SubbyteError if nothing would be left."""
-    side = image_size // 2**times
+    side = image_size >> times
     if side < 1:
         raise SubbyteError(
             f"image_size={image_size} is too small for network '{network}', which halves it "
-            f"{times} times; use {2**times} or more."
+            f"{times} times; use {1 << times} or more."
         )
     return side
 

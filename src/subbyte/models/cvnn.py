@@ -42,7 +42,8 @@ class CVNN(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [n, classes] of images [n, in_channels, image_size, image_size]."""
-        return self.classifier(self.features(x))
+        logits: Tensor = self.classifier(self.features(x))
+        return logits
 
 
 def cvnn1(*, in_channels: int = 3, image_size: int = 32, classes: int = 10) -> CVNN:

@@ -33,7 +33,8 @@ class DigitsNet(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [n, classes] of images [n, in_channels, image_size, image_size]."""
-        return self.classifier(self.features(x))
+        logits: Tensor = self.classifier(self.features(x))
+        return logits
 
 
 def digitsnet(*, in_channels: int = 1, image_size: int = 8, classes: int = 10) -> DigitsNet:

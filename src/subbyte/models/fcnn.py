@@ -4,6 +4,8 @@ LowRes (arXiv:2502.08795) trains networks it calls FCNN; its layer sizes are not
 ours: 1.7 and 8.9 million parameters.
 """
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from subbyte.models.base import Network, glorot_, image_spec
@@ -20,14 +22,15 @@ class FCNN(Network):
         super().__init__(spec, centred(in_channels, image_size), classes)
         sizes = (in_channels * image_size**2, *widths)
         layers: list[nn.Module] = [nn.Flatten()]
-        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        for fan_in, fan_out in pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
         glorot_(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [n, classes] of images [n, in_channels, image_size, image_size]."""
-        return self.layers(x)
+        logits: Tensor = self.layers(x)
+        return logits
 
 
 def fcnn1(*, in_channels: int = 3, image_size: int = 32, classes: int = 10) -> FCNN:

@@ -29,7 +29,8 @@ class LeNet5(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [n, classes] of images [n, in_channels, image_size, image_size]."""
-        return self.classifier(self.features(x))
+        logits: Tensor = self.classifier(self.features(x))
+        return logits
 
 
 def lenet5(*, in_channels: int = 1, image_size: int = 28, classes: int = 10) -> LeNet5:

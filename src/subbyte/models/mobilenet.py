@@ -6,6 +6,8 @@ SAME. At stride 2 that padding is asymmetric; it is done outside the convolution
 convolution is a plain nn.Conv2d.
 """
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,7 +32,7 @@ class MobileNetV1(Network):
         super().__init__(spec, preprocess, classes)
         channels = [max(1, int(width * c)) for c in (32, *CHANNELS)]
         layers = _conv(3, channels[0], 3, stride=2)
-        for fan_in, fan_out, stride in zip(channels, channels[1:], STRIDES, strict=False):
+        for (fan_in, fan_out), stride in zip(pairwise(channels), STRIDES, strict=True):
             layers += _conv(fan_in, fan_in, 3, stride=stride, groups=fan_in)
             layers += _conv(fan_in, fan_out, 1)
         self.padded = frozenset(i for i, layer in enumerate(layers) if _is_strided(layer))
@@ -42,7 +44,8 @@ class MobileNetV1(Network):
         """Logits [n, classes] of images [n, 3, image_size, image_size]."""
         for i, layer in enumerate(self.features):
             x = layer(_pad_same(x) if i in self.padded else x)
-        return self.classifier(x.mean((2, 3)))
+        logits: Tensor = self.classifier(x.mean((2, 3)))
+        return logits
 
 
 def mobilenetv1(*, width: float = 0.75, image_size: int = 224, classes: int = 1000) -> MobileNetV1:
@@ -73,6 +76,6 @@ def _is_strided(layer: nn.Module) -> bool:
 
 
 def _pad_same(x: Tensor) -> Tensor:
-    """TensorFlow's SAME for kernel 3, stride 2: 1 after an even length, 1 on both ends of an odd."""
+    """TensorFlow's SAME for kernel 3, stride 2: 1 after an even length, 1 around an odd one."""
     height, width = x.shape[-2:]
     return F.pad(x, (width % 2, 1, height % 2, 1))

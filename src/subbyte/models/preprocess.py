@@ -78,7 +78,7 @@ class Preprocess:
 
 
 def centred(channels: int, size: int) -> Preprocess:
-    """The preprocessing of our own networks: pixels to -1..1, `size` x `size`, any channel count."""
+    """Preprocessing of our own networks: pixels to -1..1, any channel count, `size` x `size`."""
     return Preprocess((size, size), mean=(0.5,) * channels, std=(0.5,) * channels)
 
 

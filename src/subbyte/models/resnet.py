@@ -56,7 +56,8 @@ class CifarResNet(Network):
         """Logits [n, classes] of images [n, 3, h, w] of any size."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
+        logits: Tensor = self.linear(x.mean((2, 3)))
+        return logits
 
 
 def resnet20(*, classes: int = 10) -> CifarResNet:

@@ -35,7 +35,8 @@ class VGG7(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [n, classes] of images [n, in_channels, image_size, image_size]."""
-        return self.classifier(self.features(x))
+        logits: Tensor = self.classifier(self.features(x))
+        return logits
 
 
 def vgg7(*, in_channels: int = 3, image_size: int = 32, classes: int = 10) -> VGG7:

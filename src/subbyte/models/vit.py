@@ -26,7 +26,9 @@ class Block(nn.Module):
         """Tokens [n, tokens, dim] of the same shape."""
         y = self.norm1(x)
         x = x + self.attention(y, y, y, need_weights=False)[0]
-        return x + self.mlp(self.norm2(x))
+        y = self.mlp(self.norm2(x))
+        out: Tensor = x + y
+        return out
 
 
 class ViT(Network):
@@ -46,7 +48,8 @@ class ViT(Network):
     def forward(self, x: Tensor) -> Tensor:
         """Logits [n, classes] of images [n, in_channels, image_size, image_size]."""
         tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
-        return self.head(self.norm(self.blocks(tokens)).mean(1))
+        logits: Tensor = self.head(self.norm(self.blocks(tokens)).mean(1))
+        return logits
 
 
 def vit1(*, in_channels: int = 3, image_size: int = 32, classes: int = 10, patch: int = 4) -> ViT:

@@ -2,7 +2,7 @@
 
 A word holds the largest d digits with N^d <= 2^64 (64, 40, 32, 27, 20, 15 for N = 2, 3, 4, 5, 9,
 17). Codes are taken in C order; the first is the least significant digit of the first word; digits
-that are left over in the last word are 0. Words are little-endian and kept as bytes (uint8), because
+that are left over in the last word are 0. Words are little-endian and kept as bytes (uint8), for
 torch and safetensors move uint8 everywhere. docs/format.md is the specification.
 
 `radix-bytes` is the same with bytes for words (N^d <= 256). It is a little larger, but zstd finds
@@ -94,7 +94,8 @@ def check_words(packed: Tensor, n_levels: int, count: int) -> str | None:
     """What is wrong with words read from a file, in words; None if `unpack` may have them."""
     expected = 8 * n_words(count, n_levels)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (expected,):
-        return f"{count} codes of {n_levels} levels take uint8 [{expected}], not {_describe(packed)}"
+        found = f"{str(packed.dtype).removeprefix('torch.')} {list(packed.shape)}"
+        return f"{count} codes of {n_levels} levels take uint8 [{expected}], not {found}"
     if not torch.equal(pack(unpack(packed, n_levels, count), n_levels), packed):
         return f"a word holds a code above the grid (more than {n_levels} levels) or a stray digit"
     return None
@@ -167,7 +168,7 @@ def _inflate(frame: bytes, size: int) -> bytes:
         if stated != size:
             raise SubbyteError(f"the compressed codes hold {stated} bytes, {size} are needed")
         return zstandard.ZstdDecompressor().decompress(frame) if size else b""
-    except zstandard.ZstdError as error:
+    except (zstandard.ZstdError, MemoryError) as error:
         raise SubbyteError(f"the compressed codes are damaged ({error})") from None
 
 
@@ -188,10 +189,6 @@ def _bytes_of(values: Tensor, n_bytes: int) -> Tensor:
     """The low `n_bytes` of each value, little-endian; uint8 [len * n_bytes]."""
     shifts = 8 * torch.arange(n_bytes, device=values.device)
     return ((values[:, None] >> shifts) & 0xFF).to(torch.uint8).flatten()
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 if sys.byteorder != "little":  # pragma: no cover - no such machine at hand

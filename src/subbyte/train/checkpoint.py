@@ -1,17 +1,18 @@
-"""The state of a run between two epochs: written whole or not at all, read without pickle's code."""
+"""The state of a run between two epochs: written whole or not at all, no code is run on reading."""
 
 from __future__ import annotations
 
-import os
+import io
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from subbyte.errors import SubbyteError
+from subbyte.files import write_atomically
 from subbyte.train.settings import RunConfig
 
 _VERSION = 1
@@ -70,24 +71,13 @@ def _flatten(name: str, value: object) -> dict[str, str]:
     return flat
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """`write` fills a file beside `path` that then takes its place; a crash leaves the old one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
     content["history"] = [asdict(record) for record in checkpoint.history]
     content["version"] = _VERSION
-    write_atomically(path, lambda file: torch.save(content, file))
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
 
 
 def load_checkpoint(path: Path, config: RunConfig) -> Checkpoint:

@@ -15,7 +15,7 @@ from subbyte.data import ImageSet, batches
 from subbyte.errors import SubbyteError
 from subbyte.models import Network
 
-Preprocess = Callable[[Tensor], Tensor]
+ToInput = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def evaluate(
     model: nn.Module,
     data: ImageSet,
     *,
-    preprocess: Preprocess | None = None,
+    preprocess: ToInput | None = None,
     batch_size: int = 256,
 ) -> Evaluation:
     """The model, put into eval mode for the while, on every image of the data.
@@ -67,7 +67,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def preprocess_of(model: nn.Module) -> Preprocess:
+def preprocess_of(model: nn.Module) -> ToInput:
     if isinstance(model, Network):
         return model.preprocess
     raise SubbyteError(

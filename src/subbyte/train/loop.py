@@ -11,21 +11,17 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
 
-from subbyte.data import Augment, ImageSet, batches
+from subbyte.data import ImageSet, batches
 from subbyte.errors import SubbyteError
-from subbyte.methods import after_step, penalty
+from subbyte.files import write_atomically
 from subbyte.models import Network
 from subbyte.train.checkpoint import (
     Checkpoint,
@@ -33,13 +29,13 @@ from subbyte.train.checkpoint import (
     fingerprint,
     load_checkpoint,
     save_checkpoint,
-    write_atomically,
 )
-from subbyte.train.evaluate import Evaluation, count_correct, device_of, evaluate
-from subbyte.train.optim import build_optimizer, learning_rate, set_learning_rate
+from subbyte.train.evaluate import Evaluation, evaluate
+from subbyte.train.optim import learning_rate, set_learning_rate
 from subbyte.train.progress import Progress, Silent
 from subbyte.train.settings import LoopConfig, RunConfig
 from subbyte.train.setup import Setup, set_up
+from subbyte.train.update import State, start, update
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
@@ -53,22 +49,6 @@ class TrainResult:
     history: tuple[EpochRecord, ...]
     evaluation: Evaluation
     checkpoint: Path
-
-
-@dataclass
-class _State:
-    """What the loop changes."""
-
-    model: Network
-    optimizer: Optimizer
-    ema: AveragedModel | None
-    epoch: int = 0
-    history: tuple[EpochRecord, ...] = ()
-
-    @property
-    def best(self) -> nn.Module:
-        """What is evaluated and kept."""
-        return self.model if self.ema is None else self.ema.module
 
 
 @dataclass
@@ -126,17 +106,15 @@ def _scope(config: LoopConfig) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _start(model: Network, config: RunConfig, resume: bool) -> _State:
-    model.to(memory_format=_memory_format(model))
-    ema = averaged(model, config.train.ema) if config.train.ema else None
-    state = _State(model, build_optimizer(model.parameters(), config.train), ema)
+def _start(model: Network, config: RunConfig, resume: bool) -> State:
+    state = start(model, config.train)
     config.out.mkdir(parents=True, exist_ok=True)
     if resume:
         _restore(state, load_checkpoint(config.out / CHECKPOINT, config))
     return state
 
 
-def _restore(state: _State, checkpoint: Checkpoint) -> None:
+def _restore(state: State, checkpoint: Checkpoint) -> None:
     state.model.load_state_dict(checkpoint.model)
     state.optimizer.load_state_dict(checkpoint.optimizer)
     if state.ema is not None and checkpoint.ema is not None:
@@ -144,22 +122,7 @@ def _restore(state: _State, checkpoint: Checkpoint) -> None:
     state.epoch, state.history = checkpoint.epoch, checkpoint.history
 
 
-def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """Average = decay * average + (1 - decay) * model at every update; the first one copies.
-
-    Counters and other integer buffers are copied: rounding their average would make them drift.
-    """
-
-    def update(average: list[Tensor], current: list[Tensor], _: Tensor | int) -> None:
-        if average[0].is_floating_point():
-            torch._foreach_lerp_(average, current, 1.0 - decay)
-        else:
-            torch._foreach_copy_(average, current)
-
-    return AveragedModel(model, multi_avg_fn=torch.no_grad()(update), use_buffers=True)
-
-
-def _epoch(state: _State, setup: Setup, config: RunConfig, progress: Progress) -> None:
+def _epoch(state: State, setup: Setup, config: RunConfig, progress: Progress) -> None:
     steps = n_steps(len(setup.train), config.train)
     lr = learning_rate(config.train, state.epoch * steps, steps)
     progress.start(state.epoch + 1, config.train.epochs, steps)
@@ -174,14 +137,14 @@ def _epoch(state: _State, setup: Setup, config: RunConfig, progress: Progress) -
 
 
 def _train_epoch(
-    state: _State, data: ImageSet, config: RunConfig, steps: int, progress: Progress
+    state: State, data: ImageSet, config: RunConfig, steps: int, progress: Progress
 ) -> tuple[float, float, float, float]:
     """Mean loss, top-1, images a second and seconds."""
     state.model.train()
     tally = _Tally(started=time.perf_counter())
     for step, (x, y) in enumerate(_draw(data, config, state.epoch, steps), state.epoch * steps):
         set_learning_rate(state.optimizer, learning_rate(config.train, step, steps))
-        loss, correct = _step(state, x, y, config.train, step / (config.train.epochs * steps))
+        loss, correct = update(state, x, y, config.train, step / (config.train.epochs * steps))
         if not math.isfinite(loss):
             raise _diverged(f"the loss is {loss}", state.epoch, step - state.epoch * steps)
         tally.add(loss, correct, len(y))
@@ -202,7 +165,7 @@ def _draw(
     """The epoch's batches, shuffled and augmented; dropout draws from torch's global generator."""
     torch.manual_seed(_mix(config.train.seed, epoch, "layers"))
     generator = torch.Generator().manual_seed(_mix(config.train.seed, epoch, "data"))
-    augment = Augment(crop=config.data.crop, flip=config.data.flip, cutout=config.data.cutout)
+    augment = config.data.augment()
     drawn = batches(data, config.train.batch_size, generator=generator)
     for x, y in islice(drawn, steps):
         yield augment(x, generator), y
@@ -214,48 +177,7 @@ def _mix(seed: int, epoch: int, purpose: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _step(
-    state: _State, x: Tensor, y: Tensor, config: LoopConfig, progress: float
-) -> tuple[float, int]:
-    """One update; the cross-entropy (not finite if the whole loss is not) and the hits before it.
-
-    `cached` makes every weight be quantized once, however often the forward pass reads it.
-    """
-    model, device = state.model, device_of(state.model)
-    x, y = model.preprocess(x.to(device)), y.to(device)
-    state.optimizer.zero_grad(set_to_none=True)
-    with parametrize.cached():
-        with _autocast(config, device):
-            logits = model(x.contiguous(memory_format=_memory_format(model, x)))
-        task = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
-        loss = task + penalty(model, progress)
-        if not loss.isfinite():
-            return loss.item(), 0
-        loss.backward()
-    if config.clip_grad_norm:
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
-    state.optimizer.step()
-    after_step(model, progress)
-    if state.ema is not None:
-        state.ema.update_parameters(model)
-    return task.item(), count_correct(logits.detach(), y)
-
-
-def _autocast(config: LoopConfig, device: torch.device) -> torch.autocast | nullcontext[None]:
-    if config.precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
-
-
-def _memory_format(model: nn.Module, x: Tensor | None = None) -> torch.memory_format:
-    """channels_last suits a network with 2-d convolutions, for images that are 4-D."""
-    convs = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    if convs and (x is None or x.ndim == 4):
-        return torch.channels_last
-    return torch.contiguous_format
-
-
-def _check_weights(state: _State) -> None:
+def _check_weights(state: State) -> None:
     """The last update of an epoch must not put weights that are not finite into the checkpoint."""
     for name, parameter in state.model.named_parameters():
         if not parameter.isfinite().all():
@@ -264,13 +186,14 @@ def _check_weights(state: _State) -> None:
 
 def _diverged(what: str, epoch: int, step: int | None) -> SubbyteError:
     where = f"epoch {epoch + 1}" + ("" if step is None else f", step {step + 1}")
+    kept = f"; the checkpoint of epoch {epoch} is kept" if epoch else ""
     return SubbyteError(
-        f"{what} in {where}; lower train.lr, or set train.clip_grad_norm or train.warmup_epochs. "
-        "The checkpoint of the last whole epoch is kept"
+        f"{what} in {where}; lower train.lr, or set train.clip_grad_norm or "
+        f"train.warmup_epochs{kept}"
     )
 
 
-def _save(state: _State, config: RunConfig) -> None:
+def _save(state: State, config: RunConfig) -> None:
     checkpoint = Checkpoint(
         model=state.model.state_dict(),
         ema=None if state.ema is None else state.ema.state_dict(),
@@ -281,7 +204,7 @@ def _save(state: _State, config: RunConfig) -> None:
     )
     save_checkpoint(checkpoint, config.out / CHECKPOINT)
     text = "".join(_json_line(record) for record in state.history)
-    write_atomically(config.out / METRICS, lambda file: file.write(text.encode()))
+    write_atomically(config.out / METRICS, text.encode())
 
 
 def _json_line(record: EpochRecord) -> str:
@@ -290,7 +213,7 @@ def _json_line(record: EpochRecord) -> str:
     return json.dumps(figures, allow_nan=False) + "\n"
 
 
-def _result(state: _State, test: ImageSet, config: RunConfig) -> TrainResult:
+def _result(state: State, test: ImageSet, config: RunConfig) -> TrainResult:
     """The last epoch's figures; memory as other code expects it."""
     model = state.best.to(memory_format=torch.contiguous_format)
     assert isinstance(model, Network)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from subbyte.data import Augment
 from subbyte.errors import SubbyteError
 from subbyte.recipe import Recipe
 
@@ -60,8 +61,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self.size is None or self.size >= 1, "size", self.size, "at least 1")
-        _require(self.crop >= 0, "crop", self.crop, "0 or more")
-        _require(self.cutout >= 0, "cutout", self.cutout, "0 or more")
+        self.augment()  # checks its own ranges
+
+    def augment(self) -> Augment:
+        return Augment(self.crop, self.flip, self.cutout)
 
 
 @dataclass(frozen=True, kw_only=True)

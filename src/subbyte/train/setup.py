@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 
 from subbyte.data import ImageSet, load_images
 from subbyte.errors import SubbyteError
 from subbyte.methods import prepare
-from subbyte.models import Network, build
-from subbyte.train.evaluate import check_labels, describe
+from subbyte.models import Network, build, load_weights
+from subbyte.train.evaluate import check_labels, describe, eval_mode
 from subbyte.train.settings import DataConfig, ModelConfig, RunConfig
 
 
@@ -29,7 +26,7 @@ class Setup:
 
 
 def set_up(config: RunConfig) -> Setup:
-    """Data, network (weights drawn from torch's global generator), checks, method; in this order."""
+    """Data, network, checks, method, in this order; weights come from torch's global generator."""
     train, test = _load(config.data)
     model = _build(config.model)
     for data in (train, test):
@@ -47,19 +44,8 @@ def _load(config: DataConfig) -> tuple[ImageSet, ImageSet]:
 def _build(config: ModelConfig) -> Network:
     model = build(config.name, **config.arguments)
     if config.weights is not None:
-        _load_weights(model, Path(config.weights))
+        load_weights(model, config.weights)
     return model
-
-
-def _load_weights(model: Network, path: Path) -> None:
-    if not path.is_file():
-        raise SubbyteError(f"model.weights = '{path}': no such file; train in float first")
-    try:
-        model.load_state_dict(safetensors.torch.load_file(path))
-    except safetensors.SafetensorError as error:
-        raise SubbyteError(f"{path}: not a safetensors file of weights: {error}") from error
-    except RuntimeError as error:
-        raise SubbyteError(f"{path}: weights of another network: {error}") from error
 
 
 def _check_fit(model: Network, data: ImageSet) -> None:
@@ -76,15 +62,11 @@ def _check_fit(model: Network, data: ImageSet) -> None:
 
 
 def _try_one(model: Network, data: ImageSet) -> None:
-    was = model.training
-    model.eval()
     try:
-        with torch.inference_mode():
+        with eval_mode(model), torch.inference_mode():
             model(model.preprocess(data.images[:1]))
     except (RuntimeError, ValueError) as error:
         raise SubbyteError(
             f"the network does not take images of shape {tuple(data.images.shape[1:])} "
             f"({describe(data)}): {error}; check model.arguments and data.size"
         ) from error
-    finally:
-        model.train(was)

@@ -35,19 +35,30 @@ void unpack_words(const std::uint8_t* words, std::size_t count, unsigned levels,
 }
 
 // Calls the instance for a common level count (a constant divisor is a multiplication).
-#define SUBBYTE_DISPATCH(function, levels, ...)        \
-  switch (levels) {                                    \
-    case 2: return function<2>(__VA_ARGS__);           \
-    case 3: return function<3>(__VA_ARGS__);           \
-    case 4: return function<4>(__VA_ARGS__);           \
-    case 5: return function<5>(__VA_ARGS__);           \
-    case 7: return function<7>(__VA_ARGS__);           \
-    case 8: return function<8>(__VA_ARGS__);           \
-    case 9: return function<9>(__VA_ARGS__);           \
-    case 15: return function<15>(__VA_ARGS__);         \
-    case 16: return function<16>(__VA_ARGS__);         \
-    case 17: return function<17>(__VA_ARGS__);         \
-    default: return function<0>(__VA_ARGS__);          \
+#define SUBBYTE_DISPATCH(function, levels, ...) \
+  switch (levels) {                             \
+    case 2:                                     \
+      return function<2>(__VA_ARGS__);          \
+    case 3:                                     \
+      return function<3>(__VA_ARGS__);          \
+    case 4:                                     \
+      return function<4>(__VA_ARGS__);          \
+    case 5:                                     \
+      return function<5>(__VA_ARGS__);          \
+    case 7:                                     \
+      return function<7>(__VA_ARGS__);          \
+    case 8:                                     \
+      return function<8>(__VA_ARGS__);          \
+    case 9:                                     \
+      return function<9>(__VA_ARGS__);          \
+    case 15:                                    \
+      return function<15>(__VA_ARGS__);         \
+    case 16:                                    \
+      return function<16>(__VA_ARGS__);         \
+    case 17:                                    \
+      return function<17>(__VA_ARGS__);         \
+    default:                                    \
+      return function<0>(__VA_ARGS__);          \
   }
 
 }  // namespace

@@ -1,0 +1,51 @@
+# `make demo` and `make test` set up all they need: a virtual environment in .venv, pinned by
+# constraints.txt, with subbyte installed from this tree (needs Python 3.10+, a C++ compiler, make).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE := CMakeLists.txt $(wildcard src/subbyte/kernels/csrc/*)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-all check format bench mutants reproduce clean
+.DEFAULT_GOAL := demo
+
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
+	$(PYTHON) -c 'import sys; sys.exit("subbyte needs Python 3.10 or newer, $(PYTHON) is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[data,dev]'
+	touch $@
+
+demo: $(STAMP)  ## Train, pack, reload and compare on embedded data (about a minute)
+	$(BIN)/subbyte demo
+
+test: $(STAMP)  ## The test suite (minutes)
+	$(BIN)/python -m pytest -n 2
+
+test-all: $(STAMP)  ## Everything, also what needs ../shared/data or takes long
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+check: $(STAMP)  ## Format, lint and types, Python and C++
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard src/subbyte/kernels/csrc/*.?pp)
+
+format: $(STAMP)  ## Put everything into the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(wildcard src/subbyte/kernels/csrc/*.?pp)
+
+bench: $(STAMP)  ## Measure what the documents claim; JSON lines go to benchmarks/results/
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/file_size.py
+
+mutants: $(STAMP)  ## Plant the bugs of tests/mutants.toml one by one: the tests must catch each
+	$(BIN)/python tests/mutants.py
+
+reproduce: $(STAMP)  ## Train again what docs/results/ shows (hours)
+	$(BIN)/python benchmarks/reproduce.py
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,352 @@
+"""The packed file: one .safetensors with a JSON manifest. docs/format.md is its specification.
+
+`save` writes a packed model, `load` gives the same packed model back, bit for bit. Nothing is
+pickled and nothing is inferred from names or shapes: the manifest says what each tensor is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from subbyte.errors import SubbyteError
+from subbyte.files import write_atomically
+from subbyte.functional import n_groups
+from subbyte.grids import Grid, ScaleDomain
+from subbyte.layers import join
+from subbyte.models import Network, build
+from subbyte.modules import PackedMultiheadAttention, PackedWeight, pack, read_scale
+from subbyte.packing import radix
+from subbyte.tensors import QuantizedLayer, QuantizedTensor
+
+FORMAT, VERSION = "subbyte", 1
+WORDS, ZSTD = "radix64", "radix-bytes+zstd"
+_SCALE_DTYPES = {
+    ScaleDomain.FLOAT32: torch.float32,
+    ScaleDomain.FLOAT16: torch.float16,
+    ScaleDomain.POWER_OF_TWO: torch.int8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerEntry:
+    """What the manifest says of one layer."""
+
+    type: str
+    shape: tuple[int, ...]
+    grid: Grid
+    encoding: str
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Artifact:
+    """A file as it was read: the manifest's content, and tensors as they are stored."""
+
+    network: dict[str, Any] | None
+    entries: dict[str, LayerEntry]
+    tensors: dict[str, Tensor]
+    state_names: tuple[str, ...]
+    n_bytes: int
+
+    def layers(self) -> dict[str, QuantizedLayer]:
+        """The waist, read back. Raises SubbyteError naming the layer whose tensors are off."""
+        return {name: self._layer(name, entry) for name, entry in self.entries.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that is not a layer's: norms, running statistics, float layers."""
+        return {name: self.tensors[name] for name in self.state_names}
+
+    def _layer(self, name: str, entry: LayerEntry) -> QuantizedLayer:
+        try:
+            codes = _read_codes(self.tensors[join(name, "codes")], entry)
+            scale = self.tensors[join(name, "scale")]
+            _check_scale(scale, entry)
+            scale = read_scale(scale, entry.grid.scale_domain)
+            weight = QuantizedTensor(codes.reshape(entry.shape), scale, entry.grid)
+        except SubbyteError as error:
+            raise SubbyteError(f"layer '{name}': {error}") from None
+        return QuantizedLayer(weight, self.tensors[join(name, "bias")] if entry.bias else None)
+
+
+# ---------------------------------------------------------------- save
+
+
+def save(net: nn.Module, path: str | Path, *, compress: bool = False) -> int:
+    """Write a packed model; returns the file's size in bytes.
+
+    compress: zstd over base-N bytes instead of radix words, close to the entropy of the codes
+    (a layer it does not shrink stays in words). The file appears whole or not at all: an older
+    file of that name survives a full disk or a crash. Raises SubbyteError if the model has no
+    packed layer, or if the file cannot be written.
+    """
+    packed = packed_layers(net)
+    if not packed:
+        raise SubbyteError("the model has no packed layer; save takes the result of pack()")
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Any] = {}
+    grids = list(dict.fromkeys(layer.weight.grid for layer in packed))
+    for layer in packed:
+        codes, encoding = _encode(layer.weight, compress)
+        scale = _stored_scale(layer.name, layer.weight)
+        tensors |= {join(layer.name, "codes"): codes, join(layer.name, "scale"): scale}
+        if layer.bias is not None:
+            tensors[join(layer.name, "bias")] = layer.bias
+        layers[layer.name] = {
+            "type": layer.type,
+            "shape": list(layer.weight.shape),
+            "grid": grids.index(layer.weight.grid),
+            "encoding": encoding,
+            "bias": layer.bias is not None,
+        }
+    state = _float_state(net, packed)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "network": _network(net),
+        "grids": [grid.to_dict() for grid in grids],
+        "layers": layers,
+        "state": list(state),
+    }
+    return write_safetensors({**tensors, **state}, {FORMAT: _compact(manifest)}, Path(path))
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str], path: Path) -> int:
+    """Write whole or not at all (temporary file, fsync, rename); returns the size in bytes."""
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    data = to_bytes(plain, metadata)
+    write_atomically(path, data)
+    return len(data)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedLayer:
+    """A packed weight in a model, with what its layer adds."""
+
+    name: str
+    type: str  # the torch.nn class that it stands for
+    weight: PackedWeight
+    bias: Tensor | None
+    keys: frozenset[str]  # its entries in the model's state dict
+
+
+def packed_layers(net: nn.Module) -> list[PackedLayer]:
+    """The packed layers of a model, in the order of its modules."""
+    modules = dict(net.named_modules())
+    return [
+        _packed_layer(path, modules) for path, m in modules.items() if isinstance(m, PackedWeight)
+    ]
+
+
+def _packed_layer(path: str, modules: Mapping[str, nn.Module]) -> PackedLayer:
+    weight, parent = modules[path], path.rpartition(".")[0]
+    owner = modules[parent]
+    assert isinstance(weight, PackedWeight)
+    keys = {f"{path}.words", f"{path}.scale"}
+    if isinstance(owner, PackedMultiheadAttention):  # a projection; the bias is the attention's
+        return PackedLayer(path, "MultiheadAttention", weight, None, frozenset(keys))
+    bias = getattr(owner, "bias", None)
+    keys |= {join(parent, "bias")} if bias is not None else set()
+    type_name = type(owner).__name__.removeprefix("Packed")
+    return PackedLayer(parent, type_name, weight, bias, frozenset(keys))
+
+
+def _encode(weight: PackedWeight, compress: bool) -> tuple[Tensor, str]:
+    """Codes as they go to disk, and the name of their encoding."""
+    words = weight.words.cpu()
+    if compress:
+        frame = radix.compress(weight.codes().cpu(), weight.grid.n_levels)
+        if frame.numel() < words.numel():
+            return frame, ZSTD
+    return words, WORDS
+
+
+def _stored_scale(name: str, weight: PackedWeight) -> Tensor:
+    wanted = _SCALE_DTYPES[weight.grid.scale_domain]
+    if weight.scale.dtype != wanted:
+        raise SubbyteError(
+            f"scale of '{name}' is {weight.scale.dtype}, its grid stores {wanted}; save the model "
+            "before converting it to another dtype"
+        )
+    return weight.scale
+
+
+def _float_state(net: nn.Module, packed: list[PackedLayer]) -> dict[str, Tensor]:
+    taken = frozenset().union(*(layer.keys for layer in packed))
+    state = {name: value for name, value in net.state_dict().items() if name not in taken}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise SubbyteError(
+                f"state '{name}' is a {type(value).__name__}; only tensors are saved"
+            )
+    return state
+
+
+def _network(net: nn.Module) -> dict[str, Any] | None:
+    """Name and arguments of a zoo network; None for any other."""
+    if not isinstance(net, Network):
+        return None
+    return {"name": net.spec.name, "arguments": dict(net.spec.arguments)}
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+# ---------------------------------------------------------------- load
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The packed model in a file, in eval mode, on the CPU.
+
+    A zoo network rebuilds itself from the manifest; for any other pass `model`, the float network
+    (its weights do not matter; it stays as it is). Raises SubbyteError for a file that is missing,
+    damaged, of a newer version, or of another network.
+    """
+    artifact = read(path)
+    try:
+        net = pack(_skeleton(artifact) if model is None else model, artifact.layers())
+        _load_state(net, artifact)
+    except SubbyteError as error:
+        raise SubbyteError(f"{path}: {error}") from None
+    return net
+
+
+def read(path: str | Path) -> Artifact:
+    """The file's manifest and tensors, checked. Raises SubbyteError naming file and fault."""
+    path = Path(path)
+    if not path.is_file():
+        raise SubbyteError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise SubbyteError(
+            f"{path}: not a whole safetensors file ({error}); it is damaged or was cut off: "
+            "make or fetch it again"
+        ) from None
+    try:
+        return _parse(metadata, tensors, path.stat().st_size)
+    except SubbyteError as error:
+        raise SubbyteError(f"{path}: {error}") from None
+
+
+def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor], n_bytes: int) -> Artifact:
+    manifest = _manifest(metadata)
+    try:
+        grids = [Grid.from_dict(value) for value in manifest["grids"]]
+        entries = {name: _entry(v, grids) for name, v in manifest["layers"].items()}
+        state = tuple(str(name) for name in manifest["state"])
+        network = manifest["network"]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise SubbyteError(f"the manifest is malformed ({error!r})") from None
+    _check_names(entries, state, tensors)
+    return Artifact(network, entries, tensors, state, n_bytes)
+
+
+def _manifest(metadata: Mapping[str, str]) -> dict[str, Any]:
+    if FORMAT not in metadata:
+        raise SubbyteError(
+            "a safetensors file without a subbyte manifest; for float weights of a zoo network "
+            "use `subbyte evaluate NETWORK --weights FILE`"
+        )
+    try:
+        manifest = json.loads(metadata[FORMAT])
+        version = manifest["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SubbyteError(f"the manifest is malformed ({error!r})") from None
+    if not isinstance(version, int) or version < 1:
+        raise SubbyteError(f"the manifest has version {version!r}, not a whole number from 1 up")
+    if version > VERSION:
+        raise SubbyteError(
+            f"format version {version}, this subbyte reads up to {VERSION}; upgrade subbyte"
+        )
+    return manifest
+
+
+def _entry(value: Mapping[str, Any], grids: list[Grid]) -> LayerEntry:
+    shape = tuple(value["shape"])
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
+        raise SubbyteError(f"the manifest has a shape {value['shape']!r}")
+    if value["encoding"] not in (WORDS, ZSTD):
+        raise SubbyteError(f"encoding {value['encoding']!r} is unknown; upgrade subbyte")
+    index = value["grid"]
+    if not isinstance(index, int) or not 0 <= index < len(grids):
+        raise SubbyteError(f"the manifest names grid {index!r}, it has {len(grids)}")
+    return LayerEntry(
+        str(value["type"]), shape, grids[index], value["encoding"], bool(value["bias"])
+    )
+
+
+def _check_names(
+    entries: Mapping[str, LayerEntry], state: tuple[str, ...], tensors: Mapping[str, Tensor]
+) -> None:
+    """The manifest accounts for every tensor, once."""
+    stated = list(state)
+    for name, entry in entries.items():
+        parts = ("codes", "scale", "bias") if entry.bias else ("codes", "scale")
+        stated += [join(name, part) for part in parts]
+    for name in stated:
+        if name not in tensors:
+            raise SubbyteError(f"tensor '{name}' is in the manifest but not in the file")
+    extra = sorted(set(tensors) - set(stated))
+    if extra or len(set(stated)) != len(stated):
+        raise SubbyteError(f"the manifest does not account for every tensor once ({extra[:3]})")
+
+
+def _read_codes(stored: Tensor, entry: LayerEntry) -> Tensor:
+    count, n_levels = torch.Size(entry.shape).numel(), entry.grid.n_levels
+    if entry.encoding == ZSTD:
+        if stored.dtype != torch.uint8 or stored.ndim != 1:
+            raise SubbyteError(f"compressed codes are {stored.dtype} {list(stored.shape)}")
+        return radix.decompress(stored, n_levels, count)
+    fault = radix.check_words(stored, n_levels, count)
+    if fault:
+        raise SubbyteError(fault)
+    return radix.unpack(stored, n_levels, count)
+
+
+def _check_scale(scale: Tensor, entry: LayerEntry) -> None:
+    wanted = _SCALE_DTYPES[entry.grid.scale_domain]
+    groups = n_groups(entry.shape, entry.grid)
+    if scale.dtype != wanted or tuple(scale.shape) != (groups,):
+        raise SubbyteError(
+            f"scale is {scale.dtype} {list(scale.shape)}, the grid needs {wanted} [{groups}]"
+        )
+
+
+def _skeleton(artifact: Artifact) -> nn.Module:
+    if artifact.network is None:
+        raise SubbyteError("the file holds no zoo network; pass yours: load(path, model=net)")
+    try:
+        name, arguments = artifact.network["name"], dict(artifact.network["arguments"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SubbyteError(f"the manifest's network is malformed ({error!r})") from None
+    return build(name, **arguments)
+
+
+def _load_state(net: nn.Module, artifact: Artifact) -> None:
+    """Fill everything but the packed layers; names and shapes must agree exactly."""
+    own = net.state_dict()
+    for name, value in artifact.state().items():
+        if name not in own:
+            raise SubbyteError(f"the network has no '{name}'; the file is of another network")
+        if own[name].shape != value.shape:
+            raise SubbyteError(
+                f"'{name}' has shape {tuple(value.shape)} in the file, {tuple(own[name].shape)} "
+                "in the network"
+            )
+    taken = frozenset().union(*(layer.keys for layer in packed_layers(net)))
+    left = sorted(set(own) - set(artifact.state_names) - taken)
+    if left:
+        raise SubbyteError(f"the file has no '{left[0]}', which the network needs")
+    net.load_state_dict(artifact.state(), strict=False)

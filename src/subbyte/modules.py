@@ -1,0 +1,372 @@
+"""Packed layers: uint8 words, a scale and a bias in plain buffers; float activations.
+
+Each runs on the reference backend: decode the weight, run the float operation, drop the decoded
+weight again. Buffers are plain tensors, so state_dict, deepcopy, `.to(device)` and safetensors work
+as for any module.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from subbyte.errors import SubbyteError
+from subbyte.functional import decode, scale_exponent
+from subbyte.grids import Grid, ScaleDomain
+from subbyte.layers import Site, sites, supported_type
+from subbyte.packing import radix
+from subbyte.tensors import QuantizedLayer, QuantizedTensor
+
+
+class PackedWeight(nn.Module):
+    """A QuantizedTensor in radix words.
+
+    words: uint8 [8 * n_words]. scale: [groups] as the grid's domain stores it: float32, float16 or
+    int8 exponents.
+    """
+
+    words: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: QuantizedTensor) -> None:
+        super().__init__()
+        self.grid: Grid = weight.grid
+        self.shape = tuple(weight.shape)
+        self.register_buffer("words", radix.pack(weight.codes, weight.grid.n_levels))
+        self.register_buffer("scale", store_scale(weight.scale, weight.grid.scale_domain))
+
+    @property
+    def n_weights(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    def codes(self) -> Tensor:
+        """uint8, the weight's shape."""
+        return radix.unpack(self.words, self.grid.n_levels, self.n_weights).reshape(self.shape)
+
+    def quantized(self) -> QuantizedTensor:
+        """Back to the value it was made of, bit for bit."""
+        scale = read_scale(self.scale, self.grid.scale_domain)
+        return QuantizedTensor(self.codes(), scale, self.grid)
+
+    def forward(self) -> Tensor:
+        """The weight as float32."""
+        return decode(self.codes(), read_scale(self.scale, self.grid.scale_domain), self.grid)
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, levels={self.grid.n_levels}, scales={self.scale.numel()}"
+
+
+def store_scale(scale: Tensor, domain: ScaleDomain) -> Tensor:
+    """Scale float32 [groups] in the dtype that its domain is stored in."""
+    if domain is ScaleDomain.POWER_OF_TWO:
+        return scale_exponent(scale).to(torch.int8)
+    return scale.clone() if domain is ScaleDomain.FLOAT32 else scale.half()
+
+
+def read_scale(stored: Tensor, domain: ScaleDomain) -> Tensor:
+    """float32 [groups] of a stored scale."""
+    if domain is ScaleDomain.POWER_OF_TWO:
+        return torch.ldexp(torch.ones_like(stored, dtype=torch.float32), stored.int())
+    return stored.float()
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` with a packed weight [out, in]; x [..., in] -> [..., out] in x's dtype."""
+
+    bias: Tensor | None
+
+    def __init__(self, like: nn.Linear, layer: QuantizedLayer) -> None:
+        super().__init__()
+        self.in_features, self.out_features = like.in_features, like.out_features
+        self.weight = PackedWeight(layer.weight)
+        self.register_buffer("bias", layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight().to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class _PackedConv(nn.Module):
+    """A convolution with a packed weight; the subclass names its function."""
+
+    function: Callable[..., Tensor]
+    bias: Tensor | None
+
+    def __init__(self, like: Any, layer: QuantizedLayer) -> None:
+        super().__init__()
+        self.stride, self.padding, self.dilation = like.stride, like.padding, like.dilation
+        self.groups, self.padding_mode = like.groups, like.padding_mode
+        self.pads = tuple(like._reversed_padding_repeated_twice)
+        self.weight = PackedWeight(layer.weight)
+        self.register_buffer("bias", layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self.pads, mode=self.padding_mode), 0
+        weight = self.weight().to(x.dtype)
+        return type(self).function(
+            x, weight, self.bias, self.stride, padding, self.dilation, self.groups
+        )
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, padding={self.padding}, groups={self.groups}"
+
+
+class PackedConv1d(_PackedConv):
+    """`nn.Conv1d` with a packed weight [out, in / groups, k]."""
+
+    function = staticmethod(F.conv1d)
+
+
+class PackedConv2d(_PackedConv):
+    """`nn.Conv2d` with a packed weight [out, in / groups, kh, kw]."""
+
+    function = staticmethod(F.conv2d)
+
+
+class PackedConv3d(_PackedConv):
+    """`nn.Conv3d` with a packed weight [out, in / groups, kd, kh, kw]."""
+
+    function = staticmethod(F.conv3d)
+
+
+class _PackedConvTranspose(nn.Module):
+    """A transposed convolution with a packed weight; the subclass names its function."""
+
+    function: Callable[..., Tensor]
+    bias: Tensor | None
+
+    def __init__(self, like: Any, layer: QuantizedLayer) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.padding = like.kernel_size, like.stride, like.padding
+        self.output_padding, self.dilation = like.output_padding, like.dilation
+        self.groups = like.groups
+        self.weight = PackedWeight(layer.weight)
+        self.register_buffer("bias", layer.bias)
+
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        extra = self.output_padding if output_size is None else self._extra(x, output_size)
+        weight = self.weight().to(x.dtype)
+        return type(self).function(
+            x, weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation
+        )
+
+    def _extra(self, x: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:
+        """Output padding that gives the spatial output_size."""
+        n_dims = len(self.kernel_size)
+        wanted = tuple(output_size)[-n_dims:]
+        smallest = [
+            (x.shape[d - n_dims] - 1) * self.stride[d]
+            - 2 * self.padding[d]
+            + self.dilation[d] * (self.kernel_size[d] - 1)
+            + 1
+            for d in range(n_dims)
+        ]
+        extra = tuple(want - small for want, small in zip(wanted, smallest, strict=True))
+        if any(not 0 <= e < s for e, s in zip(extra, self.stride, strict=True)):
+            raise SubbyteError(
+                f"output_size {wanted} cannot be had; it must be at least {tuple(smallest)} and "
+                f"less than one stride {self.stride} above it"
+            )
+        return extra
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, padding={self.padding}, groups={self.groups}"
+
+
+class PackedConvTranspose1d(_PackedConvTranspose):
+    """`nn.ConvTranspose1d` with a packed weight [in, out / groups, k]."""
+
+    function = staticmethod(F.conv_transpose1d)
+
+
+class PackedConvTranspose2d(_PackedConvTranspose):
+    """`nn.ConvTranspose2d` with a packed weight [in, out / groups, kh, kw]."""
+
+    function = staticmethod(F.conv_transpose2d)
+
+
+class PackedEmbedding(nn.Module):
+    """`nn.Embedding` with a packed table [entries, features]; [...] -> [..., features]."""
+
+    def __init__(self, like: nn.Embedding, layer: QuantizedLayer) -> None:
+        super().__init__()
+        if like.max_norm is not None:
+            raise SubbyteError("an Embedding with max_norm rewrites its weights; keep it float")
+        self.weight = PackedWeight(layer.weight)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return F.embedding(indices, self.weight())
+
+
+class PackedMultiheadAttention(nn.Module):
+    """`nn.MultiheadAttention` with packed projections, same call and results.
+
+    projections: one `in_proj`, or `q_proj`, `k_proj`, `v_proj` when their widths differ. A
+    projection that a recipe keeps in float stays a float tensor.
+    """
+
+    in_proj_bias: Tensor | None
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+    # read by nn.TransformerEncoderLayer, which then takes its ordinary path
+    _qkv_same_embed_dim = False
+
+    def __init__(self, like: nn.MultiheadAttention, packed: Mapping[str, QuantizedLayer]) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads = like.embed_dim, like.num_heads
+        self.dropout, self.batch_first = like.dropout, like.batch_first
+        self.add_zero_attn, self.separate = like.add_zero_attn, not like._qkv_same_embed_dim
+        for name in ("q_proj", "k_proj", "v_proj") if self.separate else ("in_proj",):
+            setattr(self, name, _projection(getattr(like, f"{name}_weight"), packed.get(name)))
+        for name in ("in_proj_bias", "bias_k", "bias_v"):
+            value = getattr(like, name)
+            self.register_buffer(name, None if value is None else value.detach())
+        self.out_proj = like.out_proj
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        swap = self.batch_first and query.dim() == 3
+        if swap:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        out, weights = F.multi_head_attention_forward(
+            query, key, value, self.embed_dim, self.num_heads,
+            None if self.separate else self.in_proj().to(query.dtype),
+            self.in_proj_bias, self.bias_k, self.bias_v, self.add_zero_attn, self.dropout,
+            self._out_weight().to(query.dtype), self.out_proj.bias,
+            training=self.training, key_padding_mask=key_padding_mask, need_weights=need_weights,
+            attn_mask=attn_mask, average_attn_weights=average_attn_weights, is_causal=is_causal,
+            use_separate_proj_weight=self.separate,
+            **self._separate_weights(query.dtype),
+        )  # fmt: skip
+        return (out.transpose(0, 1) if swap else out), weights
+
+    def _separate_weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        names = ("q_proj", "k_proj", "v_proj") if self.separate else ()
+        return {f"{name}_weight": getattr(self, name)().to(dtype) for name in names}
+
+    def _out_weight(self) -> Tensor:
+        weight = self.out_proj.weight
+        return weight() if isinstance(weight, PackedWeight) else weight
+
+
+class _FloatWeight(nn.Module):
+    """A projection that stays float, called like a PackedWeight."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.detach())
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+def _projection(weight: Tensor, layer: QuantizedLayer | None) -> nn.Module:
+    return _FloatWeight(weight) if layer is None else PackedWeight(layer.weight)
+
+
+PACKED: dict[type[nn.Module], Callable[[Any, QuantizedLayer], nn.Module]] = {
+    nn.Linear: PackedLinear,
+    nn.Conv1d: PackedConv1d,
+    nn.Conv2d: PackedConv2d,
+    nn.Conv3d: PackedConv3d,
+    nn.ConvTranspose1d: PackedConvTranspose1d,
+    nn.ConvTranspose2d: PackedConvTranspose2d,
+    nn.Embedding: PackedEmbedding,
+}
+
+
+def pack(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> nn.Module:
+    """A copy of the model in which the named layers are packed; in eval mode.
+
+    model: the float network, or the prepared one that `layers` were frozen from; it stays as it is.
+    Raises SubbyteError for a name the model does not have, a shape that differs, or a prepared
+    layer that `layers` leaves out.
+    """
+    net = copy.deepcopy(model)
+    by_owner = _by_owner(net, layers)
+    replaced: dict[int, nn.Module] = {}
+    for parent in reversed(list(net.modules())):  # children first: attention takes its out_proj
+        for name, child in list(parent.named_children()):
+            if id(child) in by_owner:
+                packed = replaced.get(id(child)) or _packed(child, by_owner[id(child)])
+                replaced[id(child)] = packed
+                setattr(parent, name, packed)
+    if id(net) in by_owner:
+        net = _packed(net, by_owner[id(net)])
+    return net.eval()
+
+
+def _by_owner(
+    net: nn.Module, layers: Mapping[str, QuantizedLayer]
+) -> dict[int, dict[str, QuantizedLayer]]:
+    """id of each module to replace -> its quantized weights, by the last part of their names."""
+    known = {site.name: site for site in sites(net)}
+    missing = sorted(set(layers) - set(known))
+    if missing:
+        raise SubbyteError(f"the model has no layer {missing[0]!r}; it has {', '.join(known)}")
+    by_owner: dict[int, dict[str, QuantizedLayer]] = {}
+    for name, layer in layers.items():
+        site = known[name]
+        _check_shape(site, layer)
+        owner = net.get_submodule(site.owner)
+        part = site.parameter.removesuffix("_weight")
+        by_owner.setdefault(id(owner), {})[part] = layer
+    _check_all_prepared(net, known.values(), layers)
+    for module in net.modules():  # attention reads its out_proj's weight, so it must know it packed
+        if isinstance(module, nn.MultiheadAttention) and id(module.out_proj) in by_owner:
+            by_owner.setdefault(id(module), {})
+    return by_owner
+
+
+def _packed(module: nn.Module, layers: Mapping[str, QuantizedLayer]) -> nn.Module:
+    """The packed counterpart of one module, whose children may be packed already."""
+    if isinstance(module, nn.MultiheadAttention):
+        packed: nn.Module = PackedMultiheadAttention(module, layers)
+    else:
+        kind = supported_type(module)
+        assert kind is not None
+        _check_plain(module, kind)
+        packed = PACKED[kind](module, layers["weight"])
+    return packed.train(module.training)
+
+
+def _check_shape(site: Site, layer: QuantizedLayer) -> None:
+    if tuple(layer.weight.shape) != site.shape:
+        raise SubbyteError(
+            f"layer '{site.name}' has shape {site.shape}, its codes {tuple(layer.weight.shape)}; "
+            "the codes are of another network"
+        )
+
+
+def _check_plain(module: nn.Module, kind: type[nn.Module]) -> None:
+    if type(module).forward is not kind.forward:
+        name = type(module).__name__
+        raise SubbyteError(f"{name} overrides {kind.__name__}.forward; keep it float")
+
+
+def _check_all_prepared(net: nn.Module, known: Any, layers: Mapping[str, QuantizedLayer]) -> None:
+    for site in known:
+        owner = net.get_submodule(site.owner)
+        prepared = site.parameter in getattr(owner, "parametrizations", {})
+        if prepared and site.name not in layers:
+            raise SubbyteError(f"layer '{site.name}' is prepared but not among the frozen layers")

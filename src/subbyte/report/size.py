@@ -1,0 +1,216 @@
+"""What a packed file weighs: bits, bytes, entropy and scales, a layer at a time and in total."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import Tensor
+
+from subbyte.artifact import WORDS, Artifact, LayerEntry, read
+from subbyte.functional import entropy, level_shares
+from subbyte.layers import join
+from subbyte.packing import radix
+from subbyte.tensors import QuantizedLayer
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSize:
+    """One layer. Bytes cover codes and scales; the bias counts as float."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    encoding: str
+    n_weights: int
+    levels: int
+    information_bits: float  # log2(levels), a weight
+    entropy: float  # bits a weight, of the codes as they are
+    level_shares: tuple[float, ...]
+    scale_min: float
+    scale_max: float
+    n_scales: int
+    disk_bytes: int
+    memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "type": self.type,
+            "shape": list(self.shape),
+            "encoding": self.encoding,
+            "weights": self.n_weights,
+            "levels": self.levels,
+            "bits_per_weight": {
+                "information": self.information_bits,
+                "memory": bits(self.memory_bytes, self.n_weights),
+                "disk": bits(self.disk_bytes, self.n_weights),
+            },
+            "bytes": self.disk_bytes,
+            "memory_bytes": self.memory_bytes,
+            "entropy": self.entropy,
+            "level_shares": list(self.level_shares),
+            "scale": {"count": self.n_scales, "min": self.scale_min, "max": self.scale_max},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class SizeReport:
+    """A whole file."""
+
+    path: str
+    network: dict[str, Any] | None
+    layers: tuple[LayerSize, ...]
+    float_tensors: tuple[tuple[str, int], ...]  # name, bytes: what stayed float, biases included
+    file_bytes: int
+
+    @property
+    def n_weights(self) -> int:
+        return sum(layer.n_weights for layer in self.layers)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Codes and scales of all layers."""
+        return sum(layer.disk_bytes for layer in self.layers)
+
+    @property
+    def float_bytes(self) -> int:
+        return sum(count for _, count in self.float_tensors)
+
+    @property
+    def reduction(self) -> float:
+        """Float32 bytes of the quantized weights over their bytes on disk."""
+        return 4 * self.n_weights / max(1, self.disk_bytes)
+
+    def weighted(self, per_weight: Iterable[float]) -> float:
+        """Mean of a figure a weight over all weights, from one value a layer."""
+        pairs = zip(per_weight, self.layers, strict=True)
+        return sum(value * layer.n_weights for value, layer in pairs) / max(1, self.n_weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`bytes` is the whole file; `layer_bytes` the codes and scales in it."""
+        memory = sum(layer.memory_bytes for layer in self.layers)
+        return {
+            "file": self.path,
+            "network": self.network,
+            "weights": self.n_weights,
+            "bits_per_weight": {
+                "information": self.weighted(layer.information_bits for layer in self.layers),
+                "memory": bits(memory, self.n_weights),
+                "disk": bits(self.disk_bytes, self.n_weights),
+            },
+            "bytes": self.file_bytes,
+            "layer_bytes": self.disk_bytes,
+            "memory_bytes": memory,
+            "float_bytes": self.float_bytes,
+            "overhead_bytes": self.file_bytes - self.disk_bytes - self.float_bytes,
+            "entropy": self.weighted(layer.entropy for layer in self.layers),
+            "reduction": self.reduction,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "float": [{"name": name, "bytes": count} for name, count in self.float_tensors],
+        }
+
+
+def bits(n_bytes: int, n_weights: int) -> float:
+    """Bits a weight."""
+    return 8 * n_bytes / max(1, n_weights)
+
+
+def size_report(path: str | Path) -> SizeReport:
+    """Measure a packed file. Raises SubbyteError if it is not one."""
+    artifact = read(path)
+    layers = artifact.layers()
+    sizes = tuple(
+        _layer_size(name, entry, layers[name], artifact) for name, entry in artifact.entries.items()
+    )
+    biases = [join(name, "bias") for name, entry in artifact.entries.items() if entry.bias]
+    kept = [(name, _n_bytes(artifact.tensors[name])) for name in (*artifact.state_names, *biases)]
+    return SizeReport(str(path), artifact.network, sizes, tuple(kept), artifact.n_bytes)
+
+
+def _layer_size(
+    name: str, entry: LayerEntry, layer: QuantizedLayer, artifact: Artifact
+) -> LayerSize:
+    codes, scale, grid = layer.weight.codes, layer.weight.scale, entry.grid
+    stored_scale = _n_bytes(artifact.tensors[join(name, "scale")])
+    return LayerSize(
+        name,
+        entry.type,
+        entry.shape,
+        entry.encoding,
+        codes.numel(),
+        grid.n_levels,
+        grid.bits,
+        entropy(codes, grid.n_levels),
+        tuple(level_shares(codes, grid.n_levels).tolist()),
+        float(scale.min()),
+        float(scale.max()),
+        scale.numel(),
+        _n_bytes(artifact.tensors[join(name, "codes")]) + stored_scale,
+        8 * radix.n_words(codes.numel(), grid.n_levels) + stored_scale,
+    )
+
+
+def _n_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def table(report: SizeReport) -> Table:
+    """The report for people."""
+    view = Table(title=report.path, caption=_caption(report), caption_justify="left")
+    for heading in ("layer", "type", "shape", "levels"):
+        view.add_column(heading, overflow="fold")
+    for heading in ("bits", "memory", "disk", "entropy", "bytes", "scale"):
+        view.add_column(heading, justify="right", overflow="fold")
+    view.add_column("share of each level, %", overflow="fold")
+    for layer in report.layers:
+        view.add_row(*_row(layer))
+    total = report.to_dict()
+    per = total["bits_per_weight"]
+    figures = (per["information"], per["memory"], per["disk"], total["entropy"])
+    view.add_section()
+    view.add_row("total", "", f"{report.n_weights:,}", "", *(f"{f:.3f}" for f in figures),
+                 f"{report.disk_bytes:,}", "", "")  # fmt: skip
+    return view
+
+
+def _row(layer: LayerSize) -> tuple[str, ...]:
+    disk, memory = (bits(b, layer.n_weights) for b in (layer.disk_bytes, layer.memory_bytes))
+    low, high = f"{layer.scale_min:.3g}", f"{layer.scale_max:.3g}"
+    return (
+        layer.name,
+        layer.type,
+        "x".join(map(str, layer.shape)),
+        str(layer.levels),
+        f"{layer.information_bits:.3f}",
+        f"{memory:.3f}",
+        f"{disk:.3f}",
+        f"{layer.entropy:.3f}",
+        f"{layer.disk_bytes:,}",
+        low if layer.n_scales == 1 else f"{low} .. {high}",
+        _shares(layer),
+    )
+
+
+def _shares(layer: LayerSize) -> str:
+    """Shares in percent; more than 9 levels are shown from the lowest to the highest share."""
+    if layer.levels <= 9:
+        return " ".join(f"{100 * share:.0f}" for share in layer.level_shares)
+    return f"{100 * min(layer.level_shares):.1f} .. {100 * max(layer.level_shares):.1f}"
+
+
+def _caption(report: SizeReport) -> str:
+    zipped = any(layer.encoding != WORDS for layer in report.layers)
+    kept = ", ".join(name for name, _ in report.float_tensors[:6])
+    more = len(report.float_tensors) - 6
+    overhead = report.file_bytes - report.disk_bytes - report.float_bytes
+    return (
+        f"bits a weight: log2(levels), in memory, on disk{' (zstd)' if zipped else ''}\n"
+        f"file {report.file_bytes:,} bytes = layers {report.disk_bytes:,} + float "
+        f"{report.float_bytes:,} + manifest and header {overhead:,}; quantized weights "
+        f"{report.reduction:.1f}x smaller than float32\n"
+        f"float: {kept}{f' and {more} more' if more > 0 else ''}"
+    )

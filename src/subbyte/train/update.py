@@ -1,0 +1,99 @@
+"""One update of the weights, and the state that it changes."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from subbyte.methods import after_step, penalty
+from subbyte.models import Network
+from subbyte.train.checkpoint import EpochRecord
+from subbyte.train.evaluate import count_correct, device_of
+from subbyte.train.optim import build_optimizer
+from subbyte.train.settings import LoopConfig
+
+
+@dataclass
+class State:
+    """What the loop changes."""
+
+    model: Network
+    optimizer: Optimizer
+    ema: AveragedModel | None
+    epoch: int = 0
+    history: tuple[EpochRecord, ...] = ()
+
+    @property
+    def best(self) -> nn.Module:
+        """What is evaluated and kept."""
+        return self.model if self.ema is None else self.ema.module
+
+
+def start(model: Network, config: LoopConfig) -> State:
+    """The state before the first epoch; the model's memory changes to what suits it."""
+    model.to(memory_format=_memory_format(model))
+    ema = averaged(model, config.ema) if config.ema else None
+    return State(model, build_optimizer(model.parameters(), config), ema)
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """Average = decay * average + (1 - decay) * model at every update; the first one copies.
+
+    Counters and other integer buffers are copied: rounding their average would make them drift.
+    """
+
+    def update(average: list[Tensor], current: list[Tensor], _: Tensor | int) -> None:
+        if average[0].is_floating_point():
+            torch._foreach_lerp_(average, current, 1.0 - decay)
+        else:
+            torch._foreach_copy_(average, current)
+
+    return AveragedModel(model, multi_avg_fn=torch.no_grad()(update), use_buffers=True)
+
+
+def update(
+    state: State, x: Tensor, y: Tensor, config: LoopConfig, progress: float
+) -> tuple[float, int]:
+    """One update; the cross-entropy (not finite if the whole loss is not) and the hits before it.
+
+    `cached` makes every weight be quantized once, however often the forward pass reads it.
+    """
+    model, device = state.model, device_of(state.model)
+    x, y = model.preprocess(x.to(device)), y.to(device)
+    state.optimizer.zero_grad(set_to_none=True)
+    with parametrize.cached():
+        with _autocast(config, device):
+            logits = model(x.contiguous(memory_format=_memory_format(model, x)))
+        task = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
+        loss = task + penalty(model, progress)
+        if not loss.isfinite():
+            return loss.item(), 0
+        loss.backward()
+    if config.clip_grad_norm:
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
+    state.optimizer.step()
+    after_step(model, progress)
+    if state.ema is not None:
+        state.ema.update_parameters(model)
+    return task.item(), count_correct(logits.detach(), y)
+
+
+def _autocast(config: LoopConfig, device: torch.device) -> torch.autocast | nullcontext[None]:
+    if config.precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def _memory_format(model: nn.Module, x: Tensor | None = None) -> torch.memory_format:
+    """channels_last suits a network with 2-d convolutions, for images that are 4-D."""
+    convs = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    if convs and (x is None or x.ndim == 4):
+        return torch.channels_last
+    return torch.contiguous_format

@@ -1,0 +1,514 @@
+"""The training loop: its parts against hand-computed values, its promises end to end."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import nn
+from torch.nn.utils import parametrize
+
+from subbyte import artifact
+from subbyte.data import ImageSet
+from subbyte.errors import SubbyteError
+from subbyte.methods import LowRes, prepare, quantizers
+from subbyte.models import Network, NetworkSpec, build
+from subbyte.recipe import Recipe, Rule
+from subbyte.train import (
+    DataConfig,
+    EpochRecord,
+    LoopConfig,
+    ModelConfig,
+    RunConfig,
+    console_progress,
+    evaluate,
+    loop,
+    run,
+    train,
+    update,
+)
+from subbyte.train.checkpoint import load_checkpoint
+from subbyte.train.optim import build_optimizer, learning_rate
+from subbyte.train.progress import Silent
+
+TERNARY = Recipe((Rule(method=LowRes(levels=3)),))
+CHECKPOINT = "checkpoint.pt"
+
+
+def loop_config(**changes) -> LoopConfig:
+    defaults = {"epochs": 2, "lr": 0.05, "batch_size": 64, "limit_batches": 3}
+    return LoopConfig(**{**defaults, **changes})
+
+
+def run_config(out, recipe=None, data=None, **changes) -> RunConfig:
+    data = data or DataConfig("digits", crop=1, flip=True)
+    return RunConfig(ModelConfig("digitsnet"), data, loop_config(**changes), recipe, out)
+
+
+def image_set(labels, n_classes=3) -> ImageSet:
+    images = torch.arange(len(labels) * 4, dtype=torch.uint8).reshape(-1, 1, 2, 2)
+    classes = tuple(map(str, range(n_classes)))
+    return ImageSet(images, torch.tensor(labels, dtype=torch.int64), classes, "made-up", "test")
+
+
+def flat(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(1).float() / 255
+
+
+class Tiny(Network):
+    """A linear network on 2x2 images that remembers the type of its last logits."""
+
+    def __init__(self) -> None:
+        super().__init__(NetworkSpec("tiny"), flat, classes=3)
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("counter", torch.tensor([7]))
+        self.logits_dtype: torch.dtype | None = None
+
+    def forward(self, x):
+        logits = self.linear(x)
+        self.logits_dtype = logits.dtype
+        return logits
+
+
+X = torch.arange(24, dtype=torch.uint8).reshape(6, 1, 2, 2) * 10
+Y = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def tiny_state(**changes):
+    torch.manual_seed(0)
+    config = loop_config(momentum=0.0, **changes)
+    return update.start(Tiny(), config), config
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+# --- learning rate and optimizer -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "expected"),
+    [
+        ({"schedule": "constant"}, 39, 0.8),
+        ({"schedule": "cosine"}, 0, 0.8),
+        ({"schedule": "cosine"}, 20, 0.4),
+        ({"schedule": "cosine"}, 39, 0.4 * (1 + math.cos(math.pi * 39 / 40))),
+        ({"schedule": "cosine", "warmup_epochs": 2}, 0, 0.04),
+        ({"schedule": "cosine", "warmup_epochs": 2}, 19, 0.8),
+        ({"schedule": "cosine", "warmup_epochs": 2}, 20, 0.8),
+        ({"schedule": "cosine", "warmup_epochs": 2}, 30, 0.4),
+        ({"schedule": "step", "milestones": (1, 3), "gamma": 0.5}, 9, 0.8),
+        ({"schedule": "step", "milestones": (1, 3), "gamma": 0.5}, 10, 0.4),
+        ({"schedule": "step", "milestones": (1, 3), "gamma": 0.5}, 29, 0.4),
+        ({"schedule": "step", "milestones": (1, 3), "gamma": 0.5}, 30, 0.2),
+    ],
+)
+def test_learning_rate(changes, step, expected):
+    config = LoopConfig(epochs=4, lr=0.8, **changes)
+    assert learning_rate(config, step, steps_per_epoch=10) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_weight_decay_spares_vectors(name):
+    layer = nn.Linear(3, 2)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    config = LoopConfig(epochs=1, lr=0.1, weight_decay=0.5, optimizer=name, momentum=0.0)
+    optimizer = build_optimizer(layer.parameters(), config)
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), weight * 0.95)
+    assert torch.equal(layer.bias.detach(), bias)
+
+
+def test_momentum_is_adamws_first_beta():
+    config = LoopConfig(epochs=1, lr=0.1, optimizer="adamw", momentum=0.8)
+    assert build_optimizer(Tiny().parameters(), config).defaults["betas"] == (0.8, 0.999)
+
+
+# --- evaluate ------------------------------------------------------------------------------------
+
+
+def test_evaluate_matches_float64_and_restores_each_mode():
+    model = Tiny()
+    model.linear.eval()
+    data = image_set([0, 1, 2, 1, 1])
+    result = evaluate(model, data, batch_size=2)
+    with torch.no_grad():
+        logits = model.linear(flat(data.images)).double()
+    expected = F.cross_entropy(logits, data.labels).item()
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+    assert result.top1 == 100 * (logits.argmax(1) == data.labels).double().mean().item()
+    assert result.n == 5
+    assert (model.training, model.linear.training) == (True, False)
+
+
+def test_evaluate_runs_in_eval_mode():
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3))
+    first, second = (evaluate(model, image_set([0, 1] * 9), preprocess=flat) for _ in range(2))
+    assert first == second
+
+
+def test_logits_that_are_not_finite_are_wrong_and_show_in_the_loss():
+    model = Tiny()
+    with torch.no_grad():
+        model.linear.weight[1] = math.nan  # argmax of a row with NaN is the NaN's index
+    result = evaluate(model, image_set([1, 1, 1]))
+    assert result.top1 == 0.0
+    assert math.isnan(result.loss)
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_label_without_a_class_is_named(label):
+    with pytest.raises(SubbyteError, match=rf"label {label} of image 4 .*'made-up'.*3 classes"):
+        evaluate(Tiny(), image_set([0, 1, 2, 0, label]), batch_size=2)
+
+
+def test_an_empty_set_and_an_unknown_input_are_refused():
+    with pytest.raises(SubbyteError, match="'test' of 'made-up' is empty"):
+        evaluate(Tiny(), image_set([]))
+    with pytest.raises(SubbyteError, match="Linear does not say .* pass preprocess="):
+        evaluate(nn.Linear(4, 3), image_set([0]))
+
+
+# --- one update ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_the_loss_is_label_smoothed_cross_entropy(smoothing):
+    state, config = tiny_state(label_smoothing=smoothing)
+    with torch.no_grad():
+        log_p = state.model.linear(flat(X)).double().log_softmax(1)
+    target = F.one_hot(Y, 3) * (1 - smoothing) + smoothing / 3
+    loss, correct = update.update(state, X, Y, config, 0.0)
+    assert loss == pytest.approx(-(target * log_p).sum(1).mean().item(), rel=1e-5)
+    assert correct == (log_p.argmax(1) == Y).sum()
+
+
+@pytest.mark.parametrize(("clip", "expected"), [(1e-3, 1e-3), (1e3, None), (0.0, None)])
+def test_gradients_are_clipped_to_the_norm(clip, expected):
+    state, config = tiny_state(lr=1.0, clip_grad_norm=clip)
+    before = nn.utils.parameters_to_vector(state.model.parameters()).detach()
+    update.update(state, X, Y, config, 0.0)
+    after = nn.utils.parameters_to_vector(state.model.parameters()).detach()
+    moved = (after - before).norm().item()
+    if expected is None:
+        assert moved > 0.1
+    else:
+        assert moved == pytest.approx(expected, rel=1e-2)
+
+
+def test_ema_is_the_hand_computed_average_and_copies_integers():
+    state, config = tiny_state(ema=0.75, lr=0.5)
+    average = None
+    for step in range(5):
+        update.update(state, X, Y, config, 0.0)
+        weight = state.model.linear.weight.detach().double()
+        average = weight if average is None else 0.75 * average + 0.25 * weight
+        state.model.counter += step
+    torch.testing.assert_close(state.best.linear.weight.double(), average, rtol=1e-6, atol=1e-7)
+    assert (average - weight).abs().max() > 1e-3
+    assert state.best.counter == 7 + 0 + 1 + 2 + 3  # of the last update, not a rounded average
+
+
+def test_an_integer_that_stays_does_not_drift_in_the_average():
+    model = Tiny()
+    averaged = update.averaged(model, 0.9)
+    for _ in range(50):
+        averaged.update_parameters(model)
+    assert averaged.module.counter == 7
+
+
+def test_bf16_is_for_training_only():
+    state, config = tiny_state(precision="bf16")
+    loss, _ = update.update(state, X, Y, config, 0.0)
+    assert state.model.logits_dtype == torch.bfloat16
+    assert state.model.linear.weight.dtype == torch.float32
+    assert loss > 0
+    evaluate(state.model, image_set([0, 1]))
+    assert state.model.logits_dtype == torch.float32
+
+
+def test_each_weight_is_quantized_once_an_update():
+    model = build("digitsnet")
+    prepare(model, TERNARY)
+    calls = []
+    for site, quantizer, _ in quantizers(model):
+        quantizer.register_forward_hook(lambda *_, name=site.name: calls.append(name))
+    config = loop_config()
+    state = update.start(model, config)
+    calls.clear()
+    model.register_forward_pre_hook(lambda net, _: [net.features[0].weight for _ in range(3)])
+    update.update(state, torch.zeros(4, 1, 8, 8, dtype=torch.uint8), Y[:4], config, 0.0)
+    assert sorted(calls) == sorted(set(calls))
+    assert len(calls) == 5
+    assert not parametrize._cache_enabled
+
+
+def test_convolutions_run_channels_last_and_come_back_contiguous(tmp_path):
+    seen = []
+
+    class Listener(Silent):
+        def step(self, *_):
+            seen.append(1)
+
+    state = update.start(build("digitsnet"), loop_config())
+    assert state.model.features[3].weight.is_contiguous(memory_format=torch.channels_last)
+    result = train(run_config(tmp_path, epochs=1), progress=Listener())
+    assert result.model.features[3].weight.is_contiguous()
+    assert len(seen) == 3
+
+
+def test_the_method_hooks_get_the_fraction_done(tmp_path, monkeypatch):
+    seen: dict[str, list[float]] = {"penalty": [], "after": []}
+
+    def penalty(model, progress):
+        seen["penalty"].append(progress)
+        return 0.5 * sum(p.square().sum() for p in model.parameters())
+
+    monkeypatch.setattr(update, "penalty", penalty)
+    monkeypatch.setattr(update, "after_step", lambda _, progress: seen["after"].append(progress))
+    punished = train(run_config(tmp_path, limit_batches=2)).model
+    assert seen == {"penalty": [0, 0.25, 0.5, 0.75], "after": [0, 0.25, 0.5, 0.75]}
+    monkeypatch.setattr(update, "penalty", lambda *_: 0.0)
+    assert not same(punished, train(run_config(tmp_path, limit_batches=2)).model)
+
+
+# --- repeat and resume ---------------------------------------------------------------------------
+
+FULL = {"ema": 0.6, "clip_grad_norm": 1.0, "epochs": 3, "weight_decay": 1e-3}
+
+
+def test_a_run_repeats_to_the_bit_and_leaves_the_callers_state(tmp_path):
+    config = run_config(tmp_path, TERNARY, **FULL)
+    torch.manual_seed(5)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    first = train(replace(config, train=replace(config.train, threads=1)))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+    torch.manual_seed(6)
+    assert same(train(replace(config, train=replace(config.train, threads=1))).model, first.model)
+    other = replace(config, train=replace(config.train, seed=1))
+    assert not same(train(other).model, first.model)
+
+
+class Killed(Silent):
+    """Stops the run in the middle of its second epoch."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def step(self, *_):
+        self.steps += 1
+        if self.steps == 5:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_resumed_run_is_bit_identical(tmp_path, optimizer):
+    changes = {**FULL, "optimizer": optimizer, "lr": 0.01}
+    whole = train(run_config(tmp_path / "whole", TERNARY, **changes))
+    config = run_config(tmp_path / "parts", TERNARY, **changes)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, progress=Killed())
+    assert load_checkpoint(config.out / CHECKPOINT, config).epoch == 1
+    resumed = train(config, resume=True)
+    assert same(resumed.model, whole.model)
+    assert [r.train_loss for r in resumed.history] == [r.train_loss for r in whole.history]
+    assert resumed.evaluation == whole.evaluation
+    states = [torch.load(r.checkpoint, weights_only=True) for r in (resumed, whole)]
+    for key in ("model", "ema"):
+        assert all(torch.equal(states[0][key][k], v) for k, v in states[1][key].items())
+
+
+def test_epochs_may_grow_and_nothing_else_may_change(tmp_path):
+    config = run_config(tmp_path, TERNARY)
+    train(config)
+    longer = replace(config, train=replace(config.train, epochs=3))
+    assert [r.epoch for r in train(longer, resume=True).history] == [1, 2, 3]
+    with pytest.raises(SubbyteError, match=r"has 3 epochs.*train\.epochs = 2.*not shrink"):
+        train(config, resume=True)
+    for change, message in [
+        (
+            {"train": replace(longer.train, lr=0.5)},
+            r"train\.lr = 0\.05, the configuration says 0\.5",
+        ),
+        ({"data": DataConfig("digits", crop=2, flip=True)}, r"data\.crop = 1.* says 2"),
+        ({"model": ModelConfig("cvnn1")}, r"model\.name = 'digitsnet'.*'cvnn1'"),
+        (
+            {"recipe": Recipe((Rule(method=LowRes(levels=5)),))},
+            r"recipe\.rules\.0\.method\.levels = 3, the configuration says 5",
+        ),
+        ({"recipe": None}, r"recipe.* says None"),
+    ]:
+        with pytest.raises(SubbyteError, match=message + ".*(start again)"):
+            load_checkpoint(tmp_path / CHECKPOINT, replace(longer, **change))
+
+
+def test_no_checkpoint_and_a_damaged_one(tmp_path):
+    config = run_config(tmp_path)
+    with pytest.raises(SubbyteError, match=r"no checkpoint to resume; start the run without"):
+        train(config, resume=True)
+    train(replace(config, train=replace(config.train, epochs=1)))
+    path = tmp_path / CHECKPOINT
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"text"):
+        path.write_bytes(damaged)
+        with pytest.raises(SubbyteError, match=r"checkpoint\.pt: not a readable checkpoint"):
+            load_checkpoint(path, config)
+    torch.save({"version": 99}, path)
+    with pytest.raises(SubbyteError, match="version 99"):
+        load_checkpoint(path, config)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
+    torch.save({"version": 1, "model": Payload()}, tmp_path / CHECKPOINT)
+    with pytest.raises(SubbyteError, match="not a readable checkpoint"):
+        load_checkpoint(tmp_path / CHECKPOINT, run_config(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+# --- when it goes wrong --------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    rate = lambda config, step, steps: 0.05 if step < steps else 1e38  # noqa: E731
+    monkeypatch.setattr(loop, "learning_rate", rate)
+    config = run_config(tmp_path)
+    with pytest.raises(SubbyteError, match=r"epoch 2, step \d; lower train\.lr.*epoch 1 is kept"):
+        train(config)
+    checkpoint = load_checkpoint(tmp_path / CHECKPOINT, config)
+    assert checkpoint.epoch == 1
+    assert all(v.isfinite().all() for v in checkpoint.model.values())
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "learning_rate", lambda *_: math.inf)
+    with pytest.raises(
+        SubbyteError, match=r"'features.*' is not finite .*epoch 1; lower train\.lr"
+    ):
+        train(run_config(tmp_path, limit_batches=1))
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"classes": 12}, "network has 12 classes.*has 10; set model.arguments.classes = 10"),
+        ({"classes": 4}, "label . of image .* outside the network's 4 classes"),
+        ({"in_channels": 3}, r"images of shape \(1, 8, 8\).*channels"),
+        ({"image_size": 16}, r"images of shape \(1, 8, 8\).*size"),
+    ],
+)
+def test_a_network_that_does_not_fit_the_data(tmp_path, arguments, message):
+    config = replace(run_config(tmp_path), model=ModelConfig("digitsnet", arguments))
+    with pytest.raises(SubbyteError, match=message):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "limit", "expected"),
+    [(10, 5, None, 2), (11, 5, None, 2), (12, 5, None, 3), (3, 64, None, 1), (10, 2, 3, 3)],
+)
+def test_a_last_batch_of_one_image_is_dropped(n, batch_size, limit, expected):
+    config = LoopConfig(epochs=1, lr=0.1, batch_size=batch_size, limit_batches=limit)
+    assert loop.n_steps(n, config) == expected
+
+
+# --- progress and metrics ------------------------------------------------------------------------
+
+RECORD = EpochRecord(1, 0.1, 0.5, 80.0, 70.0, math.nan, 1234.0, 2.0)
+
+
+def test_metrics_have_a_line_an_epoch(tmp_path):
+    result = train(run_config(tmp_path))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+    assert json.loads(lines[1])["test_top1"] == result.history[1].test_top1
+    assert json.loads(loop._json_line(RECORD))["test_loss"] is None
+
+
+def listen(progress) -> None:
+    progress.note("[plan]")
+    progress.start(1, 3, 2)
+    progress.step(0.75, 80.0, 1234.0)
+    progress.finish(RECORD, 3)
+    progress.close()
+
+
+def test_progress_is_a_line_an_epoch_when_there_is_no_terminal():
+    out = io.StringIO()
+    listen(console_progress(console=Console(file=out, width=40)))
+    plan, line = out.getvalue().splitlines()
+    assert plan == "[plan]"
+    assert line.startswith("epoch 1/3")
+    assert "top-1 70.00 %" in line
+    assert "1234 images/s" in line
+
+
+def test_progress_is_live_on_a_terminal_and_nothing_when_quiet():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=150, _environ={"TERM": "xterm"})
+    listen(console_progress(console=console))
+    assert "loss 0.7500  top-1 80.00 %  1234 images/s" in out.getvalue()
+    assert "1/2" in out.getvalue()
+    quiet = io.StringIO()
+    listen(console_progress(quiet=True, console=Console(file=quiet)))
+    assert quiet.getvalue() == ""
+
+
+# --- whole runs ----------------------------------------------------------------------------------
+
+WHOLE = {"epochs": 5, "limit_batches": None, "lr": 0.05, "weight_decay": 1e-4}
+
+
+def test_digits_in_float_and_on_from_the_saved_weights(tmp_path):
+    plain = DataConfig("digits")
+    result = run(run_config(tmp_path, None, plain, **WHOLE), quiet=True)
+    assert result.trained.top1 > 95
+    assert result.saved == result.trained
+    assert (result.file.name, result.n_bytes) == ("weights.safetensors", result.file.stat().st_size)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    config = run_config(tmp_path / "on", TERNARY, plain, epochs=1, limit_batches=1, lr=1e-9)
+    config = replace(config, model=ModelConfig("digitsnet", weights=str(result.file)))
+    continued = train(config)
+    assert torch.equal(
+        continued.model.features[0].parametrizations.weight.original.sign(),
+        build_from(result.file).features[0].weight.sign(),
+    )
+
+
+def build_from(path):
+    from subbyte.models import load_weights
+
+    net = build("digitsnet")
+    load_weights(net, path)
+    return net
+
+
+def test_digits_in_three_levels_and_the_file_scores_the_same(tmp_path, capfd):
+    config = run_config(tmp_path, TERNARY, DataConfig("digits"), **{**WHOLE, "ema": 0.9})
+    result = run(config)
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert "classifier.4" in printed.err
+    assert "epoch 5/5" in printed.err
+    assert result.trained.top1 > 93
+    assert result.saved.top1 == result.trained.top1
+    assert result.saved.loss == pytest.approx(result.trained.loss, rel=1e-4)
+    assert result.file.name == "net.safetensors"
+    assert result.n_bytes < 94_506 * 4 / 10
+    net = artifact.load(result.file)
+    assert not any(parametrize.is_parametrized(module) for module in net.modules())
