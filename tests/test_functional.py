@@ -105,12 +105,19 @@ def test_std_scale_of_equal_weights_has_a_finite_gradient():
     assert w.grad.isfinite().all()
 
 
-@given(st.floats(1e-30, 1e30, width=32))
+@given(st.floats(2.0**-100, 2.0**100, width=32))
 def test_power_of_two_is_the_nearest_in_log(value):
     rounded = fn.round_scale(torch.tensor([value]), ScaleDomain.POWER_OF_TWO).item()
     exponent = math.log2(rounded)
     assert exponent == int(exponent)
     assert abs(math.log2(value) - exponent) <= 0.5 + 1e-6
+
+
+def test_float16_rounding_is_that_of_the_dtype():
+    every = torch.arange(0, 0x7C00, dtype=torch.int16).view(torch.float16).float()
+    between = (every[1:] + every[:-1]) / 2  # ties, which go to even
+    x = torch.cat([every, between, between * (1 + 2e-7), between * (1 - 2e-7)])
+    assert torch.equal(fn.round_scale(x, ScaleDomain.FLOAT16), x.half().float())
 
 
 def test_domains_round_and_limit_scales():

@@ -65,23 +65,34 @@ def std_scale(w: Tensor, grid: Grid) -> Tensor:
 def round_scale(scale: Tensor, domain: ScaleDomain) -> Tensor:
     """Nearest scale that the domain can store, float32 [groups].
 
-    float32: unchanged. float16: to nearest, at most 65504. power of two: 2^e, e = the nearest
-    whole number to log2(scale) (a tie goes up), limited to -126 .. 127, so that a scale of 0
-    becomes 2^-126. Round the scale first, then choose codes: they fit the scale that is stored.
+    float32: unchanged. float16: to nearest, at most 65504. power of two: 2^e, e the whole number
+    nearest to log2(scale), limited to -126 .. 127, so that a scale of 0 becomes 2^-126. Round the
+    scale first, then choose codes: they fit the scale that is stored.
     """
     if domain is ScaleDomain.FLOAT32:
         return scale.float()
     if domain is ScaleDomain.FLOAT16:
-        return scale.float().clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half().float()
-    return torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale_exponent(scale))
+        return _round_to_float16(scale.float())
+    return power_of_two(scale_exponent(scale))
+
+
+def _round_to_float16(x: Tensor) -> Tensor:
+    """`x.half().float()` for x >= 0, in float32 arithmetic: compilers fold the pair of casts away."""
+    wide = x.clamp(max=_FLOAT16_MAX) * (2.0**13 + 1)  # Veltkamp: keep 11 of 24 significant bits
+    normal = wide - (wide - x.clamp(max=_FLOAT16_MAX))
+    subnormal = (x + 0.75) - 0.75  # float32 near 0.75 has steps of 2^-24, as float16 near 0
+    return torch.where(x < 2.0**-14, subnormal, normal)
 
 
 def scale_exponent(scale: Tensor) -> Tensor:
-    """Exponents e of the nearest powers of two (in log2; a tie goes up), int32 [groups]."""
-    mantissa, exponent = torch.frexp(scale.double())  # scale = mantissa * 2^exponent, [0.5, 1)
-    nearest = exponent - (mantissa < 0.5**0.5).to(exponent.dtype)
-    nearest = torch.where(scale > 0, nearest, MIN_EXPONENT)
-    return nearest.clamp(MIN_EXPONENT, MAX_EXPONENT)
+    """Exponents of the nearest powers of two (nearest in log2), int32 [groups]."""
+    nearest = (scale.float().log2() + 0.5).floor()  # 0 has -inf
+    return nearest.clamp(MIN_EXPONENT, MAX_EXPONENT).int()
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent exactly, float32; exponent: integers from -126 to 127."""
+    return ((exponent.int() + 127) << 23).view(torch.float32)
 
 
 def divide(w: Tensor, scale: Tensor, grid: Grid) -> Tensor:

@@ -96,7 +96,8 @@ def stored_weight(module: nn.Module, name: str) -> Tensor:
     """The parameter itself; of a prepared layer the float weight, without quantizing it."""
     if is_parametrized(module, name):
         chains: Mapping[str, Any] = module.parametrizations  # type: ignore[assignment]
-        return chains[name].original
+        if chains[name].is_tensor:  # else a parametrization of several tensors, as weight norm
+            return chains[name].original
     return getattr(module, name)
 
 

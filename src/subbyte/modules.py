@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subbyte.errors import SubbyteError
-from subbyte.functional import decode, scale_exponent
+from subbyte.functional import decode, power_of_two, scale_exponent
 from subbyte.grids import Grid, ScaleDomain
 from subbyte.layers import Site, sites, supported_type
 from subbyte.packing import radix
@@ -71,7 +71,7 @@ def store_scale(scale: Tensor, domain: ScaleDomain) -> Tensor:
 def read_scale(stored: Tensor, domain: ScaleDomain) -> Tensor:
     """float32 [groups] of a stored scale."""
     if domain is ScaleDomain.POWER_OF_TWO:
-        return torch.ldexp(torch.ones_like(stored, dtype=torch.float32), stored.int())
+        return power_of_two(stored)
     return stored.float()
 
 
@@ -306,8 +306,8 @@ def pack(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> nn.Module:
     by_owner = _by_owner(net, layers)
     replaced: dict[int, nn.Module] = {}
     for parent in reversed(list(net.modules())):  # children first: attention takes its out_proj
-        for name, child in list(parent.named_children()):
-            if id(child) in by_owner:
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in by_owner:
                 packed = replaced.get(id(child)) or _packed(child, by_owner[id(child)])
                 replaced[id(child)] = packed
                 setattr(parent, name, packed)

@@ -86,8 +86,9 @@ class Recipe:
         found = sites(model)
         if not found:
             raise SubbyteError(f"{type(model).__name__} has no layer that can be quantized")
-        self._check_rules(found)
-        self._check_unsupported(model)
+        others = unsupported(model)
+        self._check_rules([(site.name, site.type) for site in found] + list(others.items()))
+        self._check_unsupported(others)
         planned = tuple(PlannedLayer(site, self._method(site)) for site in found)
         _check_tied(model, planned)
         return Plan(planned, _other_parameters(model, found))
@@ -104,24 +105,25 @@ class Recipe:
             )
         return rule.method
 
-    def _check_rules(self, found: tuple[Site, ...]) -> None:
+    def _check_rules(self, layers: list[tuple[str, str]]) -> None:
+        """Every rule decides about some layer; layers: (name, type)."""
         for number, rule in enumerate(self.rules, 1):
-            hits = [site for site in found if rule.matches(site.name, site.type)]
+            hits = [layer for layer in layers if rule.matches(*layer)]
             if not hits:
-                names = ", ".join(site.name for site in found[:8])
+                names = ", ".join(name for name, _ in layers[:8])
+                more = ", ..." if len(layers) > 8 else ""
                 raise SubbyteError(
-                    f"rule {number}, {rule}, matches no layer; there are: {names}"
-                    + (", ..." if len(found) > 8 else "")
+                    f"rule {number}, {rule}, matches no layer; there are: {names}{more}"
                 )
-            first = [self._first(site.name, site.type) is rule for site in hits]
-            if not any(first) and (rule.names, rule.types) != ("*", "*"):
+            decides = any(self._first(*layer) is rule for layer in hits)
+            if not decides and (rule.names, rule.types) != ("*", "*"):
                 raise SubbyteError(
-                    f"rule {number}, {rule}, never applies: an earlier rule takes "
-                    f"'{hits[0].name}' and all others; move it up or drop it"
+                    f"rule {number}, {rule}, never applies: an earlier rule takes '{hits[0][0]}' "
+                    "and all others; move it up or drop it"
                 )
 
-    def _check_unsupported(self, model: nn.Module) -> None:
-        for path, type_name in unsupported(model).items():
+    def _check_unsupported(self, others: dict[str, str]) -> None:
+        for path, type_name in others.items():
             rule = self._first(path, type_name)
             if rule is None or rule.method is not None:
                 raise SubbyteError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -94,9 +93,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise SubbyteError(f"{path}: no checkpoint to resume; start the run without resume")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged bytes make the unpickler raise almost anything
         raise SubbyteError(
-            f"{path}: not a readable checkpoint; delete it and start again"
+            f"{path}: not a readable checkpoint ({type(error).__name__}); delete it and start again"
         ) from error
     version = content.pop("version", None) if isinstance(content, dict) else None
     if version != _VERSION:

@@ -35,7 +35,7 @@ from subbyte.train.optim import learning_rate, set_learning_rate
 from subbyte.train.progress import Progress, Silent
 from subbyte.train.settings import LoopConfig, RunConfig
 from subbyte.train.setup import Setup, set_up
-from subbyte.train.update import State, start, update
+from subbyte.train.update import State, lay_out, start, update
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
@@ -215,8 +215,9 @@ def _json_line(record: EpochRecord) -> str:
 
 def _result(state: State, test: ImageSet, config: RunConfig) -> TrainResult:
     """The last epoch's figures; memory as other code expects it."""
-    model = state.best.to(memory_format=torch.contiguous_format)
+    model = state.best
     assert isinstance(model, Network)
+    lay_out(model, torch.contiguous_format)
     last = state.history[-1]
     evaluation = Evaluation(last.test_top1, last.test_loss, len(test))
     return TrainResult(model, state.history, evaluation, config.out / CHECKPOINT)

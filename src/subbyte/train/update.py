@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from subbyte.train.checkpoint import EpochRecord
 from subbyte.train.evaluate import count_correct, device_of
 from subbyte.train.optim import build_optimizer
 from subbyte.train.settings import LoopConfig
+
+_Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 
 
 @dataclass
@@ -38,9 +41,14 @@ class State:
 
 def start(model: Network, config: LoopConfig) -> State:
     """The state before the first epoch; the model's memory changes to what suits it."""
-    model.to(memory_format=_memory_format(model))
+    lay_out(model, _memory_format(model))
     ema = averaged(model, config.ema) if config.ema else None
     return State(model, build_optimizer(model.parameters(), config), ema)
+
+
+def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """In place; only 4-D parameters and buffers have another layout."""
+    model.to(memory_format=memory_format)  # type: ignore[call-overload]
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
@@ -49,7 +57,7 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
     Counters and other integer buffers are copied: rounding their average would make them drift.
     """
 
-    def update(average: list[Tensor], current: list[Tensor], _: Tensor | int) -> None:
+    def update(average: _Tensors, current: _Tensors, _: Tensor | int) -> None:
         if average[0].is_floating_point():
             torch._foreach_lerp_(average, current, 1.0 - decay)
         else:
