@@ -78,6 +78,6 @@ def _draw(below: int, n: int, x: Tensor, generator: Generator | None) -> Tensor:
 
 
 def _covered(centre: Tensor, length: int, size: int) -> Tensor:
-    """Which of `length` positions lie in the `size` positions around each centre: bool [n, length]."""
+    """Which of `length` positions the `size` around each centre cover: bool [n, length]."""
     offset = torch.arange(length, device=centre.device) - (centre - size // 2)[:, None]
     return (offset >= 0) & (offset < size)

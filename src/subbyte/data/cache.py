@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,17 +26,16 @@ IMAGES, LABELS, HEADER = "images.u8", "labels.i64", "header.json"
 
 @dataclass(frozen=True)
 class Content:
-    """What a new entry is made from; the images are decoded while they are written."""
+    """What a new entry is made from; `write_images` fills a file and returns (c, h, w)."""
 
-    images: Iterable[np.ndarray]
+    write_images: Callable[[Path], tuple[int, int, int]]
     labels: np.ndarray
-    shape: tuple[int, int, int]
     classes: tuple[str, ...]
     split: str
 
 
 def cache_folder(cache_dir: Path | None) -> Path:
-    """`cache_dir`, or $SUBBYTE_CACHE, or ~/.cache/subbyte; created. SubbyteError if it cannot be."""
+    """`cache_dir`, $SUBBYTE_CACHE or ~/.cache/subbyte, made if new; SubbyteError if it cannot."""
     folder = Path(cache_dir or os.environ.get("SUBBYTE_CACHE") or "~/.cache/subbyte").expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +58,8 @@ def files_of(folder: Path) -> list[tuple[str, int, int]]:
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(parent, name) for name in files if not name.startswith(".")):
+        paths = (Path(parent, name) for name in files if not name.startswith("."))
+        for path in filter(Path.is_file, paths):
             status = path.stat()
             found.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
     return sorted(found)
@@ -103,13 +103,11 @@ def write(entry: Path, content: Content) -> None:
 
 
 def _fill(folder: Path, content: Content) -> None:
-    with (folder / IMAGES).open("wb") as file:
-        for image in content.images:
-            file.write(image.tobytes())
+    shape = content.write_images(folder / IMAGES)
     (folder / LABELS).write_bytes(content.labels.tobytes())
     header = {
         "version": VERSION,
-        "shape": [len(content.labels), *content.shape],
+        "shape": [len(content.labels), *shape],
         "classes": content.classes,
         "split": content.split,
     }

@@ -1,4 +1,4 @@
-"""From encoded images (PNG, JPEG, WebP, ...) to one stream of uint8 pixels of one shape."""
+"""From encoded images (PNG, JPEG, WebP, ...) to one file of uint8 pixels of one shape."""
 
 import io
 import os
@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,18 +14,10 @@ import numpy as np
 from subbyte.errors import SubbyteError
 
 CHUNK = 64  # encoded images in memory at a time
+FORMATS = {b"\x89PNG": ["PNG"], b"RIFF": ["WEBP"]}  # by first bytes: PIL tries all, slowly
 GREY = {"1", "L", "LA"}  # PIL's modes
 TOO_DEEP = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}
-DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    IndexError,
-    EOFError,
-    struct.error,
-)  # as PIL reports it
-TRANSPOSED = {5, 6, 7, 8}  # EXIF orientations that swap height and width
-ORIENTATION = 0x0112
+DAMAGED = (OSError, SyntaxError, ValueError, IndexError, EOFError, struct.error)  # PIL's reports
 
 T = TypeVar("T")
 
@@ -47,11 +39,11 @@ class EncodedImages:
 
         Raises SubbyteError with the row of an image that is missing or damaged.
         """
-        number = count()
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             for start in range(0, len(self), CHUNK):
                 chunk = self.rows[start : start + CHUNK][self.column]
-                yield from pool.map(lambda row, i: self._one(function, row, i), chunk, number)
+                numbers = range(start, start + len(chunk))
+                yield from pool.map(lambda row, i: self._one(function, row, i), chunk, numbers)
 
     def _one(self, function: Callable[[Any], T], row: dict[str, Any] | None, i: int) -> T:
         from PIL import Image
@@ -60,8 +52,9 @@ class EncodedImages:
         if row is None or (row["bytes"] is None and row["path"] is None):
             raise SubbyteError(f"{where} is missing; remove the row.")
         try:
-            data = row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"])
-            with Image.open(data) as image:
+            encoded = row["bytes"]
+            data = row["path"] if encoded is None else io.BytesIO(encoded)
+            with Image.open(data, formats=FORMATS.get((encoded or b"")[:4])) as image:
                 return function(image)
         except SubbyteError as error:
             raise SubbyteError(f"{where} {error}") from None
@@ -72,32 +65,26 @@ class EncodedImages:
             ) from error
 
 
-def common_shape(images: EncodedImages, size: int | None) -> tuple[int, int, int]:
-    """The (channels, height, width) that `pixels` gives all images; 1 channel if all are grey.
+def write_pixels(images: EncodedImages, size: int | None, path: Path) -> tuple[int, int, int]:
+    """Decode all images into one raw file, uint8 [n, c, h, w]; returns (c, h, w).
 
-    Reads only the images' headers. Raises SubbyteError if the sizes differ and `size` is None.
+    c is 1 if every image is grey, else 3: stored as grey, or WebP, which cannot say so, with equal
+    channels. With `size`, the shorter side is scaled to it (bilinear, antialiased) and the centre
+    cut out. Raises SubbyteError if the sizes differ and `size` is None.
     """
-    first: tuple[int, int] | None = None
-    channels = 1
-    for i, (shape, grey) in enumerate(images.each(_header)):
-        first = first or shape
-        if size is None and shape != first:
-            raise SubbyteError(
-                f"image {i} of {images.place} is {shape[0]}x{shape[1]}, image 0 is "
-                f"{first[0]}x{first[1]} (height x width); pass size= to bring all to one size."
-            )
-        channels = channels if grey else 3
-    height, width = (size, size) if size else first or (0, 0)
-    return channels, height, width
-
-
-def pixels(images: EncodedImages, channels: int, size: int | None) -> Iterator[np.ndarray]:
-    """Every image as uint8 [channels, h, w], in order.
-
-    With `size`, the shorter side is scaled to it (bilinear, antialiased) and the centre cut out.
-    """
-    mode = "L" if channels == 1 else "RGB"
-    return images.each(lambda image: _decode(image, mode, size))
+    first: tuple[int, ...] = ()
+    all_grey = True
+    with path.open("wb") as file:
+        for i, (array, grey) in enumerate(images.each(lambda image: _decode(image, size))):
+            first = first or array.shape
+            if array.shape != first:
+                raise SubbyteError(_sizes(i, array.shape, first, images.place))
+            file.write(array.tobytes())
+            all_grey &= grey
+    _, height, width = first
+    if all_grey:
+        _keep_one_channel(path, (len(images), 3, height, width))
+    return 1 if all_grey else 3, height, width
 
 
 def checked_labels(labels: Sequence[int | None], n_classes: int, place: str) -> np.ndarray:
@@ -111,21 +98,36 @@ def checked_labels(labels: Sequence[int | None], n_classes: int, place: str) -> 
     return np.asarray(labels, dtype=np.int64)
 
 
-def _header(image: Any) -> tuple[tuple[int, int], bool]:
-    """((height, width) as seen upright, whether it is grey)."""
-    if image.mode in TOO_DEEP:
-        raise SubbyteError(f"has more than 8 bits a channel (mode {image.mode}); convert it to 8.")
-    width, height = image.size
-    turned = image.getexif().get(ORIENTATION, 1) in TRANSPOSED
-    return ((width, height) if turned else (height, width)), image.mode in GREY
-
-
-def _decode(image: Any, mode: str, size: int | None) -> np.ndarray:
+def _decode(image: Any, size: int | None) -> tuple[np.ndarray, bool]:
+    """(uint8 [3, h, w] of the image held upright, whether it is grey)."""
     from PIL import ImageOps
 
+    if image.mode in TOO_DEEP:
+        raise SubbyteError(f"has more than 8 bits a channel (mode {image.mode}); convert it to 8.")
+    grey = image.mode in GREY
     ImageOps.exif_transpose(image, in_place=True)
-    array = np.asarray(_resized(image.convert(mode), size))
-    return array[None] if mode == "L" else array.transpose(2, 0, 1)
+    array = np.asarray(_resized(image.convert("L" if grey else "RGB"), size))
+    if grey:
+        return np.broadcast_to(array, (3, *array.shape)), True
+    grey = image.format == "WEBP" and bool((array == array[:, :, :1]).all())
+    return array.transpose(2, 0, 1), grey
+
+
+def _sizes(i: int, shape: tuple[int, ...], first: tuple[int, ...], place: str) -> str:
+    return (
+        f"image {i} of {place} is {shape[1]}x{shape[2]}, image 0 is {first[1]}x{first[2]} "
+        "(height x width); pass size= to bring all to one size."
+    )
+
+
+def _keep_one_channel(path: Path, shape: tuple[int, int, int, int]) -> None:
+    """Replace a file of [n, 3, h, w] by one of its first channel."""
+    grey = path.with_suffix(".grey")
+    stored = np.memmap(path, dtype=np.uint8, mode="r", shape=shape)
+    with grey.open("wb") as file:
+        for start in range(0, len(stored), CHUNK):
+            file.write(stored[start : start + CHUNK, 0].tobytes())
+    grey.replace(path)
 
 
 def _resized(image: Any, size: int | None) -> Any:

@@ -1,10 +1,11 @@
 """Any source of labelled images to an `ImageSet`, decoded once."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from subbyte.data import cache, digits, sources
-from subbyte.data.decode import EncodedImages, checked_labels, common_shape, pixels
+from subbyte.data.decode import EncodedImages, checked_labels, write_pixels
 from subbyte.data.imageset import ImageSet
 from subbyte.errors import SubbyteError
 
@@ -15,10 +16,10 @@ def load_images(
     """One split of a data set, decoded at the first call and mapped from the cache afterwards.
 
     source: 'digits' (embedded), a local folder (parquet files in the hub's layout, or images as
-    `train/cat/1.png`), else the id of a data set on the hub. split: 'test' falls back to
-    'validation'; the result names the one that was read. size: scale the shorter side to so many
-    pixels and cut out the centre; needed if the images differ in size. cache_dir: else
-    $SUBBYTE_CACHE, else ~/.cache/subbyte.
+    `train/cat/1.png`), else the id of a data set on the hub; a folder named digits is './digits'.
+    split: 'test' falls back to 'validation'; the result names the one that was read. size: scale
+    the shorter side to so many pixels and cut out the centre; needed if the images differ in size.
+    cache_dir: else $SUBBYTE_CACHE, else ~/.cache/subbyte.
 
     Raises SubbyteError for a source, split, column, image or label that cannot be used.
     """
@@ -53,7 +54,8 @@ def _from_hub(source: str, split: str, size: int | None, store: Path) -> ImageSe
     with sources.opened(source, None, store) as splits:
         found = sources.chosen_split(splits, split, source)
         entry = store / cache.key(source, splits[found]._fingerprint, found, size)
-        return cache.read(entry, source) or _decoded(splits, source, split, size, entry)
+        data = cache.read(entry, source)
+        return _decoded(splits, source, split, size, entry) if data is None else data
 
 
 def _decoded(splits: Any, source: str, split: str, size: int | None, entry: Path) -> ImageSet:
@@ -71,9 +73,8 @@ def _content(splits: Any, source: str, split: str, size: int | None) -> cache.Co
     rows, place = splits[split], f"split '{split}' of '{source}'"
     image = sources.image_column(rows.features, source)
     label = sources.label_column(rows.features, source)
-    classes = sources.class_names(splits, label)
+    classes = sources.class_names(splits, label, source)
     labels = checked_labels(sources.values(rows, label), len(classes), place)
     encoded = rows.select_columns([image]).cast_column(image, Image(decode=False))
     images = EncodedImages(encoded, image, place)
-    shape = common_shape(images, size)
-    return cache.Content(pixels(images, shape[0], size), labels, shape, classes, split)
+    return cache.Content(partial(write_pixels, images, size), labels, classes, split)

@@ -9,6 +9,7 @@ from typing import Any
 
 from subbyte.errors import SubbyteError
 
+MAX_CLASSES = 100_000
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -44,7 +45,7 @@ def opened(source: str, folder: Path | None, cache: Path) -> Iterator[Any]:
 
 
 def chosen_split(splits: Any, split: str, source: str) -> str:
-    """`split`, or 'validation' for a 'test' that does not exist; SubbyteError names what there is."""
+    """`split`, or 'validation' for a 'test' that is not there; SubbyteError lists the splits."""
     found = "validation" if split == "test" and "test" not in splits else split
     if found not in splits:
         raise SubbyteError(f"'{source}' has no split '{split}'; it has {', '.join(splits)}.")
@@ -74,17 +75,24 @@ def label_column(features: Any, source: str) -> str:
     return _only(found or integers, "label", features, source)
 
 
-def class_names(splits: Any, label: str) -> tuple[str, ...]:
+def class_names(splits: Any, label: str, source: str) -> tuple[str, ...]:
     """The names of the classes; for a plain integer column '0' to the largest of all splits."""
     from datasets import ClassLabel
 
     feature = next(iter(splits.values())).features[label]
     if isinstance(feature, ClassLabel):
         return tuple(feature.names)
-    highest = max(
-        max((v for v in values(s, label) if v is not None), default=0) for s in splits.values()
-    )
+    highest = max(_highest(split, label) for split in splits.values())
+    if highest >= MAX_CLASSES:
+        raise SubbyteError(
+            f"column '{label}' of '{source}' holds {highest}, which is no class number; give class "
+            f"labels from 0 to at most {MAX_CLASSES - 1}."
+        )
     return tuple(str(i) for i in range(highest + 1))
+
+
+def _highest(split: Any, label: str) -> int:
+    return max([0, *(value for value in values(split, label) if value is not None)])
 
 
 def values(rows: Any, column: str) -> list[Any]:
@@ -111,9 +119,10 @@ def _type(feature: Any) -> str:
 def _load(source: str, path: str, working_copy: str | None) -> Any:
     try:
         import datasets
+        import PIL  # noqa: F401
     except ImportError:
         raise SubbyteError(
-            f"reading '{source}' needs datasets; pip install 'subbyte[data]'"
+            f"reading '{source}' needs datasets and pillow; pip install 'subbyte[data]'"
         ) from None
     try:
         with _quiet(working_copy is not None):
@@ -126,7 +135,8 @@ def _load(source: str, path: str, working_copy: str | None) -> Any:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise SubbyteError(
             f"cannot read '{source}' as a data set: {_line(error)}; give a folder of parquet files "
-            "or of images (train/cat/1.png), or the id of a data set on the hub."
+            "or of images (train/cat/1.png) with no empty split, or the id of a data set on the "
+            "hub."
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Plain convolutional networks, for 32x32 colour images by default.
 
 LowRes (arXiv:2502.08795) trains networks it calls CVNN; its layer sizes are not known, these are
-ours: 0.55 and 4.9 million parameters, 39 and 336 million multiply-adds at 32x32.
+ours: 0.55 and 4.9 million parameters, 39 and 345 million multiply-adds at 32x32.
 """
 
 from torch import Tensor, nn
@@ -52,5 +52,5 @@ def cvnn1(*, in_channels: int = 3, image_size: int = 32, classes: int = 10) -> C
 
 
 def cvnn2(*, in_channels: int = 3, image_size: int = 32, classes: int = 10) -> CVNN:
-    """Width 96: 4.9 million parameters, 336 million multiply-adds at 32x32."""
+    """Width 96: 4.9 million parameters, 345 million multiply-adds at 32x32."""
     return CVNN("cvnn2", 96, in_channels, image_size, classes)

@@ -22,8 +22,8 @@ class DigitsNet(Network):
         )
         super().__init__(spec, centred(in_channels, image_size), classes)
         self.features = nn.Sequential(
-            *conv_bn_relu(in_channels, 32, 3, 1),
-            *conv_bn_relu(32, 32, 3, 1),
+            *conv_bn_relu(in_channels, 16, 3, 1),
+            *conv_bn_relu(16, 32, 3, 1),
             nn.MaxPool2d(2),
             *conv_bn_relu(32, 64, 3, 1),
         )
@@ -38,5 +38,5 @@ class DigitsNet(Network):
 
 
 def digitsnet(*, in_channels: int = 1, image_size: int = 8, classes: int = 10) -> DigitsNet:
-    """The network of the embedded digits: 94 thousand parameters."""
+    """The network of the embedded digits: 90 thousand parameters."""
     return DigitsNet(in_channels, image_size, classes)

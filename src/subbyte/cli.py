@@ -1,0 +1,172 @@
+"""The command line: a thin layer over the library.
+
+What a user can fix ends in one line on stderr and exit code 2; results go to stdout, progress to
+stderr, so that `--json` can be piped.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from torch import nn
+
+from subbyte import artifact
+from subbyte.config import read_config
+from subbyte.data import ImageSet, load_images
+from subbyte.demo import run_demo
+from subbyte.demo import table as demo_table
+from subbyte.errors import SubbyteError
+from subbyte.models import NETWORKS, build, load_weights
+from subbyte.report import size_report
+from subbyte.report import table as size_table
+from subbyte.train import evaluate as score
+from subbyte.train import run
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Neural networks at 1 to 4 bits a weight: train them, convert them, run them.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+def main() -> None:
+    """Entry point of the `subbyte` command."""
+    try:
+        app()
+    except SubbyteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the files and the picture.")] = Path(
+        "runs/demo"
+    ),
+    json_: Json = False,
+) -> None:
+    """Train float32, 5-level and 3-level versions of a small ConvNet; pack, reload, compare."""
+    result = run_demo(out, quiet=json_)
+    if json_:
+        _print_json(result.to_dict())
+        return
+    _console().print(demo_table(result))
+    print(f"picture: {result.picture}")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file; see examples/.")],
+    resume: Annotated[bool, typer.Option(help="Continue from the checkpoint in `out`.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. train.epochs=2."),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Train from a config; leaves the packed network, metrics, curves and a checkpoint in `out`."""
+    result = run(read_config(config, _overrides(set_ or [])), resume=resume, quiet=json_)
+    if json_:
+        _print_json(
+            {
+                "file": str(result.file),
+                "bytes": result.n_bytes,
+                **asdict(result.saved),
+                "trained": asdict(result.trained),
+                "history": [asdict(record) for record in result.history],
+            }
+        )
+        return
+    print(
+        f"{result.file}: {result.n_bytes:,} bytes, top-1 {result.saved.top1:.2f} % of "
+        f"{result.saved.n:,} images (read back from the file; in training "
+        f"{result.trained.top1:.2f} %)"
+    )
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A packed file, or the name of a zoo network.")],
+    data: Annotated[str, typer.Option(help="'digits', a folder, or a hub id.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="Float weights (.safetensors) of the zoo network.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split to score.")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="First so many images only.")] = None,
+    json_: Json = False,
+) -> None:
+    """Top-1 accuracy and loss of a packed file, or of a zoo network with float weights."""
+    if target not in NETWORKS and not Path(target).exists():
+        raise SubbyteError(
+            f"'{target}' is neither a file nor a zoo network; networks: {', '.join(NETWORKS)}"
+        )
+    images = load_images(data, split)
+    images = images if limit is None else images.head(limit)
+    result = score(_network(target, weights, images), images)
+    if json_:
+        _print_json({"target": target, "data": data, "split": images.split, **asdict(result)})
+        return
+    print(
+        f"{target} on {data} ({images.split}): top-1 {result.top1:.2f} % of {result.n:,} images, "
+        f"loss {result.loss:.4f}"
+    )
+
+
+@app.command("inspect")
+def inspect_file(
+    file: Annotated[Path, typer.Argument(help="A packed file.")], json_: Json = False
+) -> None:
+    """Bits, bytes, entropy, level shares and scales of a packed file, a layer at a time."""
+    report = size_report(file)
+    if json_:
+        _print_json(report.to_dict())
+        return
+    _console().print(size_table(report))
+
+
+def _network(target: str, weights: Path | None, images: ImageSet) -> nn.Module:
+    """A packed file, or a zoo network (a name wins over a file) that fits the images."""
+    if target not in NETWORKS:
+        if weights is not None:
+            raise SubbyteError(f"{target} is a file; --weights goes with the name of a network")
+        return artifact.load(target)
+    if weights is None:
+        raise SubbyteError(f"network '{target}' needs its float weights: --weights FILE")
+    network = build(target, **_arguments(target, images))
+    load_weights(network, weights)
+    return network
+
+
+def _arguments(name: str, images: ImageSet) -> dict[str, Any]:
+    """The arguments that follow from the data, as far as the network has them."""
+    channels, _, side = images.images.shape[1:]
+    known = {"in_channels": channels, "image_size": side, "classes": len(images.classes)}
+    takes = inspect.signature(NETWORKS[name]).parameters
+    return {key: value for key, value in known.items() if key in takes}
+
+
+def _overrides(pairs: list[str]) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise SubbyteError(f"--set {pair}: expected KEY=VALUE, for instance train.epochs=2")
+    return dict(pair.split("=", 1) for pair in pairs)  # type: ignore[misc]
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value))
+
+
+def _console() -> Console:
+    """Tables as wide as the terminal; 140 columns where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
