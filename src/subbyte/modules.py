@@ -197,14 +197,17 @@ class PackedConvTranspose2d(_PackedConvTranspose):
 class PackedEmbedding(nn.Module):
     """`nn.Embedding` with a packed table [entries, features]; [...] -> [..., features]."""
 
+    dtype_of: Tensor
+
     def __init__(self, like: nn.Embedding, layer: QuantizedLayer) -> None:
         super().__init__()
         if like.max_norm is not None:
             raise SubbyteError("an Embedding with max_norm rewrites its weights; keep it float")
         self.weight = PackedWeight(layer.weight)
+        self.register_buffer("dtype_of", torch.empty(0), persistent=False)  # follows .to(dtype)
 
     def forward(self, indices: Tensor) -> Tensor:
-        return F.embedding(indices, self.weight())
+        return F.embedding(indices, self.weight().to(self.dtype_of.dtype))
 
 
 class PackedMultiheadAttention(nn.Module):
