@@ -135,7 +135,7 @@ def test_every_truncation_is_refused(file):
     data = file.read_bytes()
     for keep in (0, 7, 8, 100, len(data) // 2, len(data) - 1):
         file.write_bytes(data[:keep])
-        with pytest.raises(SubbyteError, match="not a whole safetensors file.*make or fetch"):
+        with pytest.raises(SubbyteError, match=r"not a whole safetensors file.*make or fetch"):
             sb.load(file, model=Mixed())
 
 
@@ -172,7 +172,7 @@ def set_key(*path, value):
         (set_key("layers", "conv", "encoding", value="lzma"), "encoding 'lzma'"),
         (set_key("layers", "conv", "shape", value=[8, 3, 3, -3]), "shape"),
         (set_key("layers", "conv", "shape", value=[8, 3, 3, 4]), "layer 'conv'.*288 codes of 5"),
-        (set_key("layers", "conv", "shape", value=[8, 3, 9, 1]), r"layer 'conv' has shape \(8, 3, 3"),
+        (set_key("layers", "conv", "shape", value=[8, 3, 9, 1]), r"layer 'conv' has shape \(8, 3"),
         (lambda m: m["layers"].pop("conv"), "does not account for every tensor"),
         (set_key("grids", 0, "levels", value=[0.0, 0.0]), "do not strictly increase"),
         (set_key("grids", 0, "channel_axis", value=7), "layer 'conv'.*channel axis 7"),
@@ -247,7 +247,7 @@ def test_a_disk_that_fills_leaves_the_old_file(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert path.read_bytes() == old
-    assert os.listdir(tmp_path) == ["n.safetensors"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_crash_before_the_rename_leaves_the_old_file(tmp_path, monkeypatch):
@@ -261,7 +261,7 @@ def test_a_crash_before_the_rename_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(SubbyteError, match=r"No space left on device.*Free some space"):
         sb.save(packed(nn.Sequential(nn.Linear(4, 4))), path)
     assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["n.safetensors"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

@@ -34,7 +34,9 @@ def test_encode_takes_a_nearest_level(grid, scale):
 @pytest.mark.parametrize("n", [2, 3, 5, 9, 17])
 def test_an_exact_tie_takes_the_upper_level(n):
     grid = uniform(n)  # a power of two between the levels: midpoints are exact
-    middles = torch.tensor([(a + b) / 2 for a, b in zip(grid.levels, grid.levels[1:], strict=False)])
+    middles = torch.tensor(
+        [(a + b) / 2 for a, b in zip(grid.levels, grid.levels[1:], strict=False)]
+    )
     codes = fn.encode(middles * 0.5, torch.tensor([0.5]), grid)
     assert codes.tolist() == list(range(1, n))
 
@@ -81,7 +83,9 @@ def test_per_channel_scales_apply_along_their_axis(axis):
     whole = fn.decode(fn.encode(w, scale, grid), scale, grid)
     for i in range(w.shape[axis]):
         part = w.select(axis, i)
-        alone = fn.decode(fn.encode(part, scale[i : i + 1], uniform(5)), scale[i : i + 1], uniform(5))
+        alone = fn.decode(
+            fn.encode(part, scale[i : i + 1], uniform(5)), scale[i : i + 1], uniform(5)
+        )
         assert torch.equal(whole.select(axis, i), alone)
 
 

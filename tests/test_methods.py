@@ -211,8 +211,8 @@ def test_state_dict_deepcopy_and_ema(method):
 @pytest.mark.parametrize("method", METHOD_EXAMPLES, ids=str)
 def test_compile_fullgraph_gives_the_same_outputs_and_gradients(method):
     torch.manual_seed(0)
-    model = sb_prepared(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)),
-                        method)  # fmt: skip
+    layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)
+    model = sb_prepared(nn.Sequential(*layers), method)
     x = torch.randn(2, 3, 6, 6)
     expected = model(x)
     expected.sum().backward()

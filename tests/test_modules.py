@@ -19,8 +19,14 @@ from subbyte import LowRes, Recipe, Rule, SubbyteError
 LEVELS = [2, 3, 4, 5, 7, 8, 9, 15, 16, 17]
 KINDS = ["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"]
 FUNCTIONS = {k: getattr(F, k) for k in KINDS}
-CLASSES = {"linear": nn.Linear, "conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d,
-           "conv_transpose1d": nn.ConvTranspose1d, "conv_transpose2d": nn.ConvTranspose2d}  # fmt: skip
+CLASSES = {
+    "linear": nn.Linear,
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "conv3d": nn.Conv3d,
+    "conv_transpose1d": nn.ConvTranspose1d,
+    "conv_transpose2d": nn.ConvTranspose2d,
+}
 
 
 @st.composite

@@ -1,0 +1,80 @@
+"""The architecture as a test: imports only point downwards, and documents do not drift."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import subbyte
+from subbyte.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "subbyte"
+
+ORDER = [
+    "errors", "files", "grids", "functional", "tensors", "_native", "packing", "layers", "recipe",
+    "methods", "modules", "models", "artifact", "data", "train", "report", "config", "demo", "cli",
+]  # fmt: skip
+TYPE_ONLY = {("recipe", "methods")}  # names for type checkers, not imported at run time
+
+
+def part(path):
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported_parts(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            own = node.module == "subbyte"
+            names = [f"subbyte.{a.name}" for a in node.names] if own else [node.module]
+        else:
+            continue
+        yield from (n.split(".")[1] for n in names if n.startswith("subbyte."))
+
+
+MODULES = sorted(p for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_downwards(path):
+    here = part(path)
+    assert here in ORDER, f"{here} has no place in the order of the parts"
+    for other in imported_parts(path):
+        allowed = ORDER.index(other) <= ORDER.index(here) or (here, other) in TYPE_ONLY
+        assert allowed, f"{here} imports {other}, which stands above it"
+
+
+def test_the_public_surface_is_documented():
+    for name in subbyte.__all__:
+        assert (getattr(subbyte, name).__doc__ or "").strip(), f"{name} has no docstring"
+
+
+def test_the_format_document_states_the_version_and_every_encoding():
+    from subbyte import artifact
+
+    text = (ROOT / "docs" / "format.md").read_text()
+    assert f"version {artifact.VERSION}" in text
+    for word in (artifact.WORDS, artifact.ZSTD, "float32", "float16", "power_of_two"):
+        assert f"`{word}`" in text
+
+
+def test_every_network_and_command_of_the_readme_exists():
+    text = (ROOT / "README.md").read_text()
+    commands = set(re.findall(r"^subbyte (\w+)", text, re.MULTILINE))
+    assert commands
+    help_text = CliRunner().invoke(app, ["--help"]).output
+    for command in commands:
+        assert command in help_text
+
+
+def test_every_example_is_a_valid_config():
+    from subbyte.config import read_config
+
+    examples = sorted((ROOT / "examples").glob("*.toml"))
+    assert examples
+    for example in examples:
+        assert read_config(example).train.epochs >= 1
