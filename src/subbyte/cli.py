@@ -43,7 +43,7 @@ def main() -> None:
     """Entry point of the `subbyte` command."""
     try:
         app()
-    except SubbyteError as error:
+    except (SubbyteError, OSError) as error:  # OSError: a folder in the way, no permission
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -72,7 +72,7 @@ class _Version:
 
 
 def run_demo(out: Path, *, quiet: bool = False) -> DemoResult:
-    """Three versions of one network on the digits, eight epochs each; leaves their files and a picture in `out`.
+    """Three versions of one network on the digits; leaves their files and a picture in `out`.
 
     Raises SubbyteError if a file and the network that was trained disagree.
     """

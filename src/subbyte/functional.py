@@ -77,9 +77,10 @@ def round_scale(scale: Tensor, domain: ScaleDomain) -> Tensor:
 
 
 def _round_to_float16(x: Tensor) -> Tensor:
-    """`x.half().float()` for x >= 0, in float32 arithmetic: compilers fold the pair of casts away."""
-    wide = x.clamp(max=_FLOAT16_MAX) * (2.0**13 + 1)  # Veltkamp: keep 11 of 24 significant bits
-    normal = wide - (wide - x.clamp(max=_FLOAT16_MAX))
+    """`x.half().float()` for x >= 0, in float32 arithmetic: compilers fold away a pair of casts."""
+    x = x.clamp(max=_FLOAT16_MAX)
+    wide = x * (2.0**13 + 1)  # Veltkamp: keep 11 of 24 significant bits
+    normal = wide - (wide - x)
     subnormal = (x + 0.75) - 0.75  # float32 near 0.75 has steps of 2^-24, as float16 near 0
     return torch.where(x < 2.0**-14, subnormal, normal)
 

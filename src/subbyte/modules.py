@@ -217,6 +217,7 @@ class PackedMultiheadAttention(nn.Module):
     projection that a recipe keeps in float stays a float tensor.
     """
 
+    in_proj: nn.Module
     in_proj_bias: Tensor | None
     bias_k: Tensor | None
     bias_v: Tensor | None

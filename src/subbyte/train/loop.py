@@ -80,12 +80,16 @@ def train(
     and data that do not fit, and when the loss is no longer finite.
     """
     progress = progress or Silent()
+    checkpoint = load_checkpoint(config.out / CHECKPOINT, config) if resume else None
     with _scope(config.train):
         torch.manual_seed(config.train.seed)
         setup = set_up(config)
         if setup.plan is not None:
             progress.note(str(setup.plan))
-        state = _start(setup.model, config, resume)
+        config.out.mkdir(parents=True, exist_ok=True)
+        state = start(setup.model, config.train)
+        if checkpoint is not None:
+            _restore(state, checkpoint)
         try:
             for _ in range(state.epoch, config.train.epochs):
                 _epoch(state, setup, config, progress)
@@ -104,14 +108,6 @@ def _scope(config: LoopConfig) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _start(model: Network, config: RunConfig, resume: bool) -> State:
-    state = start(model, config.train)
-    config.out.mkdir(parents=True, exist_ok=True)
-    if resume:
-        _restore(state, load_checkpoint(config.out / CHECKPOINT, config))
-    return state
 
 
 def _restore(state: State, checkpoint: Checkpoint) -> None:
