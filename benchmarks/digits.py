@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from common import append_result
+from common import append
 
 from subbyte.demo import BASE
 from subbyte.methods import LowRes
@@ -66,7 +66,7 @@ def main() -> None:
     options = parser.parse_args()
     for name, method in VARIANTS.items():
         row = measure(name, method, options.seeds, options.threads)
-        append_result("digits", row)
+        append("digits", row)
         print(f"{name:32} {row['median']:6.2f} (spread {row['spread']:.2f})  {row['reduction']}x",
               flush=True)  # fmt: skip
 

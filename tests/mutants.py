@@ -128,7 +128,7 @@ def run(tree: Path, mutant: Mutant) -> Outcome:
 
 @contextmanager
 def planted(tree: Path, mutant: Mutant) -> Iterator[None]:
-    """The tree with the bug in it, and the core built anew if it is in C++; afterwards as before."""
+    """The tree with the bug in it (a core in C++ is built anew); afterwards it is as before."""
     path = tree / "src/subbyte" / mutant.file
     before = path.read_text()
     compiled = {p: p.read_bytes() for p in (tree / "src/subbyte").glob("*.so")}
