@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from common import append
@@ -29,6 +30,8 @@ from subbyte.report.size import LayerSize, SizeReport, bits
 LEVELS = (2, 3, 4, 5, 9, 17)
 LARGE = 10_000
 
+Subject: TypeAlias = tuple[str, bool | None, SizeReport]  # what, compress, measured
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -38,6 +41,7 @@ class Row:
     """
 
     what: str
+    compress: bool | None  # as it was asked for; of a given file it is not known
     levels: str
     encoding: str
     layers: int
@@ -54,7 +58,7 @@ def main() -> None:
     options = parse()
     try:
         reports = given(options.file) if options.file else made(options.network, options.levels)
-        rows = [measure(what, report) for what, report in reports]
+        rows = [measure(*subject) for subject in reports]
     except SubbyteError as error:
         raise SystemExit(str(error)) from None
     for row in rows:
@@ -71,12 +75,12 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def given(paths: list[Path]) -> Iterator[tuple[str, SizeReport]]:
+def given(paths: list[Path]) -> Iterator[Subject]:
     for path in paths:
-        yield str(path), size_report(path)
+        yield str(path), None, size_report(path)
 
 
-def made(network: str, levels: tuple[int, ...]) -> Iterator[tuple[str, SizeReport]]:
+def made(network: str, levels: Sequence[int]) -> Iterator[Subject]:
     """A file in words and a compressed one, for each number of levels."""
     with tempfile.TemporaryDirectory() as folder:
         for n in levels:
@@ -87,10 +91,10 @@ def made(network: str, levels: tuple[int, ...]) -> Iterator[tuple[str, SizeRepor
             for compress in (False, True):
                 path = Path(folder) / f"{n}-{compress}.safetensors"
                 sb.save(net, path, compress=compress)
-                yield f"{network}, first weights", size_report(path)
+                yield f"{network}, first weights", compress, size_report(path)
 
 
-def measure(what: str, report: SizeReport) -> Row:
+def measure(what: str, compress: bool | None, report: SizeReport) -> Row:
     large = [layer for layer in report.layers if layer.n_weights >= LARGE]
     if not large:
         raise SystemExit(f"{what} has no layer of at least {LARGE:,} weights")
@@ -98,6 +102,7 @@ def measure(what: str, report: SizeReport) -> Row:
     overhead = report.file_bytes - report.disk_bytes - report.float_bytes
     return Row(
         what,
+        compress,
         "+".join(map(str, sorted({layer.levels for layer in large}))),
         "+".join(sorted({layer.encoding for layer in large})),
         len(large),

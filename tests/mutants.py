@@ -147,8 +147,8 @@ def build_core(tree: Path) -> None:
     """The tree's C++ core, compiled in the tree itself."""
     target = tree.parent / "built"
     shutil.rmtree(target, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, tree]
-    subprocess.run(command, check=True)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps"]
+    subprocess.run([*pip, "--target", str(target), str(tree)], check=True)
     (library,) = (target / "subbyte").glob("_native*.so")
     shutil.copy(library, tree / "src/subbyte")
 

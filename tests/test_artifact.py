@@ -3,6 +3,7 @@ import os
 import resource
 import signal
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from subbyte import LowRes, SubbyteError, artifact
 from subbyte.functional import entropy
 from subbyte.models import build
 from subbyte.packing import radix
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def packed(model, method=LowRes(levels=5)):  # noqa: B008 - a frozen value
@@ -293,3 +296,18 @@ def test_words_in_the_file_are_those_of_the_specification(tmp_path):
     assert torch.allclose(net[0].weight().flatten(), torch.tensor(values), rtol=1e-6, atol=0)
     assert grid["channel_axis"] == 0
     assert radix.digits_per(5, 64) == 27
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.safetensors")), ids=lambda p: p.stem)
+def test_golden_files_of_every_version_load(path):
+    expected = json.loads(path.with_suffix(".json").read_text())
+    layers = artifact.read(path).layers()
+    assert set(layers) == set(expected)
+    for name, layer in layers.items():
+        assert layer.weight.codes.flatten().tolist() == expected[name]["codes"]
+        assert layer.weight.scale.tolist() == expected[name]["scale"]
+        assert layer.bias.tolist() == expected[name]["bias"]
+    like = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(300, 4))
+    assert sb.load(path, model=like)(torch.randn(2, 2, 12, 12)).isfinite().all()
+    encodings = {entry.encoding for entry in artifact.read(path).entries.values()}
+    assert (artifact.ZSTD in encodings) == ("zstd" in path.stem)

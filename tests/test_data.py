@@ -151,7 +151,8 @@ def test_exif_orientation_is_applied(source, load):
     assert torch.equal(load().images[0], chw(np.rot90(array, -1).copy()))
 
 
-@pytest.mark.parametrize("shape", [(20, 32), (32, 20), (16, 16), (5, 9)]  # 12.8 rounds up, 14.4 down)
+# 32 * 8 / 20 = 12.8 rounds up, 9 * 8 / 5 = 14.4 down
+@pytest.mark.parametrize("shape", [(20, 32), (32, 20), (16, 16), (5, 9)])
 def test_size_scales_the_shorter_side_and_cuts_the_centre(source, load, shape):
     array = pixels(3, *shape)
     parquet(source, "train", {"picture": [cell(array), cell(pixels(4, 9, 9))], "kind": [0, 1]})
