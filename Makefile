@@ -45,7 +45,8 @@ mutants: $(STAMP)  ## Plant the bugs of tests/mutants.toml one by one: the tests
 	$(BIN)/python tests/mutants.py
 
 reproduce: $(STAMP)  ## Train again what docs/results/ shows (hours)
-	$(BIN)/python benchmarks/reproduce.py
+	$(BIN)/python benchmarks/digits.py
+	$(BIN)/python benchmarks/cifar10_cvnn1.py --fresh
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -559,3 +559,13 @@ def test_the_saved_score_is_of_the_file_that_was_read(tmp_path, monkeypatch):
     result = run(run_config(tmp_path, TERNARY, epochs=1), quiet=True)
     assert result.saved.loss == pytest.approx(math.log(10), rel=1e-6)
     assert result.trained.loss != pytest.approx(math.log(10), rel=1e-3)
+
+
+@pytest.mark.parametrize(("has", "warns"), [(True, False), (False, True)])
+def test_bf16_on_a_cpu_that_emulates_it_is_told(monkeypatch, has, warns):
+    from subbyte.train.update import emulates_bf16
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has, "avx2": True})
+    model = torch.nn.Linear(2, 2)
+    assert emulates_bf16(model, LoopConfig(epochs=1, lr=0.1, precision="bf16")) == warns
+    assert not emulates_bf16(model, LoopConfig(epochs=1, lr=0.1))

@@ -35,7 +35,7 @@ from subbyte.train.optim import learning_rate, set_learning_rate
 from subbyte.train.progress import Progress, Silent
 from subbyte.train.settings import LoopConfig, RunConfig
 from subbyte.train.setup import Setup, set_up
-from subbyte.train.update import State, lay_out, start, update
+from subbyte.train.update import State, emulates_bf16, lay_out, start, update
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
@@ -86,6 +86,8 @@ def train(
         setup = set_up(config)
         if setup.plan is not None:
             progress.note(str(setup.plan))
+        if emulates_bf16(setup.model, config.train):
+            progress.note("this CPU has no bf16 instructions: float32 will be much faster here")
         config.out.mkdir(parents=True, exist_ok=True)
         state = start(setup.model, config.train)
         if checkpoint is not None:

@@ -99,6 +99,16 @@ def _autocast(config: LoopConfig, device: torch.device) -> torch.autocast | null
     return nullcontext()
 
 
+def emulates_bf16(model: nn.Module, config: LoopConfig) -> bool:
+    """Whether bf16 is asked for on a CPU that must emulate it (many times slower than float32)."""
+    native = {"avx512_bf16", "amx_bf16", "sve_bf16", "bf16"}
+    return (
+        config.precision == "bf16"
+        and device_of(model).type == "cpu"
+        and not any(torch.cpu.get_capabilities().get(name) for name in native)
+    )
+
+
 def _memory_format(model: nn.Module, x: Tensor | None = None) -> torch.memory_format:
     """channels_last suits a network with 2-d convolutions, for images that are 4-D."""
     convs = any(isinstance(module, nn.Conv2d) for module in model.modules())
