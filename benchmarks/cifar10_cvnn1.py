@@ -14,8 +14,8 @@ from common import ROOT, append, machine
 from subbyte.artifact import read
 from subbyte.config import read_config
 from subbyte.report import size_report
-from subbyte.report.plots import new_figure, plot_curves
 from subbyte.train import RunResult, run
+from subbyte.train.curves import save_curves
 
 CONFIGS = {"float32": "cifar10-cvnn1-float", "5 levels": "cifar10-cvnn1-n5"}
 PAGE = ROOT / "docs" / "results" / "cifar10-cvnn1.md"
@@ -96,9 +96,7 @@ def main() -> None:
     for line in lines.values():
         append("cifar10-cvnn1", line)
     PAGE.parent.mkdir(parents=True, exist_ok=True)
-    figure = new_figure(9.5, 3.6)
-    plot_curves(figure.subplots(1, 2), {name: r.history for name, r in results.items()})
-    figure.savefig(PAGE.with_suffix(".png"), dpi=120)
+    save_curves({name: r.history for name, r in results.items()}, PAGE.with_suffix(".png"))
     PAGE.write_text(page(lines))
     print(PAGE.read_text(), Path(PAGE).relative_to(ROOT))
 

@@ -1,35 +1,51 @@
-"""A run's loss and accuracy over the epochs, as a picture."""
+"""Loss and accuracy over the epochs, drawn without a display and without pyplot's state."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from subbyte.errors import SubbyteError
 from subbyte.train.checkpoint import EpochRecord
 
+COLORS = ("#4c4c4c", "#0072b2", "#d55e00", "#009e73")  # apart for colour-blind eyes too
 
-def plot_curves(history: Sequence[EpochRecord], path: Path) -> None:
-    """Draws without a display and leaves pyplot's state alone. SubbyteError without matplotlib."""
+Histories = Mapping[str, Sequence[EpochRecord]]
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib Figure, inches. Raises SubbyteError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
     except ImportError:
-        raise SubbyteError(f"{path.name} needs matplotlib; pip install 'subbyte[data]'") from None
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+        raise SubbyteError("pictures need matplotlib; pip install 'subbyte[data]'") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    loss, top1 = figure.subplots(1, 2)
-    epochs = [record.epoch for record in history]
-    loss.plot(epochs, [r.train_loss for r in history], ".-", label="train")
-    loss.plot(epochs, [r.test_loss for r in history], ".-", label="test")
-    loss.set_ylabel("cross-entropy")
-    top1.plot(epochs, [r.train_top1 for r in history], ".-", label="train")
-    top1.plot(epochs, [r.test_top1 for r in history], ".-", label="test")
-    top1.set_ylabel("top-1 / %")
-    for axes in (loss, top1):
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.legend()
+    return figure
+
+
+def save_curves(histories: Histories, path: Path) -> None:
+    """A picture of its own. Raises SubbyteError without matplotlib."""
+    figure = new_figure(9.5, 3.6)
+    plot_curves(figure.subplots(1, 2), histories)
     figure.savefig(path, dpi=120)
+
+
+def plot_curves(pair: Sequence[Any], histories: Histories) -> None:
+    """Loss (train solid, test dashed) and test accuracy into two axes, a colour a run."""
+    loss, top1 = pair
+    for (name, history), color in zip(histories.items(), COLORS, strict=False):
+        epochs = [record.epoch for record in history]
+        loss.plot(
+            epochs, [r.train_loss for r in history], ".-", color=color, label=f"{name}, train"
+        )
+        loss.plot(epochs, [r.test_loss for r in history], ".--", color=color, label=f"{name}, test")
+        top1.plot(epochs, [r.test_top1 for r in history], ".-", color=color, label=name)
+    loss.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
+    top1.set(xlabel="epoch", ylabel="test top-1 / %")
+    for axes in pair:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import nn
 
 from subbyte import artifact
@@ -15,7 +14,7 @@ from subbyte.methods import freeze
 from subbyte.models import Network, build, load_weights
 from subbyte.modules import pack
 from subbyte.train.checkpoint import EpochRecord
-from subbyte.train.curves import plot_curves
+from subbyte.train.curves import Histories, save_curves
 from subbyte.train.evaluate import Evaluation, evaluate
 from subbyte.train.loop import train
 from subbyte.train.progress import Progress, console_progress
@@ -48,7 +47,7 @@ def run(config: RunConfig, *, resume: bool = False, quiet: bool = False) -> RunR
     file, net = _save(result.model, config)
     test = load_images(config.data.source, config.data.test_split, size=config.data.size)
     saved = evaluate(net, test, preprocess=result.model.preprocess)
-    _plot(result.history, config.out / CURVES, progress)
+    _plot({config.out.name: result.history}, config.out / CURVES, progress)
     return RunResult(file, file.stat().st_size, result.evaluation, saved, result.history)
 
 
@@ -62,15 +61,15 @@ def _save(model: Network, config: RunConfig) -> tuple[Path, nn.Module]:
 
 
 def _save_float(model: Network, path: Path) -> tuple[Path, nn.Module]:
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    artifact.write_safetensors(model.state_dict(), {}, path)
     net = build(model.spec.name, **model.spec.arguments)
     load_weights(net, path)
     return path, net
 
 
-def _plot(history: tuple[EpochRecord, ...], path: Path, progress: Progress) -> None:
+def _plot(histories: Histories, path: Path, progress: Progress) -> None:
     """A run is not lost for want of a picture: what is missing becomes a note."""
     try:
-        plot_curves(history, path)
+        save_curves(histories, path)
     except SubbyteError as error:
         progress.note(str(error))
