@@ -9,7 +9,17 @@ sb.save(net, "net.safetensors"); net = sb.load("net.safetensors")
 from subbyte.artifact import load, save
 from subbyte.errors import SubbyteError
 from subbyte.grids import Grid, PerChannel, PerTensor, ScaleDomain, fixed_point, uniform
-from subbyte.methods import LowRes, after_step, float_state_dict, freeze, penalty, prepare
+from subbyte.methods import (
+    LSQ,
+    SGM,
+    TWN,
+    LowRes,
+    after_step,
+    float_state_dict,
+    freeze,
+    penalty,
+    prepare,
+)
 from subbyte.modules import pack
 from subbyte.recipe import Plan, Recipe, Rule
 from subbyte.tensors import QuantizedLayer, QuantizedTensor
@@ -17,6 +27,9 @@ from subbyte.tensors import QuantizedLayer, QuantizedTensor
 __version__ = "0.1.0"
 
 __all__ = [
+    "LSQ",
+    "SGM",
+    "TWN",
     "Grid",
     "LowRes",
     "PerChannel",

@@ -13,12 +13,18 @@ from subbyte.methods.base import (
     quantizers,
 )
 from subbyte.methods.lowres import LowRes
+from subbyte.methods.lsq import LSQ
+from subbyte.methods.sgm import SGM
+from subbyte.methods.twn import TWN
 
-METHODS: dict[str, type[Any]] = {"lowres": LowRes}
+METHODS: dict[str, type[Any]] = {"lowres": LowRes, "lsq": LSQ, "sgm": SGM, "twn": TWN}
 """Names in a config file -> the frozen dataclass of the method's options."""
 
 __all__ = [
+    "LSQ",
     "METHODS",
+    "SGM",
+    "TWN",
     "LowRes",
     "Method",
     "WeightQuantizer",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,13 @@ from subbyte.tensors import QuantizedLayer, QuantizedTensor
 
 
 class WeightQuantizer(nn.Module):
-    """What stands in front of one weight during training. Subclasses give forward and quantize."""
+    """What stands in front of one weight during training. Subclasses give forward and quantize.
+
+    soft: the forward pass sees weights that are not on the grid yet, so that rounding at the end
+    changes the network; training scores the rounded weights too.
+    """
+
+    soft: ClassVar[bool] = False
 
     def forward(self, w: Tensor) -> Tensor:
         """What the layer sees in the forward pass; w's shape and dtype."""

@@ -1,0 +1,123 @@
+"""Fixed-point weights by gradient descent: a symmetric mixture of Gaussian modes (SGM, SYMOG).
+
+    Q(w) = D clip(round(w / D), -T, T)    D = 2^-f, a power of two a layer; T = 2^(b-1) - 1
+    loss = task + sum over layers of kappa / 2 * sum_i (w_i - Q(w_i))^2
+    kappa = start (end / start)^progress      exponential growth from the first step to the last
+    after every step: clip |w| to D T
+    at the end: w := Q(w)
+
+The forward pass sees the float weights: no straight-through estimator, the task's gradient is
+exact. Each weight is drawn to the nearest mode, first softly, so that it may still change its mode,
+then so hard that rounding at the end changes nothing.
+
+Enderich, Timm, Rosenbaum and Burgard, "Learning Multimodal Fixed-Point Weights using Gradient
+Descent", arXiv:1907.07220; Enderich, Timm and Burgard, "SYMOG", arXiv:2002.08204. The papers give
+the idea in words (modes on fixed-point values, power-of-two D, clipping, growing strength); the
+formulas are ours. Ours too:
+- D is the power of two with the least squared rounding error of the pre-trained weights, then
+  fixed;
+- the pull on a weight is kappa (w - Q(w)), whatever the layer's size: lambda_l = kappa M_l / 2
+  where the regulariser is written as lambda_l / M_l times the squared distance;
+- start and end of kappa;
+- a tie between two modes goes up.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subbyte.errors import SubbyteError
+from subbyte.functional import encode, fake_quantize, power_of_two, scale_exponent
+from subbyte.grids import Grid, fixed_point
+from subbyte.layers import Site
+from subbyte.methods.base import WeightQuantizer, describe
+from subbyte.tensors import QuantizedTensor
+
+_EXPONENTS_TRIED = 8  # on either side of the largest weight's
+
+
+@dataclass(frozen=True, slots=True)
+class SGM:
+    """Fixed point of `bits` bits, 2 to 8: 2^bits - 1 levels, scales that are powers of two.
+
+    start, end: the pull kappa at the first and the last step, in units of the gradient per unit of
+    weight (as weight decay is). The end must be strong enough to gather the weights on their modes;
+    `lr * end` must stay below 2 (1 + momentum), or the pull itself oscillates.
+    """
+
+    bits: int = 2
+    start: float = 1e-3
+    end: float = 100.0
+
+    def __post_init__(self) -> None:
+        fixed_point(self.bits)
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise SubbyteError(f"{name}={value!r}; use a finite number above 0")
+        if self.end < self.start:
+            raise SubbyteError(
+                f"end={self.end!r} is below start={self.start!r}; the pull must not fall"
+            )
+
+    def __str__(self) -> str:
+        return describe(self, "bits")
+
+    def pull(self, progress: float) -> float:
+        """kappa after this fraction of training."""
+        return self.start * (self.end / self.start) ** progress
+
+    def quantizer(self, w: Tensor, site: Site) -> SGMQuantizer:
+        return SGMQuantizer(self, w)
+
+
+class SGMQuantizer(WeightQuantizer):
+    """Float weights in the forward pass, drawn to the modes of a fixed grid."""
+
+    soft = True
+    scale: Tensor  # float32 [1], a power of two: D
+
+    def __init__(self, method: SGM, w: Tensor) -> None:
+        super().__init__()
+        self.method, self.grid = method, fixed_point(method.bits)
+        for name, value in self.initial_state(w).items():
+            self.register_buffer(name, value)
+
+    def initial_state(self, w: Tensor) -> dict[str, Tensor]:
+        return {"scale": least_squares_power_of_two(w, self.grid)}
+
+    def forward(self, w: Tensor) -> Tensor:
+        return w
+
+    def penalty(self, w: Tensor, progress: float) -> Tensor:
+        distance = w - fake_quantize(w, self.scale, self.grid)
+        return 0.5 * self.method.pull(progress) * distance.square().sum()
+
+    def after_step(self, w: Tensor, progress: float) -> None:
+        limit = float(self.scale) * self.grid.levels[-1]
+        w.clamp_(-limit, limit)
+
+    def quantize(self, w: Tensor) -> QuantizedTensor:
+        return QuantizedTensor(encode(w, self.scale, self.grid), self.scale.clone(), self.grid)
+
+
+@torch.no_grad()
+def least_squares_power_of_two(w: Tensor, grid: Grid) -> Tensor:
+    """The power of two whose grid has the least squared error on w; float32 [1].
+
+    An all-zero weight takes 1: any scale is as good. Of equal errors the larger scale wins.
+    """
+    peak = w.abs().max().reshape(1)
+    if not float(peak) > 0:
+        return torch.ones(1, device=w.device)
+    top = int(scale_exponent(peak)) + 1
+    exponents = torch.arange(top, top - 2 * _EXPONENTS_TRIED, -1, device=w.device)
+    scales = power_of_two(exponents.clamp(-126, 127))
+    errors = [
+        (w - fake_quantize(w, scale, grid)).double().square().sum() for scale in scales[:, None]
+    ]
+    return scales[torch.stack(errors).argmin()].reshape(1)
