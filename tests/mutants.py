@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -159,10 +160,12 @@ def run_tests(tree: Path, tests: list[str]) -> tuple[int, str]:
     command = [sys.executable, "-c", BOOTSTRAP, str(tree / "src"), *options, *tests]
     # bytecode is told apart by whole seconds and size: a mutant could run as its original
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT_S
-    )
-    return done.returncode, done.stdout + done.stderr
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    try:
+        done = subprocess.run(command, cwd=tree, env=environment, timeout=LIMIT_S, **pipes)
+    except subprocess.TimeoutExpired:
+        return 124, f"no end after {LIMIT_S} s"
+    return done.returncode, done.stdout
 
 
 def first_failure(output: str) -> str:
