@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 import subbyte as sb
-from subbyte import LowRes
+from nets import Mixed
+from subbyte import LowRes, SubbyteError
+from test_artifact import edit, packed
 
 DIMENSIONS = {
     nn.Linear: 0,
@@ -30,3 +32,35 @@ def test_a_channels_scale_is_of_the_weights_that_feed_one_output(kind):
         layer.parametrizations.weight.original[feeds != 0] *= 4
     factors = sb.freeze(layer)[""].weight.scale / before
     torch.testing.assert_close(factors, torch.tensor([1.0, 1.0, 4.0, 1.0, 1.0]))
+
+
+def test_packed_attention_drops_nothing_out_in_eval_mode():
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, dropout=0.5)})
+    sb.prepare(model, LowRes(levels=5))
+    net = sb.pack(model, sb.freeze(model))
+    x = torch.randn(4, 3, 8)
+    expected, _ = model.eval()["attn"](x, x, x)
+    torch.testing.assert_close(net["attn"](x, x, x)[0], expected)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_same_padding_stays(mode):
+    model = nn.Sequential(nn.Conv2d(2, 3, (2, 3), padding="same", padding_mode=mode))
+    sb.prepare(model, LowRes(levels=5))
+    x = torch.randn(1, 2, 6, 6)
+    torch.testing.assert_close(sb.pack(model, sb.freeze(model))(x), model(x))
+
+
+def test_a_tensor_that_the_manifest_names_twice_is_refused(tmp_path):
+    path = tmp_path / "net.safetensors"
+    sb.save(packed(Mixed()), path)
+    edit(path, lambda manifest: manifest["state"].append("conv.bias"))
+    with pytest.raises(SubbyteError, match="does not account for every tensor once"):
+        sb.load(path, model=Mixed())
+
+
+def test_a_file_has_the_permissions_of_a_file_written_plainly(tmp_path):
+    sb.save(packed(nn.Linear(3, 3)), tmp_path / "net.safetensors")
+    (tmp_path / "plain").write_text("")
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
