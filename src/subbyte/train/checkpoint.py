@@ -24,6 +24,7 @@ class EpochRecord:
 
     epoch counts from 1; lr: of the epoch's first step; train_loss: cross-entropy without the
     method's penalty; *_top1 in percent; seconds and images_per_s: of training, not of evaluation.
+    distance, changed, rounded_top1: of the quantized weights, see `train.watch`; None without any.
     """
 
     epoch: int
@@ -34,6 +35,9 @@ class EpochRecord:
     test_loss: float
     images_per_s: float
     seconds: float
+    distance: float | None = None
+    changed: float | None = None
+    rounded_top1: float | None = None
 
 
 @dataclass(frozen=True)

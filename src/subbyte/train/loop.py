@@ -127,8 +127,10 @@ def _epoch(state: State, setup: Setup, config: RunConfig, progress: Progress) ->
     loss, top1, speed, seconds = _train_epoch(state, setup.train, config, steps, progress)
     _check_weights(state)
     test = evaluate(state.best, setup.test, preprocess=state.model.preprocess)
+    watched = watch(state.best, state.codes, setup.test)
+    state.codes = codes_of(state.best)
     state.epoch += 1
-    record = EpochRecord(state.epoch, lr, loss, top1, test.top1, test.loss, speed, seconds)
+    record = EpochRecord(state.epoch, lr, loss, top1, test.top1, test.loss, speed, seconds, *watched)
     state.history += (record,)
     _save(state, config)
     progress.finish(record, config.train.epochs)
