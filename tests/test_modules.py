@@ -298,7 +298,9 @@ def test_pack_names_what_does_not_fit(packed):
     layers = sb.freeze(model)
     with pytest.raises(SubbyteError, match="no layer 'cnv'; it has conv, up"):
         sb.pack(Mixed(), {"cnv": layers["conv"]})
-    with pytest.raises(SubbyteError, match=r"'head' has shape \(5, 16\), its codes \(8, 3, 3, 3\)"):
+    with pytest.raises(
+        SubbyteError, match=r"'head' has shape \(5, 16\), its codes come with \(8, 3, 3, 3\)"
+    ):
         sb.pack(Mixed(), {"head": layers["conv"]})
     del layers["head"]
     with pytest.raises(SubbyteError, match="'head' is prepared but not among"):

@@ -331,8 +331,8 @@ def _by_owner(
     by_owner: dict[int, dict[str, QuantizedLayer]] = {}
     for name, layer in layers.items():
         site = known[name]
-        _check_shape(site, layer)
         owner = net.get_submodule(site.owner)
+        _check_fit(site, layer, owner)
         part = site.parameter.removesuffix("_weight")
         by_owner.setdefault(id(owner), {})[part] = layer
     _check_all_prepared(net, known.values(), layers)
@@ -354,12 +354,20 @@ def _packed(module: nn.Module, layers: Mapping[str, QuantizedLayer]) -> nn.Modul
     return packed.train(module.training)
 
 
-def _check_shape(site: Site, layer: QuantizedLayer) -> None:
-    if tuple(layer.weight.shape) != site.shape:
-        raise SubbyteError(
-            f"layer '{site.name}' has shape {site.shape}, its codes {tuple(layer.weight.shape)}; "
-            "the codes are of another network"
-        )
+def _check_fit(site: Site, layer: QuantizedLayer, owner: nn.Module) -> None:
+    """Weight and bias have the shapes of the layer that they go into."""
+    bias = getattr(owner, "bias", None) if site.parameter == "weight" else None
+    wanted = {"shape": site.shape, "bias": None if bias is None else tuple(bias.shape)}
+    found = {
+        "shape": tuple(layer.weight.shape),
+        "bias": None if layer.bias is None else tuple(layer.bias.shape),
+    }
+    for part, shape in wanted.items():
+        if found[part] != shape:
+            raise SubbyteError(
+                f"layer '{site.name}' has {part} {shape}, its codes come with {found[part]}; "
+                "they are of another network"
+            )
 
 
 def _check_plain(module: nn.Module, kind: type[nn.Module]) -> None:

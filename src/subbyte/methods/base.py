@@ -149,7 +149,7 @@ def _accept_float_weights(
             continue
         inside = f"{prefix}parametrizations.{parameter}."
         state[f"{inside}original"] = weight
-        for name, value in chain[0].initial_state(weight).items():
+        for name, value in chain[0].initial_state(weight.float()).items():
             state[f"{inside}0.{name}"] = value
 
 
@@ -162,6 +162,10 @@ def _check_owner(owner: nn.Module, site: Site) -> None:
 
 
 def _check_weight(weight: Tensor, name: str) -> None:
+    if weight.numel() == 0:
+        raise SubbyteError(
+            f"weight of '{name}' is empty, shape {tuple(weight.shape)}; keep it float"
+        )
     if weight.dtype != torch.float32:
         raise SubbyteError(
             f"weight of '{name}' is {weight.dtype}; call model.float() first, "
