@@ -180,7 +180,7 @@ def set_key(*path, value):
         (set_key("layers", "conv", "type", value="Linear"), "layer 'conv' is Linear.*Conv2d"),
         (set_key("version", value=True), "version True"),
         (set_key("version", value=json.loads("[" * 60 + "]" * 60)), "version"),
-        (set_key("layers", "conv", "shape", value=[8, 3, 9, 1]), r"'conv' is Conv2d \(8, 3, 9, 1\)"),
+        (set_key("layers", "conv", "shape", value=[8, 3, 9, 1]), r"Conv2d \(8, 3, 9, 1\)"),
         (lambda m: m["layers"].pop("conv"), "does not account for every tensor"),
         (set_key("grids", 0, "levels", value=[0.0, 0.0]), "do not strictly increase"),
         (set_key("grids", 0, "channel_axis", value=7), "layer 'conv'.*channel axis 7"),
