@@ -189,6 +189,8 @@ def _float_state(net: nn.Module, packed: list[PackedLayer]) -> dict[str, Tensor]
     taken = frozenset().union(*(layer.keys for layer in packed))
     state = {name: value for name, value in net.state_dict().items() if name not in taken}
     for name, value in state.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise SubbyteError(f"'{name}' has NaN or infinite values; nothing was saved")
         if not isinstance(value, Tensor):
             raise SubbyteError(
                 f"state '{name}' is a {type(value).__name__}; only tensors are saved"
@@ -232,7 +234,8 @@ def read(path: str | Path) -> Artifact:
     """The file's manifest and tensors, checked. Raises SubbyteError naming file and fault."""
     path = Path(path)
     if not path.is_file():
-        raise SubbyteError(f"{path}: no such file")
+        what = "not a file" if path.exists() else "no such file"
+        raise SubbyteError(f"{path}: {what}; give the path of a packed .safetensors")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -255,6 +258,8 @@ def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor], n_bytes: int
         entries = {name: _entry(v, grids) for name, v in manifest["layers"].items()}
         state = tuple(str(name) for name in manifest["state"])
         network = manifest["network"]
+    except SubbyteError:
+        raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise SubbyteError(f"the manifest is malformed ({error!r})") from None
     _check_names(entries, state, tensors)
@@ -270,6 +275,8 @@ def _manifest(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         manifest = json.loads(metadata[FORMAT])
         version = manifest["version"]
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']!r}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SubbyteError(f"the manifest is malformed ({error!r})") from None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -288,12 +295,12 @@ def _entry(value: Mapping[str, Any], grids: list[Grid]) -> LayerEntry:
         raise SubbyteError(f"the manifest has a shape {str(value['shape'])[:80]}")
     if value["encoding"] not in (WORDS, ZSTD):
         raise SubbyteError(f"encoding {value['encoding']!r} is unknown; upgrade subbyte")
+    if not isinstance(value["bias"], bool):
+        raise SubbyteError(f"the manifest has bias {value['bias']!r}, neither true nor false")
     index = value["grid"]
     if not isinstance(index, int) or not 0 <= index < len(grids):
         raise SubbyteError(f"the manifest names grid {index!r}, it has {len(grids)}")
-    return LayerEntry(
-        str(value["type"]), shape, grids[index], value["encoding"], bool(value["bias"])
-    )
+    return LayerEntry(str(value["type"]), shape, grids[index], value["encoding"], value["bias"])
 
 
 def _check_names(
@@ -340,6 +347,8 @@ def _skeleton(artifact: Artifact) -> nn.Module:
         raise SubbyteError("the file holds no zoo network; pass yours: load(path, model=net)")
     try:
         name, arguments = artifact.network["name"], dict(artifact.network["arguments"])
+        with torch.device("meta"):  # no memory before it is known to be the file's network
+            _check_entries(artifact.entries, build(name, **arguments))
         return build(name, **arguments)
     except SubbyteError:
         raise
@@ -380,4 +389,4 @@ def _load_state(net: nn.Module, artifact: Artifact) -> None:
     left = sorted(set(own) - set(artifact.state_names) - taken)
     if left:
         raise SubbyteError(f"the file has no '{left[0]}', which the network needs")
-    net.load_state_dict(artifact.state(), strict=False)
+    net.load_state_dict(artifact.state(), strict=False, assign=True)  # dtypes are the file's
