@@ -211,14 +211,20 @@ def _shares(layer: LayerSize) -> str:
 
 def _caption(report: SizeReport) -> str:
     zipped = any(layer.encoding != WORDS for layer in report.layers)
-    largest = sorted(report.float_tensors, key=lambda kept: -kept[1])  # a float layer comes first
-    kept = ", ".join(f"{name} ({count:,} bytes)" for name, count in largest[:6])
-    more = len(largest) - 6
     overhead = report.file_bytes - report.disk_bytes - report.float_bytes
     return (
         f"bits a weight: log2(levels), in memory, on disk{' (zstd)' if zipped else ''}\n"
         f"file {report.file_bytes:,} bytes = layers {report.disk_bytes:,} + float "
         f"{report.float_bytes:,} + manifest and header {overhead:,}; quantized weights "
         f"{report.reduction:.1f}x smaller than float32\n"
-        f"float: {kept}{f' and {more} more' if more > 0 else ''}"
+        f"stayed float, bytes by layer: {', '.join(_float_layers(report))}"
     )
+
+
+def _float_layers(report: SizeReport) -> list[str]:
+    """`name bytes` of each layer that holds float tensors, the largest first."""
+    sums: dict[str, int] = {}
+    for name, count in report.float_tensors:
+        layer = name.rpartition(".")[0] or name
+        sums[layer] = sums.get(layer, 0) + count
+    return [f"{name} {count:,}" for name, count in sorted(sums.items(), key=lambda kv: -kv[1])]
