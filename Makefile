@@ -21,10 +21,10 @@ demo: $(STAMP)  ## Train, pack, reload and compare on embedded data (about a min
 	$(BIN)/subbyte demo
 
 test: $(STAMP)  ## The test suite (minutes)
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-all: $(STAMP)  ## Everything, also what needs ../shared/data or takes long
-	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
 check: $(STAMP)  ## Format, lint and types, Python and C++
 	$(BIN)/ruff format --check .

@@ -83,7 +83,7 @@ def test_inspect_counts_what_is_in_the_file(file, monkeypatch, capsys):
     net = sb.load(file)
     for layer in result["layers"]:
         assert set(layer["bits_per_weight"]) == {"information", "memory", "disk"}
-        packed = net.get_submodule(layer["name"]).weight
+        packed = net.get_submodule(layer["name"]).packed
         held = packed.words.numel() + 4 * packed.scale.numel()
         assert layer["memory_bytes"] == held
         assert layer["bits_per_weight"]["memory"] == pytest.approx(8 * held / layer["weights"])
@@ -103,7 +103,8 @@ def test_inspect_shows_every_layer_and_what_stayed_float(file, monkeypatch, caps
     for layer in size_report(file).layers:
         assert layer.name in out
     assert f"file {file.stat().st_size:,} bytes" in out
-    assert "float: " in out
+    for name in ("features.1", "features.4", "features.8", "classifier.4"):
+        assert name in out.split("stayed float")[1]
 
 
 def test_compressed_bits_on_disk_are_not_those_in_memory(file, tmp_path, monkeypatch, capsys):
@@ -174,6 +175,8 @@ def test_bad_input_is_one_line_and_exit_code_2(bad, file, tmp_path):
     bad("evaluate", file, *digits, "--weights", file, says="--weights goes with the name")
     bad("evaluate", file, "--data", "./nowhere", says="./nowhere")
     bad("evaluate", file, *digits, "--split", "tset", says="tset")
+    bad("evaluate", file, *digits, "--size", 4, says="size=4 does not fit 'digits'")
+    bad("inspect", tmp_path, says="not a file")
     bad("inspect", tmp_path / "gone.safetensors", says="gone.safetensors: no such file")
     (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:500])
     bad("inspect", tmp_path / "cut.safetensors", says="not a whole safetensors file")
@@ -187,6 +190,11 @@ def test_bad_input_is_one_line_and_exit_code_2(bad, file, tmp_path):
         ('name = "digitsnet"', 'name = "digitnet"', "did you mean 'digitsnet'"),
         ('source = "digits"', 'source = "./gone"', "./gone"),
         ("[method]", "[method", "not valid TOML"),
+        ("epochs = 1", "epochs = 1\nbatch_size = 99999999999999999999", "2 to 2**31 - 1"),
+        ("threads = 1", "threads = 100000", "threads = 100000: expected at most"),
+        ('source = "digits"', 'source = "digits"\ncrop = 100000000', "crop = 100000000"),
+        ("[data]", "[model.arguments]\nclasses = 100000000000\n[data]", "cannot be built with"),
+        ("[data]", "[model.arguments]\nimage_size = 4\n[data]", "not of the network's 4x4"),
         ("lr = 0.05", "lr = 1e12", "lower train.lr"),
     ):
         config.write_text(CONFIG.replace(find, replace))
@@ -197,10 +205,29 @@ def test_bad_input_is_one_line_and_exit_code_2(bad, file, tmp_path):
     bad("train", config, "--resume", "--set", f"out={tmp_path}/new", says="no checkpoint to resume")
 
 
+def test_a_figure_that_is_not_finite_is_null_in_json(capsys):
+    from subbyte.cli import _print_json
+
+    _print_json({"loss": float("nan"), "list": [float("inf"), 1.5]})
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "list": [None, 1.5]}
+
+
+def test_names_are_not_markup(tmp_path, monkeypatch, capsys):
+    model = torch.nn.ModuleDict({"a[/b]": torch.nn.Linear(4, 4)})
+    sb.prepare(model, sb.LowRes(levels=3))
+    path = tmp_path / "we[red]ird.safetensors"
+    sb.save(sb.pack(model, sb.freeze(model)), path)
+    code, out, _ = in_process(monkeypatch, capsys, "inspect", path)
+    assert code == 0
+    assert "a[/b]" in out
+    assert "we[red]ird" in out.replace("\n", "")
+
+
 def test_bad_input_in_a_real_process(tmp_path):
     done = run("inspect", tmp_path / "gone.safetensors")
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path}/gone.safetensors: no such file\n"
+    says = "no such file; give the path of a packed .safetensors"
+    assert done.stderr == f"error: {tmp_path}/gone.safetensors: {says}\n"
     assert done.stdout == ""
 
 

@@ -32,7 +32,7 @@ def test_the_demo_fails_when_a_file_disagrees(short, tmp_path, monkeypatch):
 
     def wrong(path):
         net = real(path)
-        net.classifier[1].weight.scale.mul_(1.01)
+        net.classifier[1].packed.scale.mul_(1.01)
         return net
 
     monkeypatch.setattr(demo.artifact, "load", wrong)

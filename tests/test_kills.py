@@ -45,7 +45,7 @@ def test_packed_attention_drops_nothing_out_in_eval_mode():
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect"])
 def test_same_padding_stays(mode):
-    model = nn.Sequential(nn.Conv2d(2, 3, (2, 3), padding="same", padding_mode=mode))
+    model = nn.Sequential(nn.Conv2d(2, 3, (3, 5), padding="same", padding_mode=mode))
     sb.prepare(model, LowRes(levels=5))
     x = torch.randn(1, 2, 6, 6)
     torch.testing.assert_close(sb.pack(model, sb.freeze(model))(x), model(x))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -15,6 +15,7 @@ import subbyte as sb
 from nets import Mixed, mixed_input
 from oracle import U, assert_within, exact_weight, gamma
 from subbyte import LowRes, Recipe, Rule, SubbyteError
+from subbyte.layers import CHANNEL_AXIS
 
 LEVELS = [2, 3, 4, 5, 7, 8, 9, 15, 16, 17]
 KINDS = ["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"]
@@ -98,11 +99,14 @@ def test_a_packed_layer_equals_the_trained_one(kind, data):
     layer, x, method = data.draw(problems(kind))
     model = nn.Sequential(layer)
     like = copy.deepcopy(model)
+    per_channel = layer.weight.transpose(0, CHANNEL_AXIS[CLASSES[kind]])[0].numel()
+    alone = (per_channel if method.granularity == "channel" else layer.weight.numel()) == 1
+    assume(not (alone and method.statistic == "std"))  # no spread: refused, see test_methods
     sb.prepare(model, method)
     layers = sb.freeze(model)
     net = through_a_file(sb.pack(model, layers), like, data.draw(st.booleans()))
 
-    frozen, read = layers["0"].weight, net[0].weight.quantized()
+    frozen, read = layers["0"].weight, net[0].packed.quantized()
     assert read.grid == frozen.grid
     assert torch.equal(read.codes, frozen.codes)
     assert torch.equal(read.scale, frozen.scale)
@@ -177,7 +181,7 @@ def test_packed_attention_equals_the_trained_one(levels, separate):
     net = through_a_file(sb.pack(model, layers), like, False)
     for name, layer in layers.items():
         packed = net.get_submodule(name)
-        weight = getattr(packed, "weight", packed)
+        weight = getattr(packed, "packed", packed)
         assert torch.equal(weight.quantized().codes, layer.weight.codes)
 
     query, key = torch.randn(3, 4, 8), torch.randn(3, 5, 6 if separate else 8)
@@ -298,7 +302,9 @@ def test_pack_names_what_does_not_fit(packed):
     layers = sb.freeze(model)
     with pytest.raises(SubbyteError, match="no layer 'cnv'; it has conv, up"):
         sb.pack(Mixed(), {"cnv": layers["conv"]})
-    with pytest.raises(SubbyteError, match=r"'head' has shape \(5, 16\), its codes \(8, 3, 3, 3\)"):
+    with pytest.raises(
+        SubbyteError, match=r"'head' has shape \(5, 16\), its codes come with \(8, 3, 3, 3\)"
+    ):
         sb.pack(Mixed(), {"head": layers["conv"]})
     del layers["head"]
     with pytest.raises(SubbyteError, match="'head' is prepared but not among"):
@@ -320,9 +326,63 @@ def test_layers_that_change_themselves_are_refused():
         def forward(self, x):
             return super().forward(x) + 1
 
-    for layer, says in ((Odd(2, 2, 1), "Odd overrides Conv2d.forward"),
-                        (nn.Embedding(3, 2, max_norm=1.0), "max_norm")):  # fmt: skip
-        model = nn.Sequential(layer)
+    class Standardised(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, weight - weight.mean(), bias)
+
+    class Loud(nn.MultiheadAttention):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)[0] * 10, None
+
+    for layer, says in (
+        (Odd(2, 2, 1), r"'0' \(Odd\) cannot be quantized: it overrides Conv2d\.forward"),
+        (Standardised(2, 2, 1), r"overrides Conv2d\._conv_forward"),
+        (Loud(4, 2), r"'0' \(Loud\).*overrides MultiheadAttention\.forward"),
+        (nn.Embedding(3, 2, max_norm=1.0), "its max_norm rewrites"),
+    ):
+        with pytest.raises(SubbyteError, match=says):
+            sb.prepare(nn.Sequential(layer, nn.Linear(2, 2)), LowRes(levels=3))
+
+
+def test_what_packing_would_drop_is_refused():
+    for change, says in (
+        (lambda layer: layer.register_forward_hook(lambda *_: None), "'0' has 1 hooks"),
+        (lambda layer: layer.register_buffer("seen", torch.zeros(1)), r"buffers of its own \(seen"),
+    ):
+        model = nn.Sequential(nn.Linear(3, 2))
         sb.prepare(model, LowRes(levels=3))
+        change(model[0])
         with pytest.raises(SubbyteError, match=says):
             sb.pack(model, sb.freeze(model))
+
+
+def test_two_packed_models_share_nothing():
+    model = nn.Sequential(nn.Linear(3, 2))
+    sb.prepare(model, LowRes(levels=3))
+    layers = sb.freeze(model)
+    before = layers["0"].bias.clone()
+    for tensor in sb.pack(model, layers).state_dict().values():
+        tensor.fill_(7)
+    again = sb.pack(model, layers)
+    assert torch.equal(again[0].bias, before)
+    assert torch.equal(again[0].weight, layers["0"].weight.dequantize())
+
+
+@pytest.mark.parametrize("rules", [(), (Rule("*.self_attn.*"),), (Rule("*.linear?"),)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_transformer_encoders_run_packed_with_and_without_a_mask(rules, nested):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
+    sb.prepare(model, Recipe((*rules, Rule(method=LowRes(levels=5)))))
+    net = sb.pack(model, sb.freeze(model))
+    model.eval()
+    x = torch.randn(2, 5, 16)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    for grad in (torch.no_grad(), torch.enable_grad()):
+        with grad:
+            assert torch.allclose(net(x), model(x), atol=1e-5)
+            got = net(x, src_key_padding_mask=mask)
+            expected = model(x, src_key_padding_mask=mask)
+            kept = ~mask[:, : expected.shape[1]]
+            assert torch.allclose(got[kept], expected[kept], atol=1e-5)

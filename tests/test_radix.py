@@ -110,6 +110,11 @@ def test_damaged_frames_are_refused():
         radix.decompress(frame[:-3], 5, 3000)
     with pytest.raises(SubbyteError, match="damaged"):
         radix.decompress(torch.zeros(20, dtype=torch.uint8), 5, 3000)
+    with pytest.raises(SubbyteError, match="damaged"):
+        radix.decompress(torch.cat([frame, frame]), 5, 3000)
+    stray = radix.compress(torch.full((3,), 4, dtype=torch.uint8), 5)
+    with pytest.raises(SubbyteError, match="stray digit"):
+        radix.decompress(stray, 5, 1)
     with pytest.raises(SubbyteError, match="above the grid"):
         radix.decompress(radix.compress(torch.full((4,), 255, dtype=torch.uint8), 256), 5, 12)
 

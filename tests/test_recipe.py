@@ -66,6 +66,16 @@ def test_a_layer_that_cannot_be_quantized_is_named_unless_kept_float(layer):
     assert [layer.site.name for layer in kept.quantized] == ["body"]
 
 
+def test_the_plan_names_matrices_that_are_no_layers():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+            self.table = nn.Parameter(torch.zeros(3, 5))
+
+    assert "float, not a layer: table, 15 values" in str(plan(Own(), Rule(method=FIVE)))
+
+
 def test_a_lazy_layer_is_asked_for_a_batch():
     with pytest.raises(SubbyteError, match="layer '0' has no shape yet"):
         plan(nn.Sequential(nn.LazyLinear(3)), Rule(method=FIVE))

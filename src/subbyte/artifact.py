@@ -7,6 +7,7 @@ pickled and nothing is inferred from names or shapes: the manifest says what eac
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,16 @@ from torch import Tensor, nn
 
 from subbyte.errors import SubbyteError
 from subbyte.files import write_atomically
-from subbyte.functional import n_groups
+from subbyte.functional import MIN_EXPONENT, n_groups
 from subbyte.grids import Grid, ScaleDomain
-from subbyte.layers import join
+from subbyte.layers import join, sites
 from subbyte.models import Network, build
 from subbyte.modules import PackedMultiheadAttention, PackedWeight, pack, read_scale
 from subbyte.packing import radix
 from subbyte.tensors import QuantizedLayer, QuantizedTensor
 
 FORMAT, VERSION = "subbyte", 1
+MAX_WEIGHTS = 2**40  # of one layer; a larger shape is damage
 WORDS, ZSTD = "radix64", "radix-bytes+zstd"
 _SCALE_DTYPES = {
     ScaleDomain.FLOAT32: torch.float32,
@@ -74,7 +76,10 @@ class Artifact:
             weight = QuantizedTensor(codes.reshape(entry.shape), scale, entry.grid)
         except SubbyteError as error:
             raise SubbyteError(f"layer '{name}': {error}") from None
-        return QuantizedLayer(weight, self.tensors[join(name, "bias")] if entry.bias else None)
+        bias = self.tensors[join(name, "bias")] if entry.bias else None
+        if bias is not None and not bias.is_floating_point():
+            raise SubbyteError(f"layer '{name}': the bias is {bias.dtype}, not a float type")
+        return QuantizedLayer(weight, bias)
 
 
 # ---------------------------------------------------------------- save
@@ -170,19 +175,22 @@ def _encode(weight: PackedWeight, compress: bool) -> tuple[Tensor, str]:
 
 
 def _stored_scale(name: str, weight: PackedWeight) -> Tensor:
-    wanted = _SCALE_DTYPES[weight.grid.scale_domain]
-    if weight.scale.dtype != wanted:
+    """The scale as its grid stores it; a model that was cast may hold it in another dtype."""
+    stored = weight.scale.to(_SCALE_DTYPES[weight.grid.scale_domain])
+    if not torch.equal(stored.to(weight.scale.dtype), weight.scale):
         raise SubbyteError(
-            f"scale of '{name}' is {weight.scale.dtype}, its grid stores {wanted}; save the model "
-            "before converting it to another dtype"
+            f"scale of '{name}' is {weight.scale.dtype} and does not fit the {stored.dtype} of its "
+            "grid; save the model before converting it to another dtype"
         )
-    return weight.scale
+    return stored
 
 
 def _float_state(net: nn.Module, packed: list[PackedLayer]) -> dict[str, Tensor]:
     taken = frozenset().union(*(layer.keys for layer in packed))
     state = {name: value for name, value in net.state_dict().items() if name not in taken}
     for name, value in state.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise SubbyteError(f"'{name}' has NaN or infinite values; nothing was saved")
         if not isinstance(value, Tensor):
             raise SubbyteError(
                 f"state '{name}' is a {type(value).__name__}; only tensors are saved"
@@ -213,7 +221,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """
     artifact = read(path)
     try:
-        net = pack(_skeleton(artifact) if model is None else model, artifact.layers())
+        skeleton = _skeleton(artifact) if model is None else model
+        _check_entries(artifact.entries, skeleton)
+        net = pack(skeleton, artifact.layers())
         _load_state(net, artifact)
     except SubbyteError as error:
         raise SubbyteError(f"{path}: {error}") from None
@@ -224,7 +234,8 @@ def read(path: str | Path) -> Artifact:
     """The file's manifest and tensors, checked. Raises SubbyteError naming file and fault."""
     path = Path(path)
     if not path.is_file():
-        raise SubbyteError(f"{path}: no such file")
+        what = "not a file" if path.exists() else "no such file"
+        raise SubbyteError(f"{path}: {what}; give the path of a packed .safetensors")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -247,6 +258,8 @@ def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor], n_bytes: int
         entries = {name: _entry(v, grids) for name, v in manifest["layers"].items()}
         state = tuple(str(name) for name in manifest["state"])
         network = manifest["network"]
+    except SubbyteError:
+        raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise SubbyteError(f"the manifest is malformed ({error!r})") from None
     _check_names(entries, state, tensors)
@@ -262,9 +275,11 @@ def _manifest(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         manifest = json.loads(metadata[FORMAT])
         version = manifest["version"]
-    except (ValueError, KeyError, TypeError) as error:
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']!r}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SubbyteError(f"the manifest is malformed ({error!r})") from None
-    if not isinstance(version, int) or version < 1:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise SubbyteError(f"the manifest has version {version!r}, not a whole number from 1 up")
     if version > VERSION:
         raise SubbyteError(
@@ -275,16 +290,17 @@ def _manifest(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _entry(value: Mapping[str, Any], grids: list[Grid]) -> LayerEntry:
     shape = tuple(value["shape"])
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
-        raise SubbyteError(f"the manifest has a shape {value['shape']!r}")
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape)
+    if not whole or math.prod(shape) > MAX_WEIGHTS:
+        raise SubbyteError(f"the manifest has a shape {str(value['shape'])[:80]}")
     if value["encoding"] not in (WORDS, ZSTD):
         raise SubbyteError(f"encoding {value['encoding']!r} is unknown; upgrade subbyte")
+    if not isinstance(value["bias"], bool):
+        raise SubbyteError(f"the manifest has bias {value['bias']!r}, neither true nor false")
     index = value["grid"]
     if not isinstance(index, int) or not 0 <= index < len(grids):
         raise SubbyteError(f"the manifest names grid {index!r}, it has {len(grids)}")
-    return LayerEntry(
-        str(value["type"]), shape, grids[index], value["encoding"], bool(value["bias"])
-    )
+    return LayerEntry(str(value["type"]), shape, grids[index], value["encoding"], value["bias"])
 
 
 def _check_names(
@@ -322,6 +338,8 @@ def _check_scale(scale: Tensor, entry: LayerEntry) -> None:
         raise SubbyteError(
             f"scale is {scale.dtype} {list(scale.shape)}, the grid needs {wanted} [{groups}]"
         )
+    if scale.dtype == torch.int8 and scale.numel() and int(scale.min()) < MIN_EXPONENT:
+        raise SubbyteError(f"scale exponent {int(scale.min())} is below {MIN_EXPONENT}")
 
 
 def _skeleton(artifact: Artifact) -> nn.Module:
@@ -329,9 +347,27 @@ def _skeleton(artifact: Artifact) -> nn.Module:
         raise SubbyteError("the file holds no zoo network; pass yours: load(path, model=net)")
     try:
         name, arguments = artifact.network["name"], dict(artifact.network["arguments"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise SubbyteError(f"the manifest's network is malformed ({error!r})") from None
-    return build(name, **arguments)
+        with torch.device("meta"):  # no memory before it is known to be the file's network
+            _check_entries(artifact.entries, build(name, **arguments))
+        return build(name, **arguments)
+    except SubbyteError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
+        raise SubbyteError(f"the manifest's network is malformed ({str(error)[:200]!r})") from None
+
+
+def _check_entries(entries: Mapping[str, LayerEntry], model: nn.Module) -> None:
+    """The file is of this network, before anything is decoded."""
+    known = {site.name: site for site in sites(model)}
+    for name, entry in entries.items():
+        if name not in known:
+            raise SubbyteError(f"the network has no layer '{name}'; it has {', '.join(known)}")
+        site = known[name]
+        if (entry.type, entry.shape) != (site.type, site.shape):
+            raise SubbyteError(
+                f"layer '{name}' is {entry.type} {entry.shape} in the file, {site.type} "
+                f"{site.shape} in the network"
+            )
 
 
 def _load_state(net: nn.Module, artifact: Artifact) -> None:
@@ -345,8 +381,12 @@ def _load_state(net: nn.Module, artifact: Artifact) -> None:
                 f"'{name}' has shape {tuple(value.shape)} in the file, {tuple(own[name].shape)} "
                 "in the network"
             )
+        if own[name].is_floating_point() != value.is_floating_point():
+            raise SubbyteError(
+                f"'{name}' is {value.dtype} in the file, {own[name].dtype} in the network"
+            )
     taken = frozenset().union(*(layer.keys for layer in packed_layers(net)))
     left = sorted(set(own) - set(artifact.state_names) - taken)
     if left:
         raise SubbyteError(f"the file has no '{left[0]}', which the network needs")
-    net.load_state_dict(artifact.state(), strict=False)
+    net.load_state_dict(artifact.state(), strict=False, assign=True)  # dtypes are the file's

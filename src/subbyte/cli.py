@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -102,6 +103,9 @@ def evaluate(
         Path | None, typer.Option(help="Float weights (.safetensors) of the zoo network.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split to score.")] = "test",
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Resize images so far, as data.size in training.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="First so many images only.")] = None,
     json_: Json = False,
 ) -> None:
@@ -110,7 +114,7 @@ def evaluate(
         raise SubbyteError(
             f"'{target}' is neither a file nor a zoo network; networks: {', '.join(NETWORKS)}"
         )
-    images = load_images(data, split)
+    images = load_images(data, split, size=size)
     images = images if limit is None else images.head(limit)
     result = score(_network(target, weights, images), images)
     if json_:
@@ -163,7 +167,16 @@ def _overrides(pairs: list[str]) -> dict[str, str]:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value))
+    print(json.dumps(_plain(value), allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: a figure that is not finite is null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _console() -> Console:

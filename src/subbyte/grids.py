@@ -7,7 +7,9 @@ were found. It is pure Python (no torch), frozen, and is its own serialized form
 from __future__ import annotations
 
 import enum
+import itertools
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from subbyte.errors import SubbyteError
 
 MAX_LEVELS = 256
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 class ScaleDomain(enum.Enum):
@@ -68,10 +71,11 @@ class Grid:
     def __post_init__(self) -> None:
         if not 2 <= len(self.levels) <= MAX_LEVELS:
             raise SubbyteError(f"a grid of {len(self.levels)} levels; use 2 to {MAX_LEVELS}")
-        if not all(math.isfinite(level) for level in self.levels):
-            raise SubbyteError(f"grid levels {self.levels} are not all finite")
-        if any(b <= a for a, b in zip(self.levels, self.levels[1:], strict=False)):
-            raise SubbyteError(f"grid levels {self.levels} do not strictly increase")
+        if not all(abs(level) <= FLOAT32_MAX for level in self.levels):
+            raise SubbyteError(f"grid levels {self.levels} are not all finite in float32")
+        stored = [_float32(level) for level in self.levels]
+        if any(b <= a for a, b in itertools.pairwise(stored)):
+            raise SubbyteError(f"grid levels {self.levels} do not strictly increase in float32")
         object.__setattr__(self, "affine", _affine(self.levels))
 
     @property
@@ -108,17 +112,30 @@ class Grid:
     def from_dict(value: Mapping[str, Any]) -> Grid:
         """Grid from its `to_dict` form. Raises SubbyteError naming what is malformed."""
         try:
-            levels = tuple(float(level) for level in value["levels"])
+            levels = tuple(_number(level) for level in value["levels"])
             axis = value["channel_axis"]
             domain = ScaleDomain(value["scale_domain"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise SubbyteError(f"not a grid: {error!r} in {str(value)[:120]}") from None
         return Grid(levels, PerTensor() if axis is None else PerChannel(axis), domain)
+
+
+def _float32(value: float) -> float:
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)
 
 
 def _affine(levels: tuple[float, ...]) -> tuple[float, float] | None:
     """(offset, inverse), multiples of one half, with level i == (i + offset) / inverse; or None."""
     inverse = (len(levels) - 1) / (levels[-1] - levels[0])
+    if inverse > 2**40:  # far from any grid in use; rounding would overflow
+        return None
     inverse = round(2 * inverse) / 2
     offset = round(2 * levels[0] * inverse) / 2
     if inverse and all(level == (i + offset) / inverse for i, level in enumerate(levels)):

@@ -68,7 +68,7 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
 def _sites(model: nn.Module) -> Iterator[Site]:
     for owner, module in model.named_modules():
         kind = supported_type(module)
-        if kind is None:
+        if kind is None or why_not(module):
             continue
         for parameter in weight_names(module):
             weight = stored_weight(module, parameter)
@@ -101,13 +101,38 @@ def stored_weight(module: nn.Module, name: str) -> Tensor:
     return getattr(module, name)
 
 
-def unsupported(model: nn.Module) -> dict[str, str]:
-    """torch.nn layers with matrix weights that subbyte cannot quantize: path -> class name.
+def unsupported(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """torch.nn layers that subbyte cannot quantize: path -> (class name, why not).
 
     Bare parameters of a network (a table of positions, say) are not layers and stay float.
     """
-    modules = model.named_modules()
-    return {path: type(m).__name__ for path, m in modules if isinstance(m, _UNSUPPORTED)}
+    found = {}
+    for path, module in model.named_modules():
+        reason = why_not(module)
+        if reason:
+            found[path] = (_plain_class(module).__name__, reason)
+    return found
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why a layer cannot be quantized, in words; None for one that can and for what is no layer."""
+    if isinstance(module, _UNSUPPORTED):
+        return "there is no packed layer of this kind"
+    kind, own = supported_type(module), _plain_class(module)
+    if kind is None:
+        return None
+    for method in ("forward", "_conv_forward", "_output_padding"):
+        if getattr(own, method, None) is not getattr(kind, method, None):
+            return f"it overrides {kind.__name__}.{method}, which packing would lose"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "its max_norm rewrites the weights"
+    return None
+
+
+def _plain_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class before parametrize put a subclass of its own in front."""
+    prepared = is_parametrized(module) and type(module).__name__.startswith("Parametrized")
+    return type(module).__bases__[0] if prepared else type(module)
 
 
 def owners_of_tied_weights(model: nn.Module) -> dict[str, list[str]]:

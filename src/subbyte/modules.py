@@ -75,6 +75,11 @@ def read_scale(stored: Tensor, domain: ScaleDomain) -> Tensor:
     return stored.float()
 
 
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    """Frozen values are never written to, so a module gets its own."""
+    return None if tensor is None else tensor.detach().clone()
+
+
 class PackedLinear(nn.Module):
     """`nn.Linear` with a packed weight [out, in]; x [..., in] -> [..., out] in x's dtype."""
 
@@ -83,11 +88,17 @@ class PackedLinear(nn.Module):
     def __init__(self, like: nn.Linear, layer: QuantizedLayer) -> None:
         super().__init__()
         self.in_features, self.out_features = like.in_features, like.out_features
-        self.weight = PackedWeight(layer.weight)
-        self.register_buffer("bias", layer.bias)
+        self.packed = PackedWeight(layer.weight)
+        self.register_buffer("bias", _copy(layer.bias))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as float32, decoded at each call."""
+        decoded: Tensor = self.packed()
+        return decoded
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight().to(x.dtype), self.bias)
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -104,14 +115,20 @@ class _PackedConv(nn.Module):
         self.stride, self.padding, self.dilation = like.stride, like.padding, like.dilation
         self.groups, self.padding_mode = like.groups, like.padding_mode
         self.pads = tuple(like._reversed_padding_repeated_twice)
-        self.weight = PackedWeight(layer.weight)
-        self.register_buffer("bias", layer.bias)
+        self.packed = PackedWeight(layer.weight)
+        self.register_buffer("bias", _copy(layer.bias))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as float32, decoded at each call."""
+        decoded: Tensor = self.packed()
+        return decoded
 
     def forward(self, x: Tensor) -> Tensor:
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self.pads, mode=self.padding_mode), 0
-        weight = self.weight().to(x.dtype)
+        weight = self.weight.to(x.dtype)
         return type(self).function(
             x, weight, self.bias, self.stride, padding, self.dilation, self.groups
         )
@@ -149,12 +166,18 @@ class _PackedConvTranspose(nn.Module):
         self.kernel_size, self.stride, self.padding = like.kernel_size, like.stride, like.padding
         self.output_padding, self.dilation = like.output_padding, like.dilation
         self.groups = like.groups
-        self.weight = PackedWeight(layer.weight)
-        self.register_buffer("bias", layer.bias)
+        self.packed = PackedWeight(layer.weight)
+        self.register_buffer("bias", _copy(layer.bias))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as float32, decoded at each call."""
+        decoded: Tensor = self.packed()
+        return decoded
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         extra = self.output_padding if output_size is None else self._extra(x, output_size)
-        weight = self.weight().to(x.dtype)
+        weight = self.weight.to(x.dtype)
         return type(self).function(
             x, weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation
         )
@@ -201,13 +224,17 @@ class PackedEmbedding(nn.Module):
 
     def __init__(self, like: nn.Embedding, layer: QuantizedLayer) -> None:
         super().__init__()
-        if like.max_norm is not None:
-            raise SubbyteError("an Embedding with max_norm rewrites its weights; keep it float")
-        self.weight = PackedWeight(layer.weight)
+        self.packed = PackedWeight(layer.weight)
         self.register_buffer("dtype_of", torch.empty(0), persistent=False)  # follows .to(dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight as float32, decoded at each call."""
+        decoded: Tensor = self.packed()
+        return decoded
+
     def forward(self, indices: Tensor) -> Tensor:
-        return F.embedding(indices, self.weight().to(self.dtype_of.dtype))
+        return F.embedding(indices, self.weight.to(self.dtype_of.dtype))
 
 
 class PackedMultiheadAttention(nn.Module):
@@ -221,20 +248,26 @@ class PackedMultiheadAttention(nn.Module):
     in_proj_bias: Tensor | None
     bias_k: Tensor | None
     bias_v: Tensor | None
-    # read by nn.TransformerEncoderLayer, which then takes its ordinary path
-    _qkv_same_embed_dim = False
+
+    merge_masks = nn.MultiheadAttention.merge_masks  # TransformerEncoderLayer calls it
 
     def __init__(self, like: nn.MultiheadAttention, packed: Mapping[str, QuantizedLayer]) -> None:
         super().__init__()
         self.embed_dim, self.num_heads = like.embed_dim, like.num_heads
         self.dropout, self.batch_first = like.dropout, like.batch_first
-        self.add_zero_attn, self.separate = like.add_zero_attn, not like._qkv_same_embed_dim
-        for name in ("q_proj", "k_proj", "v_proj") if self.separate else ("in_proj",):
+        self.add_zero_attn = like.add_zero_attn
+        self._qkv_same_embed_dim = like._qkv_same_embed_dim  # TransformerEncoderLayer reads it
+        for name in ("in_proj",) if self._qkv_same_embed_dim else ("q_proj", "k_proj", "v_proj"):
             setattr(self, name, _projection(getattr(like, f"{name}_weight"), packed.get(name)))
         for name in ("in_proj_bias", "bias_k", "bias_v"):
             value = getattr(like, name)
-            self.register_buffer(name, None if value is None else value.detach())
+            self.register_buffer(name, _copy(value))
         self.out_proj = like.out_proj
+
+    @property
+    def in_proj_weight(self) -> Tensor | None:
+        """[3 * embed_dim, embed_dim], decoded at each call; None for separate projections."""
+        return self.in_proj() if self._qkv_same_embed_dim else None
 
     def forward(
         self,
@@ -250,25 +283,22 @@ class PackedMultiheadAttention(nn.Module):
         swap = self.batch_first and query.dim() == 3
         if swap:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        weight = self.in_proj_weight
         out, weights = F.multi_head_attention_forward(
             query, key, value, self.embed_dim, self.num_heads,
-            None if self.separate else self.in_proj().to(query.dtype),
+            None if weight is None else weight.to(query.dtype),
             self.in_proj_bias, self.bias_k, self.bias_v, self.add_zero_attn, self.dropout,
-            self._out_weight().to(query.dtype), self.out_proj.bias,
+            self.out_proj.weight.to(query.dtype), self.out_proj.bias,
             training=self.training, key_padding_mask=key_padding_mask, need_weights=need_weights,
             attn_mask=attn_mask, average_attn_weights=average_attn_weights, is_causal=is_causal,
-            use_separate_proj_weight=self.separate,
+            use_separate_proj_weight=weight is None,
             **self._separate_weights(query.dtype),
         )  # fmt: skip
         return (out.transpose(0, 1) if swap else out), weights
 
     def _separate_weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        names = ("q_proj", "k_proj", "v_proj") if self.separate else ()
+        names = () if self._qkv_same_embed_dim else ("q_proj", "k_proj", "v_proj")
         return {f"{name}_weight": getattr(self, name)().to(dtype) for name in names}
-
-    def _out_weight(self) -> Tensor:
-        weight = self.out_proj.weight
-        return weight() if isinstance(weight, PackedWeight) else weight
 
 
 class _FloatWeight(nn.Module):
@@ -331,8 +361,9 @@ def _by_owner(
     by_owner: dict[int, dict[str, QuantizedLayer]] = {}
     for name, layer in layers.items():
         site = known[name]
-        _check_shape(site, layer)
         owner = net.get_submodule(site.owner)
+        _check_fit(site, layer, owner)
+        _check_plain(name, owner)
         part = site.parameter.removesuffix("_weight")
         by_owner.setdefault(id(owner), {})[part] = layer
     _check_all_prepared(net, known.values(), layers)
@@ -349,23 +380,38 @@ def _packed(module: nn.Module, layers: Mapping[str, QuantizedLayer]) -> nn.Modul
     else:
         kind = supported_type(module)
         assert kind is not None
-        _check_plain(module, kind)
         packed = PACKED[kind](module, layers["weight"])
     return packed.train(module.training)
 
 
-def _check_shape(site: Site, layer: QuantizedLayer) -> None:
-    if tuple(layer.weight.shape) != site.shape:
+def _check_fit(site: Site, layer: QuantizedLayer, owner: nn.Module) -> None:
+    """Weight and bias have the shapes of the layer that they go into."""
+    bias = getattr(owner, "bias", None) if site.parameter == "weight" else None
+    wanted = {"shape": site.shape, "bias": None if bias is None else tuple(bias.shape)}
+    found = {
+        "shape": tuple(layer.weight.shape),
+        "bias": None if layer.bias is None else tuple(layer.bias.shape),
+    }
+    for part, shape in wanted.items():
+        if found[part] != shape:
+            raise SubbyteError(
+                f"layer '{site.name}' has {part} {shape}, its codes come with {found[part]}; "
+                "they are of another network"
+            )
+
+
+def _check_plain(name: str, owner: nn.Module) -> None:
+    """Packing replaces the module, so it must not carry what the packed one has no place for."""
+    hooks = len(owner._forward_hooks) + len(owner._forward_pre_hooks) + len(owner._backward_hooks)
+    if hooks:
         raise SubbyteError(
-            f"layer '{site.name}' has shape {site.shape}, its codes {tuple(layer.weight.shape)}; "
-            "the codes are of another network"
+            f"layer '{name}' has {hooks} hooks, which packing would drop; remove them"
         )
-
-
-def _check_plain(module: nn.Module, kind: type[nn.Module]) -> None:
-    if type(module).forward is not kind.forward:
-        name = type(module).__name__
-        raise SubbyteError(f"{name} overrides {kind.__name__}.forward; keep it float")
+    if owner._buffers:
+        raise SubbyteError(
+            f"layer '{name}' has buffers of its own ({', '.join(owner._buffers)}), which packing "
+            "would drop; keep it float"
+        )
 
 
 def _check_all_prepared(net: nn.Module, known: Any, layers: Mapping[str, QuantizedLayer]) -> None:

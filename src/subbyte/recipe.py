@@ -46,11 +46,18 @@ class PlannedLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class FloatParameter:
+    name: str
+    n_dims: int
+    n_values: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What will happen to each layer. `str(plan)` is a table for people."""
 
     layers: tuple[PlannedLayer, ...]
-    float_parameters: tuple[tuple[str, int], ...]  # everything else: name, number of values
+    float_parameters: tuple[FloatParameter, ...]  # everything that is no layer's weight
 
     @property
     def quantized(self) -> tuple[PlannedLayer, ...]:
@@ -66,11 +73,14 @@ class Plan:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
         quantized = sum(layer.site.n_weights for layer in self.quantized)
-        others = sum(count for _, count in self.float_parameters)
+        small = sum(p.n_values for p in self.float_parameters if p.n_dims < 2)
+        for parameter in self.float_parameters:
+            if parameter.n_dims >= 2:
+                lines.append(f"float, not a layer: {parameter.name}, {parameter.n_values:,} values")
         kept = sum(layer.site.n_weights for layer in self.layers) - quantized
         lines.append(
             f"{quantized:,} weights quantized; {kept:,} weights of layers kept float; "
-            f"{others:,} other values (biases, norms) float"
+            f"{small:,} other values (biases, norms) float"
         )
         return "\n".join(line.rstrip() for line in lines)
 
@@ -84,10 +94,11 @@ class Recipe:
     def plan(self, model: nn.Module) -> Plan:
         """The plan for a model. Raises SubbyteError, naming layers, when a rule or layer is off."""
         found = sites(model)
-        if not found:
-            raise SubbyteError(f"{type(model).__name__} has no layer that can be quantized")
         others = unsupported(model)
-        self._check_rules([(site.name, site.type) for site in found] + list(others.items()))
+        if not found and not others:
+            raise SubbyteError(f"{type(model).__name__} has no layer that can be quantized")
+        names = [(site.name, site.type) for site in found]
+        self._check_rules(names + [(path, kind) for path, (kind, _) in others.items()])
         self._check_unsupported(others)
         planned = tuple(PlannedLayer(site, self._method(site)) for site in found)
         _check_tied(model, planned)
@@ -122,12 +133,12 @@ class Recipe:
                     "and all others; move it up or drop it"
                 )
 
-    def _check_unsupported(self, others: dict[str, str]) -> None:
-        for path, type_name in others.items():
+    def _check_unsupported(self, others: dict[str, tuple[str, str]]) -> None:
+        for path, (type_name, reason) in others.items():
             rule = self._first(path, type_name)
             if rule is None or rule.method is not None:
                 raise SubbyteError(
-                    f"layer '{path}' ({type_name}) cannot be quantized; add the rule "
+                    f"layer '{path}' ({type_name}) cannot be quantized: {reason}; add the rule "
                     f"Rule({path!r}, method=None) first, to keep it float"
                 )
 
@@ -149,6 +160,10 @@ def _check_tied(model: nn.Module, planned: tuple[PlannedLayer, ...]) -> None:
             )
 
 
-def _other_parameters(model: nn.Module, found: tuple[Site, ...]) -> tuple[tuple[str, int], ...]:
+def _other_parameters(model: nn.Module, found: tuple[Site, ...]) -> tuple[FloatParameter, ...]:
     taken = {join(site.owner, site.parameter) for site in found}
-    return tuple((n, p.numel()) for n, p in model.named_parameters() if n not in taken)
+    return tuple(
+        FloatParameter(name, parameter.ndim, parameter.numel())
+        for name, parameter in model.named_parameters()
+        if name not in taken
+    )

@@ -42,6 +42,8 @@ class QuantizedTensor:
             )
         if not self.scale.isfinite().all():
             raise SubbyteError("scale has NaN or infinite values")
+        if (self.scale < 0).any():
+            raise SubbyteError("scale has negative values")
         top = int(self.codes.max()) if self.codes.numel() else 0
         if top >= self.grid.n_levels:
             raise SubbyteError(f"code {top} is above the grid's last code {self.grid.n_levels - 1}")

@@ -116,7 +116,7 @@ def _decode(image: Any, size: int | None) -> tuple[np.ndarray, bool]:
 def _sizes(i: int, shape: tuple[int, ...], first: tuple[int, ...], place: str) -> str:
     return (
         f"image {i} of {place} is {shape[1]}x{shape[2]}, image 0 is {first[1]}x{first[2]} "
-        "(height x width); pass size= to bring all to one size."
+        "(height x width); pass size= (data.size, --size) to bring all to one size."
     )
 
 

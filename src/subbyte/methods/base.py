@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from subbyte.errors import SubbyteError
+from subbyte.functional import spread
 from subbyte.layers import Site, join, sites, stored_weight
 from subbyte.recipe import Plan, Recipe, as_recipe
 from subbyte.tensors import QuantizedLayer, QuantizedTensor
@@ -51,6 +52,7 @@ class WeightQuantizer(nn.Module):
         return {}
 
 
+@runtime_checkable
 class Method(Protocol):
     """A training method: frozen options that build a quantizer for each site."""
 
@@ -74,7 +76,11 @@ def prepare(model: nn.Module, method: Method | Recipe) -> Plan:
     SubbyteError, before anything is changed, for a recipe that does not fit, tied weights, weights
     that are not float32 or not finite, or a model that is prepared already.
     """
-    plan = as_recipe(method).plan(model)
+    recipe = as_recipe(method)
+    _check_methods(recipe)
+    plan = recipe.plan(model)
+    if not plan.quantized:
+        raise SubbyteError("the recipe keeps every layer in float; give a rule a method")
     quantizers = []
     for layer in plan.quantized:
         owner = model.get_submodule(layer.site.owner)
@@ -82,9 +88,11 @@ def prepare(model: nn.Module, method: Method | Recipe) -> Plan:
         weight = stored_weight(owner, layer.site.parameter)
         _check_weight(weight, layer.site.name)
         assert layer.method is not None
-        quantizers.append((owner, layer.site, layer.method.quantizer(weight.detach(), layer.site)))
+        quantizer = layer.method.quantizer(weight.detach(), layer.site)
+        _quantized(quantizer, weight, layer.site.name)  # what freeze would refuse, before training
+        quantizers.append((owner, layer.site, quantizer))
     for owner, site, quantizer in quantizers:
-        if not parametrize.is_parametrized(owner):
+        if not any(_is_prepared(owner, name) for name in getattr(owner, "parametrizations", {})):
             owner.register_load_state_dict_pre_hook(_accept_float_weights)
         parametrize.register_parametrization(owner, site.parameter, quantizer)
     return plan
@@ -101,8 +109,9 @@ def freeze(model: nn.Module) -> dict[str, QuantizedLayer]:
         _check_weight(weight, site.name)
         owner = model.get_submodule(site.owner)
         bias = getattr(owner, "bias", None) if site.parameter == "weight" else None
-        with torch.no_grad():
-            tensor = quantizer.quantize(weight.detach())
+        if bias is not None and not bias.isfinite().all():
+            raise SubbyteError(f"bias of '{site.name}' has NaN or infinite values")
+        tensor = _quantized(quantizer, weight, site.name)
         layers[site.name] = QuantizedLayer(tensor, None if bias is None else bias.detach().clone())
     if not layers:
         raise SubbyteError("the model has no quantizers; call prepare(model, method) first")
@@ -128,9 +137,9 @@ def quantizers(model: nn.Module) -> Iterator[tuple[Site, WeightQuantizer, nn.Par
     """Site, quantizer and float weight of every prepared layer."""
     for site in sites(model):
         owner = model.get_submodule(site.owner)
-        chains: Mapping[str, Any] = getattr(owner, "parametrizations", {})
-        if site.parameter in chains and isinstance(chains[site.parameter][0], WeightQuantizer):
-            yield site, chains[site.parameter][0], chains[site.parameter].original
+        if _is_prepared(owner, site.parameter):
+            chain: Any = owner.parametrizations[site.parameter]  # type: ignore[index,union-attr]
+            yield site, chain[0], chain.original
 
 
 def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -148,15 +157,43 @@ def _accept_float_weights(
     module: nn.Module, state: dict[str, Any], prefix: str, *_: object
 ) -> None:
     """Before loading: a float network's key becomes the quantizer's, with fresh initial state."""
-    chains: Mapping[str, Any] = module.parametrizations  # type: ignore[assignment]
+    chains: Mapping[str, Any] = getattr(module, "parametrizations", {})
     for parameter, chain in chains.items():
-        weight = state.pop(prefix + parameter, None)
-        if weight is None:
+        if not _is_prepared(module, parameter) or prefix + parameter not in state:
             continue
+        weight = state.pop(prefix + parameter)
         inside = f"{prefix}parametrizations.{parameter}."
         state[f"{inside}original"] = weight
-        for name, value in chain[0].initial_state(weight).items():
+        for name, value in chain[0].initial_state(weight.float()).items():
             state[f"{inside}0.{name}"] = value
+
+
+def _is_prepared(owner: nn.Module, parameter: str) -> bool:
+    chains: Mapping[str, Any] = getattr(owner, "parametrizations", {})
+    return parameter in chains and isinstance(chains[parameter][0], WeightQuantizer)
+
+
+@torch.no_grad()
+def _quantized(quantizer: WeightQuantizer, weight: Tensor, name: str) -> QuantizedTensor:
+    """`quantizer.quantize`, with the layer's name in errors, and no live weight lost to scale 0."""
+    try:
+        tensor = quantizer.quantize(weight.detach())
+    except SubbyteError as error:
+        raise SubbyteError(f"layer '{name}': {error}") from None
+    dead = spread(tensor.scale == 0, weight.ndim, tensor.grid) & (weight != 0)
+    if dead.any():
+        raise SubbyteError(
+            f"layer '{name}': {int(dead.sum())} weights that are not 0 get a scale of 0 and would "
+            "vanish; use another statistic, scale domain or granularity, or keep the layer float"
+        )
+    return tensor
+
+
+def _check_methods(recipe: Recipe) -> None:
+    for rule in recipe.rules:
+        method = rule.method
+        if method is not None and (isinstance(method, type) or not isinstance(method, Method)):
+            raise SubbyteError(f"{method!r} is no method; give a value such as LowRes(levels=5)")
 
 
 def _check_owner(owner: nn.Module, site: Site) -> None:
@@ -165,9 +202,20 @@ def _check_owner(owner: nn.Module, site: Site) -> None:
             f"weight of '{site.name}' already has a parametrization (prepared twice, "
             "or weight norm); start from the plain model"
         )
+    if site.parameter not in owner._parameters:
+        raise SubbyteError(
+            f"weight of '{site.name}' is computed from other parameters (old weight norm, "
+            "pruning); make it one again first: remove_weight_norm, prune.remove"
+        )
 
 
 def _check_weight(weight: Tensor, name: str) -> None:
+    if weight.is_meta:
+        raise SubbyteError(f"weight of '{name}' is on the meta device; load its values first")
+    if weight.numel() == 0:
+        raise SubbyteError(
+            f"weight of '{name}' is empty, shape {tuple(weight.shape)}; keep it float"
+        )
     if weight.dtype != torch.float32:
         raise SubbyteError(
             f"weight of '{name}' is {weight.dtype}; call model.float() first, "

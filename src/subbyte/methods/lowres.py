@@ -70,7 +70,8 @@ class LowRes:
 
     def __post_init__(self) -> None:
         uniform(self.levels)
-        if not (math.isfinite(self.beta) and self.beta > 0):
+        number = isinstance(self.beta, int | float) and not isinstance(self.beta, bool)
+        if not (number and math.isfinite(self.beta) and self.beta > 0):
             raise SubbyteError(
                 f"beta={self.beta!r}; use a finite number above 0 (the paper's: 1.4)"
             )
@@ -117,10 +118,11 @@ class LowResQuantizer(WeightQuantizer):
         if not self.method.gamma_grad:
             with torch.no_grad():
                 scale = self.scale(w)
-            return straight_through(w, fake_quantize(w, scale, self.grid))
+            return straight_through(w, fake_quantize(w, scale, self.grid).to(w.dtype))
         scale = self.scale(w)
         normed = divide(w, scale, self.grid)
-        return straight_through(normed, snap(normed, self.grid)) * spread(scale, w.ndim, self.grid)
+        w_hat = straight_through(normed, snap(normed, self.grid)) * spread(scale, w.ndim, self.grid)
+        return w_hat.to(w.dtype)
 
     def quantize(self, w: Tensor) -> QuantizedTensor:
         scale = self.scale(w)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subbyte.functional import decode, straight_through
+from subbyte.functional import straight_through
 from subbyte.grids import uniform
 from subbyte.layers import Site
 from subbyte.methods.base import WeightQuantizer
@@ -37,12 +37,16 @@ class TWNQuantizer(WeightQuantizer):
 
     def forward(self, w: Tensor) -> Tensor:
         with torch.no_grad():
-            quantized = self.quantize(w.detach())
-            w_hat = decode(quantized.codes, quantized.scale, GRID)
-        return straight_through(w, w_hat)
+            signs, scale = ternary(w)
+        return straight_through(w, signs * scale)
 
     def quantize(self, w: Tensor) -> QuantizedTensor:
-        large = w.abs() > THRESHOLD * w.abs().mean()
-        codes = (1 + w.sign() * large).to(torch.uint8)
-        scale = (w.abs() * large).sum() / large.sum().clamp(min=1)
-        return QuantizedTensor(codes, scale.reshape(1), GRID)
+        signs, scale = ternary(w)
+        return QuantizedTensor((signs + 1).to(torch.uint8), scale.reshape(1), GRID)
+
+
+def ternary(w: Tensor) -> tuple[Tensor, Tensor]:
+    """-1, 0 or 1 for each weight, in w's dtype, and the scale, 0-dim; equations 5 and 6."""
+    magnitude = w.abs()
+    large = magnitude > THRESHOLD * magnitude.mean()
+    return w.sign() * large, (magnitude * large).sum() / large.sum().clamp(min=1)

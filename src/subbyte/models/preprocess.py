@@ -12,7 +12,8 @@ from subbyte.errors import SubbyteError
 class Preprocess:
     """Centre crop, channel order, then `(x / scale - mean) / std`; part of a network's definition.
 
-    size: (height, width) in pixels, or None to keep the images' own size. mean, std: one value a
+    size: (height, width) in pixels, or None to keep the images' own size. crop: cut it out of the
+    centre of larger images; without it they must have that size. mean, std: one value a
     channel, in the order the network sees (after the swap if `bgr`), in units of `x / scale`.
     Raises SubbyteError for lengths that differ, a zero or negative std or scale, or `bgr` without
     3 channels.
@@ -23,6 +24,7 @@ class Preprocess:
     std: tuple[float, ...]
     scale: float = 255.0
     bgr: bool = False
+    crop: bool = True
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std):
@@ -68,18 +70,19 @@ class Preprocess:
             return images
         height, width = self.size
         top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
-        if top < 0 or left < 0:
+        if top < 0 or left < 0 or (not self.crop and tuple(images.shape[2:]) != self.size):
+            what = "smaller than" if self.crop else "not of"
             raise SubbyteError(
-                f"Preprocess got images of {images.shape[2]}x{images.shape[3]}, smaller than the "
-                f"network's {height}x{width}; load them with size={max(height, width)} or build "
-                "the network for that size."
+                f"Preprocess got images of {images.shape[2]}x{images.shape[3]}, {what} the "
+                f"network's {height}x{width}; load them with size={max(height, width)} (data.size, "
+                "--size) or build the network for that size."
             )
         return images[:, :, top : top + height, left : left + width]
 
 
 def centred(channels: int, size: int) -> Preprocess:
     """Preprocessing of our own networks: pixels to -1..1, any channel count, `size` x `size`."""
-    return Preprocess((size, size), mean=(0.5,) * channels, std=(0.5,) * channels)
+    return Preprocess((size, size), mean=(0.5,) * channels, std=(0.5,) * channels, crop=False)
 
 
 def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:

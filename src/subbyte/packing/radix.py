@@ -158,7 +158,10 @@ def decompress(frame: Tensor, n_levels: int, count: int) -> Tensor:
     for _ in range(digits):
         columns.append((value % n_levels).to(torch.uint8))
         value = value // n_levels
-    return torch.stack(columns, dim=1).flatten()[:count]
+    codes = torch.stack(columns, dim=1).flatten()
+    if codes[count:].any():
+        raise SubbyteError("a stray digit stands behind the last code")
+    return codes[:count]
 
 
 def _inflate(frame: bytes, size: int) -> bytes:
@@ -167,7 +170,7 @@ def _inflate(frame: bytes, size: int) -> bytes:
         stated = zstandard.frame_content_size(frame)
         if stated != size:
             raise SubbyteError(f"the compressed codes hold {stated} bytes, {size} are needed")
-        return zstandard.ZstdDecompressor().decompress(frame) if size else b""
+        return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     except (zstandard.ZstdError, MemoryError) as error:
         raise SubbyteError(f"the compressed codes are damaged ({error})") from None
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 from subbyte.artifact import WORDS, Artifact, LayerEntry, read
+from subbyte.errors import SubbyteError
 from subbyte.functional import entropy, level_shares
 from subbyte.layers import join
 from subbyte.packing import radix
@@ -122,7 +124,10 @@ def bits(n_bytes: int, n_weights: int) -> float:
 def size_report(path: str | Path) -> SizeReport:
     """Measure a packed file. Raises SubbyteError if it is not one."""
     artifact = read(path)
-    layers = artifact.layers()
+    try:
+        layers = artifact.layers()
+    except SubbyteError as error:
+        raise SubbyteError(f"{path}: {error}") from None
     sizes = tuple(
         _layer_size(name, entry, layers[name], artifact) for name, entry in artifact.entries.items()
     )
@@ -146,8 +151,8 @@ def _layer_size(
         grid.bits,
         entropy(codes, grid.n_levels),
         tuple(level_shares(codes, grid.n_levels).tolist()),
-        float(scale.min()),
-        float(scale.max()),
+        float(scale.min()) if scale.numel() else 0.0,
+        float(scale.max()) if scale.numel() else 0.0,
         scale.numel(),
         _n_bytes(artifact.tensors[join(name, "codes")]) + stored_scale,
         8 * radix.n_words(codes.numel(), grid.n_levels) + stored_scale,
@@ -160,7 +165,9 @@ def _n_bytes(tensor: Tensor) -> int:
 
 def table(report: SizeReport) -> Table:
     """The report for people."""
-    view = Table(title=report.path, caption=_caption(report), caption_justify="left")
+    view = Table(
+        title=escape(report.path), caption=escape(_caption(report)), caption_justify="left"
+    )
     for heading in ("layer", "type", "shape", "levels"):
         view.add_column(heading, overflow="fold")
     for heading in ("bits", "memory", "disk", "entropy", "bytes", "scale"):
@@ -181,8 +188,8 @@ def _row(layer: LayerSize) -> tuple[str, ...]:
     disk, memory = (bits(b, layer.n_weights) for b in (layer.disk_bytes, layer.memory_bytes))
     low, high = f"{layer.scale_min:.3g}", f"{layer.scale_max:.3g}"
     return (
-        layer.name,
-        layer.type,
+        escape(layer.name),
+        escape(layer.type),
         "x".join(map(str, layer.shape)),
         str(layer.levels),
         f"{layer.information_bits:.3f}",
@@ -204,13 +211,20 @@ def _shares(layer: LayerSize) -> str:
 
 def _caption(report: SizeReport) -> str:
     zipped = any(layer.encoding != WORDS for layer in report.layers)
-    kept = ", ".join(name for name, _ in report.float_tensors[:6])
-    more = len(report.float_tensors) - 6
     overhead = report.file_bytes - report.disk_bytes - report.float_bytes
     return (
         f"bits a weight: log2(levels), in memory, on disk{' (zstd)' if zipped else ''}\n"
         f"file {report.file_bytes:,} bytes = layers {report.disk_bytes:,} + float "
         f"{report.float_bytes:,} + manifest and header {overhead:,}; quantized weights "
         f"{report.reduction:.1f}x smaller than float32\n"
-        f"float: {kept}{f' and {more} more' if more > 0 else ''}"
+        f"stayed float, bytes by layer: {', '.join(_float_layers(report))}"
     )
+
+
+def _float_layers(report: SizeReport) -> list[str]:
+    """`name bytes` of each layer that holds float tensors, the largest first."""
+    sums: dict[str, int] = {}
+    for name, count in report.float_tensors:
+        layer = name.rpartition(".")[0] or name
+        sums[layer] = sums.get(layer, 0) + count
+    return [f"{name} {count:,}" for name, count in sorted(sums.items(), key=lambda kv: -kv[1])]

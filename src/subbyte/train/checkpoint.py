@@ -86,8 +86,13 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
 def load_checkpoint(path: Path, config: RunConfig) -> Checkpoint:
     """Raises SubbyteError if there is none, if it is damaged, or if it belongs to another run."""
     content = _read(path)
-    content["history"] = tuple(EpochRecord(**record) for record in content["history"])
-    checkpoint = Checkpoint(**content)
+    try:
+        content["history"] = tuple(EpochRecord(**record) for record in content["history"])
+        checkpoint = Checkpoint(**content)
+    except (KeyError, TypeError) as error:
+        raise SubbyteError(
+            f"{path}: not a checkpoint of this loop ({error}); delete it and start again"
+        ) from None
     _check_same_run(checkpoint, config, path)
     return checkpoint
 

@@ -42,6 +42,8 @@ def evaluate(
     """
     if len(data) == 0:
         raise SubbyteError(f"{describe(data)} is empty; there is nothing to evaluate")
+    if isinstance(model, Network):
+        check_classes(model, data)
     preprocess = preprocess or preprocess_of(model)
     device = device_of(model)
     correct, loss = 0, 0.0
@@ -83,6 +85,15 @@ def device_of(model: nn.Module) -> torch.device:
 
 def describe(data: ImageSet) -> str:
     return f"split '{data.split}' of '{data.source}'"
+
+
+def check_classes(model: Network, data: ImageSet) -> None:
+    """Raises SubbyteError if the network and the data count classes differently."""
+    if model.classes != len(data.classes):
+        raise SubbyteError(
+            f"the network has {model.classes} classes, {describe(data)} has {len(data.classes)}; "
+            f"set model.arguments.classes = {len(data.classes)}, or choose the data it was made for"
+        )
 
 
 def check_labels(data: ImageSet, n_classes: int) -> None:

@@ -36,6 +36,7 @@ from subbyte.train.progress import Progress, Silent
 from subbyte.train.settings import LoopConfig, RunConfig
 from subbyte.train.setup import Setup, set_up
 from subbyte.train.update import State, emulates_bf16, lay_out, start, update
+from subbyte.train.watch import codes_of, watch
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
@@ -92,6 +93,7 @@ def train(
         state = start(setup.model, config.train)
         if checkpoint is not None:
             _restore(state, checkpoint)
+        state.codes = codes_of(state.best)
         try:
             for _ in range(state.epoch, config.train.epochs):
                 _epoch(state, setup, config, progress)
@@ -127,10 +129,11 @@ def _epoch(state: State, setup: Setup, config: RunConfig, progress: Progress) ->
     loss, top1, speed, seconds = _train_epoch(state, setup.train, config, steps, progress)
     _check_weights(state)
     test = evaluate(state.best, setup.test, preprocess=state.model.preprocess)
-    watched = watch(state.best, state.codes, setup.test)
-    state.codes = codes_of(state.best)
+    watched, state.codes = watch(state.best, state.codes, setup.test)
     state.epoch += 1
-    record = EpochRecord(state.epoch, lr, loss, top1, test.top1, test.loss, speed, seconds, *watched)
+    record = EpochRecord(
+        state.epoch, lr, loss, top1, test.top1, test.loss, speed, seconds, **asdict(watched)
+    )
     state.history += (record,)
     _save(state, config)
     progress.finish(record, config.train.epochs)
@@ -209,7 +212,8 @@ def _save(state: State, config: RunConfig) -> None:
 
 def _json_line(record: EpochRecord) -> str:
     """JSON has no NaN: a figure that is not finite is null."""
-    figures = {k: v if math.isfinite(v) else None for k, v in asdict(record).items()}
+    every = asdict(record).items()
+    figures = {k: v if v is not None and math.isfinite(v) else None for k, v in every}
     return json.dumps(figures, allow_nan=False) + "\n"
 
 

@@ -95,8 +95,18 @@ def epoch_line(record: EpochRecord, epochs: int) -> str:
         f"epoch {record.epoch}/{epochs}  lr {record.lr:.4g}  "
         f"train loss {record.train_loss:.4f}  top-1 {record.train_top1:.2f} %  "
         f"test loss {record.test_loss:.4f}  top-1 {record.test_top1:.2f} %  "
-        f"{record.images_per_s:.0f} images/s"
+        f"{record.images_per_s:.0f} images/s{_watched(record)}"
     )
+
+
+def _watched(record: EpochRecord) -> str:
+    """What the quantized weights did, if there are any."""
+    text = ""
+    if record.rounded_top1 is not None and record.distance is not None:
+        text += f"  rounded top-1 {record.rounded_top1:.2f} %  distance {record.distance:.2%}"
+    if record.changed is not None:
+        text += f"  changed {record.changed:.2%}"
+    return text
 
 
 def console_progress(*, quiet: bool = False, console: Console | None = None) -> Progress:

@@ -7,6 +7,7 @@ the range; the reader adds the file and the section.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self.size is None or self.size >= 1, "size", self.size, "at least 1")
+        _require(self.crop <= 1024, "crop", self.crop, "at most 1024 pixels")
         self.augment()  # checks its own ranges
 
     def augment(self) -> Augment:
@@ -104,7 +106,7 @@ class LoopConfig:
 
     def _check_loop(self) -> None:
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
-        _require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
+        _require(2 <= self.batch_size < 2**31, "batch_size", self.batch_size, "2 to 2**31 - 1")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "[0, 1)")
         _require(0 <= self.ema < 1, "ema", self.ema, "0 <= ema < 1")
         _require_choice("precision", self.precision, Precision)
@@ -112,6 +114,8 @@ class LoopConfig:
         for name in ("threads", "limit_batches"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1, or leave it out")
+        most = 4 * (os.cpu_count() or 1)
+        _require((self.threads or 1) <= most, "threads", self.threads, f"at most {most} here")
 
     def _check_optimizer(self) -> None:
         _require_choice("optimizer", self.optimizer, OptimizerName)

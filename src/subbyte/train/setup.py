@@ -11,7 +11,7 @@ from subbyte.data import ImageSet, load_images
 from subbyte.errors import SubbyteError
 from subbyte.methods import prepare
 from subbyte.models import Network, build, load_weights
-from subbyte.train.evaluate import check_labels, describe, eval_mode
+from subbyte.train.evaluate import check_classes, check_labels, describe, eval_mode
 from subbyte.train.settings import DataConfig, ModelConfig, RunConfig
 
 
@@ -42,7 +42,13 @@ def _load(config: DataConfig) -> tuple[ImageSet, ImageSet]:
 
 
 def _build(config: ModelConfig) -> Network:
-    model = build(config.name, **config.arguments)
+    try:
+        model = build(config.name, **config.arguments)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        raise SubbyteError(
+            f"network '{config.name}' cannot be built with {dict(config.arguments)}: "
+            f"{str(error).splitlines()[0][:200]}; check model.arguments"
+        ) from None
     if config.weights is not None:
         load_weights(model, config.weights)
     return model
@@ -53,11 +59,7 @@ def _check_fit(model: Network, data: ImageSet) -> None:
     if len(data) < 2:
         raise SubbyteError(f"{describe(data)} has {len(data)} images; at least 2 are needed")
     check_labels(data, model.classes)
-    if model.classes != len(data.classes):
-        raise SubbyteError(
-            f"the network has {model.classes} classes, {describe(data)} has {len(data.classes)}; "
-            f"set model.arguments.classes = {len(data.classes)}"
-        )
+    check_classes(model, data)
     _try_one(model, data)
 
 

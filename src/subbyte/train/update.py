@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -32,6 +33,7 @@ class State:
     ema: AveragedModel | None
     epoch: int = 0
     history: tuple[EpochRecord, ...] = ()
+    codes: Mapping[str, Tensor] = field(default_factory=dict)  # after the last epoch
 
     @property
     def best(self) -> nn.Module:

@@ -1,0 +1,170 @@
+"""SGM, TWN and LSQ against their formulas in float64, and what SGM promises about its end."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import subbyte as sb
+from subbyte import LSQ, SGM, TWN, Recipe, Rule, SubbyteError
+from subbyte.demo import BASE
+from subbyte.methods import quantizers
+from subbyte.methods.sgm import least_squares_power_of_two
+from subbyte.report import size_report
+from subbyte.train import run
+
+
+def layer_of(w):
+    layer = nn.Linear(w.shape[1], w.shape[0], bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(w)
+    return layer
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [1e-4, 0.03, 1.0, 77.0])
+def test_the_scale_is_the_best_power_of_two(bits, size):
+    w = torch.randn(40, 30, generator=torch.Generator().manual_seed(bits)) * size
+    scale = float(least_squares_power_of_two(w, sb.fixed_point(bits)))
+    top = 2 ** (bits - 1) - 1
+
+    def error(d):
+        w64 = w.double()
+        return float((w64 - d * (w64 / d + 0.5).floor().clamp(-top, top)).square().sum())
+
+    errors = {e: error(2.0**e) for e in range(-30, 12)}
+    assert scale == 2.0 ** min(errors, key=lambda e: errors[e])
+
+
+def test_the_forward_pass_sees_float_weights_and_the_exact_gradient():
+    w = torch.randn(6, 5)
+    layer = layer_of(w)
+    sb.prepare(layer, SGM(bits=2))
+    assert torch.equal(layer.weight, w)
+    x, g = torch.randn(3, 5), torch.randn(3, 6)
+    layer(x).backward(g)
+    assert torch.allclose(layer.parametrizations.weight.original.grad, g.T @ x)
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
+def test_the_penalty_and_its_gradient_follow_the_formula(progress):
+    method = SGM(bits=3, start=1e-2, end=50.0)
+    w = torch.randn(20, 10) * 0.2
+    layer = layer_of(w)
+    sb.prepare(layer, method)
+    loss = sb.penalty(layer, progress)
+    loss.backward()
+    d = sb.freeze(layer)[""].weight.scale.double()
+    w64 = w.double()
+    away = w64 - d * (w64 / d + 0.5).floor().clamp(-3, 3)
+    kappa = 1e-2 * (50.0 / 1e-2) ** progress
+    assert loss.item() == pytest.approx(float(kappa / 2 * away.square().sum()), rel=1e-5)
+    grad = layer.parametrizations.weight.original.grad.double()
+    assert (grad - kappa * away).abs().max() <= 1e-5 * kappa * float(d)
+
+
+def test_weights_are_clipped_to_the_outer_modes():
+    layer = layer_of(torch.randn(20, 10))
+    sb.prepare(layer, SGM(bits=3))
+    limit = 3 * float(sb.freeze(layer)[""].weight.scale)
+    with torch.no_grad():
+        layer.parametrizations.weight.original.mul_(10)
+    sb.after_step(layer, 0.5)
+    assert layer.weight.abs().max().item() == limit
+
+
+def test_an_all_zero_layer_works():
+    for method in (SGM(bits=2), TWN(), LSQ(bits=2)):
+        layer = layer_of(torch.zeros(4, 3))
+        sb.prepare(layer, method)
+        (layer(torch.randn(2, 3)).sum() + sb.penalty(layer, 0.5)).backward()
+        assert layer.parametrizations.weight.original.grad.isfinite().all()
+        assert (sb.freeze(layer)[""].weight.dequantize() == 0).all()
+
+
+def test_twn_follows_its_paper():
+    w = torch.randn(30, 20)
+    layer = layer_of(w)
+    sb.prepare(layer, TWN())
+    w64 = w.double()
+    large = w64.abs() > 0.75 * w64.abs().mean()
+    expected = w64.sign() * large * w64.abs()[large].mean()
+    assert (layer.weight.double() - expected).abs().max() <= 1e-6
+    g = torch.randn(30, 20)
+    layer.weight.backward(g)
+    assert torch.equal(layer.parametrizations.weight.original.grad, g)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_lsq_follows_its_paper(bits):
+    w = torch.randn(30, 20)
+    layer = layer_of(w)
+    sb.prepare(layer, LSQ(bits=bits))
+    top = 2 ** (bits - 1) - 1
+    w64 = w.double()
+    s = 2 * w64.abs().mean() / top**0.5
+    x = w64 / s
+    q = (x.clamp(-top, top) + 0.5).floor()
+    safe = (x - 0.5 - (x - 0.5).round()).abs() > 1e-5
+    assert ((layer.weight.double() - s * q).abs()[safe] <= 1e-6 * s).all()
+    g = torch.randn(30, 20)
+    layer.weight.backward(g)
+    inside = x.abs() < top
+    quantizer = next(quantizers(layer))[1]
+    per_weight = torch.where(inside, q - x, x.sign() * top)
+    expected = (g.double() * per_weight).sum() / (w.numel() * top) ** 0.5
+    assert quantizer.step.grad.item() == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
+    got = layer.parametrizations.weight.original.grad.double()
+    assert torch.equal(got != 0, inside & (g != 0))
+    assert torch.allclose(got[inside], g.double()[inside], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """SGM at 2 bits on the digits, from float weights: a few seconds."""
+    folder = tmp_path_factory.mktemp("sgm")
+    base = replace(BASE, train=replace(BASE.train, threads=1, epochs=4), out=folder / "float")
+    start = run(base, quiet=True)
+    config = replace(
+        base,
+        model=replace(base.model, weights=str(start.file)),
+        recipe=Recipe((Rule(method=SGM(bits=2)),)),
+        train=replace(base.train, lr=0.02, epochs=8),
+        out=folder / "sgm",
+    )
+    return run(config, quiet=True)
+
+
+def test_at_the_end_rounding_changes_nothing(trained):
+    last = trained.history[-1]
+    assert last.distance < 0.01
+    assert abs(last.rounded_top1 - last.test_top1) <= 0.1
+    assert trained.saved.top1 == pytest.approx(last.rounded_top1)
+    assert trained.saved.top1 > 97
+
+
+def test_weights_change_their_mode_early_and_settle(trained):
+    changed = [record.changed for record in trained.history]
+    assert max(changed) > 0.005
+    assert changed[-1] < 0.0005
+    distance = [record.distance for record in trained.history]
+    assert distance[0] > 0.05
+
+
+def test_the_file_is_fixed_point(trained):
+    report = size_report(trained.file)
+    for layer in report.layers:
+        assert layer.levels == 3
+        assert float(torch.tensor(layer.scale_min).log2()).is_integer()
+    assert report.disk_bytes * 8 / report.n_weights <= 1.61
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"bits": 1}, "bits=1.*2 to 8"), ({"bits": 9}, "bits=9"), ({"start": 0.0}, "start=0.0"),
+     ({"end": float("nan")}, "end=nan"), ({"start": 2.0, "end": 1.0}, "end=1.0 is below")],
+)  # fmt: skip
+def test_bad_options_are_named(options, says):
+    with pytest.raises(SubbyteError, match=says):
+        SGM(**options)
