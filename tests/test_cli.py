@@ -242,9 +242,17 @@ def test_usage_errors_exit_with_2_and_help_with_0():
 
 @needs_shared
 @pytest.mark.slow
-def test_the_float_resnet20_scores_as_published(monkeypatch, capsys):
-    code, out, _ = in_process(monkeypatch, capsys, "evaluate", "resnet20",
-                              "--weights", SHARED / "weights/resnet20_cifar10.safetensors",
-                              "--data", SHARED / "cifar10", "--json")  # fmt: skip
+@pytest.mark.parametrize(
+    ("network", "weights", "data", "top1"),
+    [
+        ("resnet20", "resnet20_cifar10", "cifar10", 91.73),
+        ("mobilenetv1", "mobilenet_v1_075_imagenet", "imagenet1000", 100 * 521 / 600),
+        ("squeezenet11", "squeezenet11_imagenet", "imagenet1000", 100 * 381 / 600),
+    ],
+)
+def test_float_networks_score_as_published(monkeypatch, capsys, network, weights, data, top1):
+    code, out, _ = in_process(monkeypatch, capsys, "evaluate", network,
+                              "--weights", SHARED / f"weights/{weights}.safetensors",
+                              "--data", SHARED / data, "--json")  # fmt: skip
     assert code == 0
-    assert json.loads(out)["top1"] == pytest.approx(91.73, abs=1e-9)
+    assert json.loads(out)["top1"] == pytest.approx(top1, abs=1e-9)

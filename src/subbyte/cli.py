@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from torch import nn
@@ -152,9 +153,15 @@ def _network(target: str, weights: Path | None, images: ImageSet) -> nn.Module:
 
 
 def _arguments(name: str, images: ImageSet) -> dict[str, Any]:
-    """The arguments that follow from the data, as far as the network has them."""
+    """The arguments that follow from the data, as far as the network has them.
+
+    A network that crops its images keeps the size that it was made for.
+    """
     channels, _, side = images.images.shape[1:]
-    known = {"in_channels": channels, "image_size": side, "classes": len(images.classes)}
+    known = {"in_channels": channels, "classes": len(images.classes)}
+    with torch.device("meta"):
+        if not build(name).preprocess.crop:
+            known["image_size"] = side
     takes = inspect.signature(NETWORKS[name]).parameters
     return {key: value for key, value in known.items() if key in takes}
 
