@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up all they need: a virtual environment in .venv, pinned by
-# constraints.txt, with subbyte installed from this tree (needs Python 3.10+, a C++ compiler, make).
+# constraints.txt, with subbyte installed from this tree (Python 3.11+, a C++ compiler, make).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
-	$(PYTHON) -c 'import sys; sys.exit("subbyte needs Python 3.10 or newer, $(PYTHON) is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -c 'import sys; sys.exit("the pinned versions need Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[data,dev]'
 	touch $@
