@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[data,dev]'
 	touch $@
 
-demo: $(STAMP)  ## Train, pack, reload and compare on embedded data (about a minute)
+demo: $(STAMP)  ## Train, pack, reload and compare on embedded data (seconds)
 	$(BIN)/subbyte demo
 
 test: $(STAMP)  ## The test suite (minutes)
