@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "subbyte"
 
 ORDER = [
-    "errors", "files", "grids", "functional", "tensors", "_native", "packing", "layers", "recipe",
-    "methods", "modules", "models", "artifact", "data", "train", "report", "config", "demo", "cli",
+    "errors", "files", "jsontext", "grids", "functional", "tensors", "_native", "packing",
+    "layers", "recipe", "methods", "modules", "models", "artifact", "data", "train", "report",
+    "config", "demo", "cli",
 ]  # fmt: skip
 TYPE_ONLY = {("recipe", "methods")}  # names for type checkers, not imported at run time
 

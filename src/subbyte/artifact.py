@@ -221,9 +221,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """
     artifact = read(path)
     try:
-        skeleton = _skeleton(artifact) if model is None else model
-        _check_entries(artifact.entries, skeleton)
-        net = pack(skeleton, artifact.layers())
+        net = pack(_skeleton(artifact, model), artifact.layers())
         _load_state(net, artifact)
     except SubbyteError as error:
         raise SubbyteError(f"{path}: {error}") from None
@@ -342,7 +340,11 @@ def _check_scale(scale: Tensor, entry: LayerEntry) -> None:
         raise SubbyteError(f"scale exponent {int(scale.min())} is below {MIN_EXPONENT}")
 
 
-def _skeleton(artifact: Artifact) -> nn.Module:
+def _skeleton(artifact: Artifact, model: nn.Module | None) -> nn.Module:
+    """The float network that the file is of: the one given, or the zoo's, checked to fit."""
+    if model is not None:
+        _check_entries(artifact.entries, model)
+        return model
     if artifact.network is None:
         raise SubbyteError("the file holds no zoo network; pass yours: load(path, model=net)")
     try:

@@ -7,8 +7,6 @@ stderr, so that `--json` can be piped.
 from __future__ import annotations
 
 import inspect
-import json
-import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +23,7 @@ from subbyte.data import ImageSet, load_images
 from subbyte.demo import run_demo
 from subbyte.demo import table as demo_table
 from subbyte.errors import SubbyteError
+from subbyte.jsontext import to_json
 from subbyte.models import NETWORKS, build, load_weights
 from subbyte.report import size_report
 from subbyte.report import table as size_table
@@ -174,16 +173,7 @@ def _overrides(pairs: list[str]) -> dict[str, str]:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(_plain(value), allow_nan=False))
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: a figure that is not finite is null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(to_json(value))
 
 
 def _console() -> Console:

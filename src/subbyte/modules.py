@@ -75,6 +75,12 @@ def read_scale(stored: Tensor, domain: ScaleDomain) -> Tensor:
     return stored.float()
 
 
+def _decoded(self: Any) -> Tensor:
+    """The weight of a packed layer as float32, decoded at each call."""
+    weight: Tensor = self.packed()
+    return weight
+
+
 def _copy(tensor: Tensor | None) -> Tensor | None:
     """Frozen values are never written to, so a module gets its own."""
     return None if tensor is None else tensor.detach().clone()
@@ -91,11 +97,7 @@ class PackedLinear(nn.Module):
         self.packed = PackedWeight(layer.weight)
         self.register_buffer("bias", _copy(layer.bias))
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight as float32, decoded at each call."""
-        decoded: Tensor = self.packed()
-        return decoded
+    weight = property(_decoded)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias)
@@ -118,11 +120,7 @@ class _PackedConv(nn.Module):
         self.packed = PackedWeight(layer.weight)
         self.register_buffer("bias", _copy(layer.bias))
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight as float32, decoded at each call."""
-        decoded: Tensor = self.packed()
-        return decoded
+    weight = property(_decoded)
 
     def forward(self, x: Tensor) -> Tensor:
         padding: Any = self.padding
@@ -169,11 +167,7 @@ class _PackedConvTranspose(nn.Module):
         self.packed = PackedWeight(layer.weight)
         self.register_buffer("bias", _copy(layer.bias))
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight as float32, decoded at each call."""
-        decoded: Tensor = self.packed()
-        return decoded
+    weight = property(_decoded)
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         extra = self.output_padding if output_size is None else self._extra(x, output_size)
@@ -227,11 +221,7 @@ class PackedEmbedding(nn.Module):
         self.packed = PackedWeight(layer.weight)
         self.register_buffer("dtype_of", torch.empty(0), persistent=False)  # follows .to(dtype)
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight as float32, decoded at each call."""
-        decoded: Tensor = self.packed()
-        return decoded
+    weight = property(_decoded)
 
     def forward(self, indices: Tensor) -> Tensor:
         return F.embedding(indices, self.weight.to(self.dtype_of.dtype))

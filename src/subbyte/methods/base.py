@@ -81,7 +81,7 @@ def prepare(model: nn.Module, method: Method | Recipe) -> Plan:
     plan = recipe.plan(model)
     if not plan.quantized:
         raise SubbyteError("the recipe keeps every layer in float; give a rule a method")
-    quantizers = []
+    built = []
     for layer in plan.quantized:
         owner = model.get_submodule(layer.site.owner)
         _check_owner(owner, layer.site)
@@ -90,8 +90,8 @@ def prepare(model: nn.Module, method: Method | Recipe) -> Plan:
         assert layer.method is not None
         quantizer = layer.method.quantizer(weight.detach(), layer.site)
         _quantized(quantizer, weight, layer.site.name)  # what freeze would refuse, before training
-        quantizers.append((owner, layer.site, quantizer))
-    for owner, site, quantizer in quantizers:
+        built.append((owner, layer.site, quantizer))
+    for owner, site, quantizer in built:
         if not any(_is_prepared(owner, name) for name in getattr(owner, "parametrizations", {})):
             owner.register_load_state_dict_pre_hook(_accept_float_weights)
         parametrize.register_parametrization(owner, site.parameter, quantizer)

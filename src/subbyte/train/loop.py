@@ -7,7 +7,6 @@ that is not: whatever is drawn at random in an epoch is drawn from (seed, epoch)
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from torch import Tensor
 from subbyte.data import ImageSet, batches
 from subbyte.errors import SubbyteError
 from subbyte.files import write_atomically
+from subbyte.jsontext import to_json
 from subbyte.models import Network
 from subbyte.train.checkpoint import (
     Checkpoint,
@@ -206,15 +206,8 @@ def _save(state: State, config: RunConfig) -> None:
         fingerprint=fingerprint(config),
     )
     save_checkpoint(checkpoint, config.out / CHECKPOINT)
-    text = "".join(_json_line(record) for record in state.history)
+    text = "".join(to_json(asdict(record)) + "\n" for record in state.history)
     write_atomically(config.out / METRICS, text.encode())
-
-
-def _json_line(record: EpochRecord) -> str:
-    """JSON has no NaN: a figure that is not finite is null."""
-    every = asdict(record).items()
-    figures = {k: v if v is not None and math.isfinite(v) else None for k, v in every}
-    return json.dumps(figures, allow_nan=False) + "\n"
 
 
 def _result(state: State, test: ImageSet, config: RunConfig) -> TrainResult:
