@@ -1,18 +1,22 @@
 """SGM, TWN and LSQ against their formulas in float64, and what SGM promises about its end."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import subbyte as sb
 from subbyte import LSQ, SGM, TWN, Recipe, Rule, SubbyteError
+from subbyte.cli import app
 from subbyte.demo import BASE
 from subbyte.methods import quantizers
 from subbyte.methods.sgm import least_squares_power_of_two
 from subbyte.report import size_report
 from subbyte.train import run
+from subbyte.train.watch import BINS, histograms
 
 
 def layer_of(w):
@@ -74,8 +78,11 @@ def test_weights_are_clipped_to_the_outer_modes():
     assert layer.weight.abs().max().item() == limit
 
 
-def test_an_all_zero_layer_works():
-    for method in (SGM(bits=2), TWN(), LSQ(bits=2)):
+def test_an_all_zero_layer_is_named_by_sgm_and_works_with_the_baselines():
+    net = nn.Sequential(layer_of(torch.randn(3, 3)), layer_of(torch.zeros(4, 3)))
+    with pytest.raises(SubbyteError, match=r"layer '1': all its weights are 0.*keep the layer"):
+        sb.prepare(net, SGM(bits=2))
+    for method in (TWN(), LSQ(bits=2)):
         layer = layer_of(torch.zeros(4, 3))
         sb.prepare(layer, method)
         (layer(torch.randn(2, 3)).sum() + sb.penalty(layer, 0.5)).backward()
@@ -129,7 +136,7 @@ def trained(tmp_path_factory):
     config = replace(
         base,
         model=replace(base.model, weights=str(start.file)),
-        recipe=Recipe((Rule(method=SGM(bits=2)),)),
+        recipe=Recipe((Rule(method=SGM(bits=2, end=1000.0)),)),
         train=replace(base.train, lr=0.02, epochs=8),
         out=folder / "sgm",
     )
@@ -146,10 +153,61 @@ def test_at_the_end_rounding_changes_nothing(trained):
 
 def test_weights_change_their_mode_early_and_settle(trained):
     changed = [record.changed for record in trained.history]
-    assert max(changed) > 0.005
+    assert max(changed) > 0.003
     assert changed[-1] < 0.0005
     distance = [record.distance for record in trained.history]
     assert distance[0] > 0.05
+
+
+def test_the_pull_is_recorded_and_grows_exponentially(trained):
+    pulls = [record.pull for record in trained.history]
+    ratios = [b / a for a, b in itertools.pairwise(pulls)]
+    assert ratios == pytest.approx([1e6 ** (1 / 8)] * 7)
+    assert pulls[-1] == pytest.approx(1000.0)
+
+
+def test_a_run_shows_the_modes_forming(trained):
+    folder = trained.file.parent
+    assert (folder / "modes.png").read_bytes().startswith(b"\x89PNG")
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert len(content["histograms"]) == len(trained.history) + 1
+    first, last = content["histograms"][0], content["histograms"][-1]
+    assert sum(last["classifier.1"]) == 65536
+    assert sum(count > 0 for count in first["classifier.1"]) > 50  # a broad bell at first
+    assert sum(count > 0 for count in last["classifier.1"]) <= 6  # a bin or two a mode at last
+
+
+def test_a_histogram_counts_every_weight_once():
+    w = torch.tensor([[-9.0, -1.0, -0.26, 0.0, 0.2, 1.0, 1.9, 50.0]])
+    net = layer_of(w)
+    sb.prepare(net, SGM(bits=2))
+    quantizer = next(quantizers(net))[1]
+    quantizer.scale.fill_(1.0)
+    counts = histograms(net)[""]
+    edges = torch.linspace(-1.75, 1.75, BINS + 1)
+    expected = torch.histogram(w.flatten().clamp(-1.75, 1.75), edges).hist
+    assert counts == expected.long().tolist()
+    assert histograms(nn.Linear(2, 2)) == {}
+
+
+def test_weights_that_end_far_from_their_levels_are_warned_of(trained, tmp_path, capsys):
+    assert size_report(trained.file).warning is None
+    config = replace(
+        BASE,
+        recipe=Recipe((Rule(method=SGM(bits=2, start=1e-6, end=1e-5)),)),
+        train=replace(BASE.train, threads=1, epochs=1, limit_batches=3),
+        out=tmp_path,
+    )
+    result = run(config)
+    report = size_report(result.file)
+    assert report.distance == pytest.approx(result.history[-1].distance)
+    figure = f"{report.distance:.1%} of a step"
+    assert report.distance > 0.01
+    assert figure in " ".join(capsys.readouterr().err.split())
+    assert figure in report.warning
+    assert "raise method.end or train longer" in report.warning
+    shown = CliRunner().invoke(app, ["inspect", str(result.file)]).output
+    assert figure in " ".join(shown.split())
 
 
 def test_the_file_is_fixed_point(trained):

@@ -15,8 +15,8 @@ SOURCE = ROOT / "src" / "subbyte"
 
 ORDER = [
     "errors", "files", "jsontext", "grids", "functional", "tensors", "_native", "packing",
-    "layers", "recipe", "methods", "modules", "models", "artifact", "data", "train", "report",
-    "config", "demo", "cli",
+    "layers", "recipe", "methods", "batchnorm", "modules", "integer", "models", "artifact", "data",
+    "train", "report", "config", "demo", "cli",
 ]  # fmt: skip
 TYPE_ONLY = {("recipe", "methods")}  # names for type checkers, not imported at run time
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from subbyte.batchnorm import Affine, restore
 from subbyte.errors import SubbyteError
 from subbyte.files import write_atomically
 from subbyte.functional import MIN_EXPONENT, n_groups
@@ -51,13 +52,19 @@ class LayerEntry:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Artifact:
-    """A file as it was read: the manifest's content, and tensors as they are stored."""
+    """A file as it was read: the manifest's content, and tensors as they are stored.
+
+    affine: names of BatchNorms that were absorbed. distance: of the float weights to their levels
+    when they were rounded, in steps; None if the method does not say.
+    """
 
     network: dict[str, Any] | None
     entries: dict[str, LayerEntry]
     tensors: dict[str, Tensor]
     state_names: tuple[str, ...]
     n_bytes: int
+    affine: tuple[str, ...] = ()
+    distance: float | None = None
 
     def layers(self) -> dict[str, QuantizedLayer]:
         """The waist, read back. Raises SubbyteError naming the layer whose tensors are off."""
@@ -85,13 +92,20 @@ class Artifact:
 # ---------------------------------------------------------------- save
 
 
-def save(net: nn.Module, path: str | Path, *, compress: bool = False) -> int:
+def save(
+    net: nn.Module,
+    path: str | Path,
+    *,
+    compress: bool = False,
+    distance: float | None = None,
+) -> int:
     """Write a packed model; returns the file's size in bytes.
 
     compress: zstd over base-N bytes instead of radix words, close to the entropy of the codes
-    (a layer it does not shrink stays in words). The file appears whole or not at all: an older
-    file of that name survives a full disk or a crash. Raises SubbyteError if the model has no
-    packed layer, or if the file cannot be written.
+    (a layer it does not shrink stays in words). distance: how far the float weights were from
+    their levels when they were rounded, in steps, for `inspect`. The file appears whole or not at
+    all: an older file of that name survives a full disk or a crash. Raises SubbyteError if the
+    model has no packed layer, or if the file cannot be written.
     """
     packed = packed_layers(net)
     if not packed:
@@ -113,7 +127,7 @@ def save(net: nn.Module, path: str | Path, *, compress: bool = False) -> int:
             "bias": layer.bias is not None,
         }
     state = _float_state(net, packed)
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "network": _network(net),
@@ -121,6 +135,9 @@ def save(net: nn.Module, path: str | Path, *, compress: bool = False) -> int:
         "layers": layers,
         "state": list(state),
     }
+    affine = [name for name, module in net.named_modules() if isinstance(module, Affine)]
+    manifest |= {"affine": affine} if affine else {}
+    manifest |= {} if distance is None else {"distance": distance}
     return write_safetensors({**tensors, **state}, {FORMAT: _compact(manifest)}, Path(path))
 
 
@@ -222,6 +239,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     artifact = read(path)
     try:
         net = pack(_skeleton(artifact, model), artifact.layers())
+        restore(net, artifact.affine)
         _load_state(net, artifact)
     except SubbyteError as error:
         raise SubbyteError(f"{path}: {error}") from None
@@ -255,13 +273,16 @@ def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor], n_bytes: int
         grids = [Grid.from_dict(value) for value in manifest["grids"]]
         entries = {name: _entry(v, grids) for name, v in manifest["layers"].items()}
         state = tuple(str(name) for name in manifest["state"])
+        affine = tuple(str(name) for name in manifest.get("affine", ()))
+        distance = manifest.get("distance")
+        distance = None if distance is None else float(distance)
         network = manifest["network"]
     except SubbyteError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise SubbyteError(f"the manifest is malformed ({error!r})") from None
     _check_names(entries, state, tensors)
-    return Artifact(network, entries, tensors, state, n_bytes)
+    return Artifact(network, entries, tensors, state, n_bytes, affine, distance)
 
 
 def _manifest(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     out = "runs/digits"             # optional; otherwise runs/<name of this file>
     compress = false                # optional
+    batchnorm = "keep"              # optional; or "absorb", "power_of_two"
 
     [model]
     name = "..."
@@ -37,6 +38,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from subbyte.batchnorm import BatchNormMode
 from subbyte.errors import SubbyteError
 from subbyte.methods import METHODS, Method
 from subbyte.recipe import Recipe, Rule
@@ -67,7 +69,8 @@ class _Document:
     method: dict | None = None
     rules: tuple[dict, ...] = ()
     out: str | None = None
-    compress: bool = False
+    compress: bool = RunConfig.compress
+    batchnorm: BatchNormMode = RunConfig.batchnorm
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ def read_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
         recipe=_read_recipe(document, file),
         out=Path("runs", path.stem) if document.out is None else Path(document.out),
         compress=document.compress,
+        batchnorm=document.batchnorm,
     )
 
 

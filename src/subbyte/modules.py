@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from subbyte.batchnorm import BatchNormMode, absorb_batchnorm, check_mode
 from subbyte.errors import SubbyteError
 from subbyte.functional import decode, power_of_two, scale_exponent
 from subbyte.grids import Grid, ScaleDomain
@@ -319,13 +320,23 @@ PACKED: dict[type[nn.Module], Callable[[Any, QuantizedLayer], nn.Module]] = {
 }
 
 
-def pack(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> nn.Module:
+def pack(
+    model: nn.Module,
+    layers: Mapping[str, QuantizedLayer],
+    *,
+    batchnorm: BatchNormMode = "keep",
+) -> nn.Module:
     """A copy of the model in which the named layers are packed; in eval mode.
 
     model: the float network, or the prepared one that `layers` were frozen from; it stays as it is.
+    batchnorm: "absorb" turns every BatchNorm into one scale and one shift a channel,
+    "power_of_two" rounds those scales too (`subbyte.batchnorm`); codes stay as they are.
     Raises SubbyteError for a name the model does not have, a shape that differs, or a prepared
     layer that `layers` leaves out.
     """
+    check_mode(batchnorm)
+    if batchnorm != "keep":
+        model = absorb_batchnorm(model, rounded=batchnorm == "power_of_two")
     net = copy.deepcopy(model)
     by_owner = _by_owner(net, layers)
     replaced: dict[int, nn.Module] = {}

@@ -47,6 +47,10 @@ class WeightQuantizer(nn.Module):
     def after_step(self, w: Tensor, progress: float) -> None:
         """In place on the float weight, without gradient, after each optimizer step."""
 
+    def pull(self, progress: float) -> float | None:
+        """How strongly weights are drawn to their levels now, for the record; None: not at all."""
+        return None
+
     def initial_state(self, w: Tensor) -> dict[str, Tensor]:
         """Buffers that depend on the weights at the start; made again for a float checkpoint."""
         return {}
@@ -88,7 +92,7 @@ def prepare(model: nn.Module, method: Method | Recipe) -> Plan:
         weight = stored_weight(owner, layer.site.parameter)
         _check_weight(weight, layer.site.name)
         assert layer.method is not None
-        quantizer = layer.method.quantizer(weight.detach(), layer.site)
+        quantizer = _quantizer(layer.method, weight, layer.site)
         _quantized(quantizer, weight, layer.site.name)  # what freeze would refuse, before training
         built.append((owner, layer.site, quantizer))
     for owner, site, quantizer in built:
@@ -166,6 +170,14 @@ def _accept_float_weights(
         state[f"{inside}original"] = weight
         for name, value in chain[0].initial_state(weight.float()).items():
             state[f"{inside}0.{name}"] = value
+
+
+def _quantizer(method: Method, weight: Tensor, site: Site) -> WeightQuantizer:
+    """`method.quantizer`, with the layer's name in errors."""
+    try:
+        return method.quantizer(weight.detach(), site)
+    except SubbyteError as error:
+        raise SubbyteError(f"layer '{site.name}': {error}") from None
 
 
 def _is_prepared(owner: nn.Module, parameter: str) -> bool:

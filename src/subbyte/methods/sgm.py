@@ -97,6 +97,9 @@ class SGMQuantizer(WeightQuantizer):
         distance = w - fake_quantize(w, self.scale, self.grid)
         return 0.5 * self.method.pull(progress) * distance.square().sum()
 
+    def pull(self, progress: float) -> float:
+        return self.method.pull(progress)
+
     def after_step(self, w: Tensor, progress: float) -> None:
         limit = float(self.scale) * self.grid.levels[-1]
         w.clamp_(-limit, limit)
@@ -109,11 +112,14 @@ class SGMQuantizer(WeightQuantizer):
 def least_squares_power_of_two(w: Tensor, grid: Grid) -> Tensor:
     """The power of two whose grid has the least squared error on w; float32 [1].
 
-    An all-zero weight takes 1: any scale is as good. Of equal errors the larger scale wins.
+    Of equal errors the larger scale wins. Raises SubbyteError if all weights are 0.
     """
     peak = w.abs().max().reshape(1)
     if not float(peak) > 0:
-        return torch.ones(1, device=w.device)
+        raise SubbyteError(
+            "all its weights are 0, so no power of two fits them; start from trained or random "
+            "weights, or keep the layer float"
+        )
     top = int(scale_exponent(peak)) + 1
     exponents = torch.arange(top, top - 2 * _EXPONENTS_TRIED, -1, device=w.device)
     scales = power_of_two(exponents.clamp(-126, 127))

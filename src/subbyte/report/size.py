@@ -17,6 +17,7 @@ from subbyte.functional import entropy, level_shares
 from subbyte.layers import join
 from subbyte.packing import radix
 from subbyte.tensors import QuantizedLayer
+from subbyte.train.watch import far_from_levels
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class SizeReport:
     layers: tuple[LayerSize, ...]
     float_tensors: tuple[tuple[str, int], ...]  # name, bytes: what stayed float, biases included
     file_bytes: int
+    distance: float | None = None  # of the float weights to their levels, as the file says
 
     @property
     def n_weights(self) -> int:
@@ -86,6 +88,11 @@ class SizeReport:
     def reduction(self) -> float:
         """Float32 bytes of the quantized weights over their bytes on disk."""
         return 4 * self.n_weights / max(1, self.disk_bytes)
+
+    @property
+    def warning(self) -> str | None:
+        """What is wrong with how the weights were rounded, if the file says so."""
+        return None if self.distance is None else far_from_levels(self.distance)
 
     def weighted(self, per_weight: Iterable[float]) -> float:
         """Mean of a figure a weight over all weights, from one value a layer."""
@@ -111,6 +118,8 @@ class SizeReport:
             "overhead_bytes": self.file_bytes - self.disk_bytes - self.float_bytes,
             "entropy": self.weighted(layer.entropy for layer in self.layers),
             "reduction": self.reduction,
+            "distance": self.distance,
+            "warning": self.warning,
             "layers": [layer.to_dict() for layer in self.layers],
             "float": [{"name": name, "bytes": count} for name, count in self.float_tensors],
         }
@@ -133,7 +142,9 @@ def size_report(path: str | Path) -> SizeReport:
     )
     biases = [join(name, "bias") for name, entry in artifact.entries.items() if entry.bias]
     kept = [(name, _n_bytes(artifact.tensors[name])) for name in (*artifact.state_names, *biases)]
-    return SizeReport(str(path), artifact.network, sizes, tuple(kept), artifact.n_bytes)
+    return SizeReport(
+        str(path), artifact.network, sizes, tuple(kept), artifact.n_bytes, artifact.distance
+    )
 
 
 def _layer_size(
@@ -218,6 +229,7 @@ def _caption(report: SizeReport) -> str:
         f"{report.float_bytes:,} + manifest and header {overhead:,}; quantized weights "
         f"{report.reduction:.1f}x smaller than float32\n"
         f"stayed float, bytes by layer: {', '.join(_float_layers(report))}"
+        + (f"\nwarning: {report.warning}" if report.warning else "")
     )
 
 

@@ -13,9 +13,10 @@ import torch
 from subbyte.errors import SubbyteError
 from subbyte.files import write_atomically
 from subbyte.train.settings import RunConfig
+from subbyte.train.watch import Histograms
 
-_VERSION = 1
-_FREE_KEYS = ("out", "compress", "train.epochs", "train.threads")
+_VERSION = 2
+_FREE_KEYS = ("out", "compress", "batchnorm", "train.epochs", "train.threads")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class EpochRecord:
 
     epoch counts from 1; lr: of the epoch's first step; train_loss: cross-entropy without the
     method's penalty; *_top1 in percent; seconds and images_per_s: of training, not of evaluation.
-    distance, changed, rounded_top1: of the quantized weights, see `train.watch`; None without any.
+    distance, changed, rounded_top1, pull: of the quantized weights, see `train.watch`; None without
+    any.
     """
 
     epoch: int
@@ -38,17 +40,22 @@ class EpochRecord:
     distance: float | None = None
     changed: float | None = None
     rounded_top1: float | None = None
+    pull: float | None = None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """epoch: how many are done. ema: None when the run averages nothing."""
+    """epoch: how many are done. ema: None when the run averages nothing.
+
+    histograms: of the quantized layers' float weights, before the first epoch and after each.
+    """
 
     model: dict[str, Any]
     ema: dict[str, Any] | None
     optimizer: dict[str, Any]
     epoch: int
     history: tuple[EpochRecord, ...]
+    histograms: tuple[Histograms, ...]
     fingerprint: dict[str, str]
 
 
@@ -77,6 +84,7 @@ def _flatten(name: str, value: object) -> dict[str, str]:
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
     content["history"] = [asdict(record) for record in checkpoint.history]
+    content["histograms"] = list(checkpoint.histograms)
     content["version"] = _VERSION
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -88,6 +96,7 @@ def load_checkpoint(path: Path, config: RunConfig) -> Checkpoint:
     content = _read(path)
     try:
         content["history"] = tuple(EpochRecord(**record) for record in content["history"])
+        content["histograms"] = tuple(content["histograms"])
         checkpoint = Checkpoint(**content)
     except (KeyError, TypeError) as error:
         raise SubbyteError(

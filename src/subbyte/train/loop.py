@@ -36,7 +36,7 @@ from subbyte.train.progress import Progress, Silent
 from subbyte.train.settings import LoopConfig, RunConfig
 from subbyte.train.setup import Setup, set_up
 from subbyte.train.update import State, emulates_bf16, lay_out, start, update
-from subbyte.train.watch import codes_of, watch
+from subbyte.train.watch import Histograms, codes_of, histograms, watch
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
@@ -48,6 +48,7 @@ class TrainResult:
 
     model: Network
     history: tuple[EpochRecord, ...]
+    histograms: tuple[Histograms, ...]
     evaluation: Evaluation
     checkpoint: Path
 
@@ -93,6 +94,8 @@ def train(
         state = start(setup.model, config.train)
         if checkpoint is not None:
             _restore(state, checkpoint)
+        else:
+            state.histograms = (histograms(state.best),)
         state.codes = codes_of(state.best)
         try:
             for _ in range(state.epoch, config.train.epochs):
@@ -120,6 +123,7 @@ def _restore(state: State, checkpoint: Checkpoint) -> None:
     if state.ema is not None and checkpoint.ema is not None:
         state.ema.load_state_dict(checkpoint.ema)
     state.epoch, state.history = checkpoint.epoch, checkpoint.history
+    state.histograms = checkpoint.histograms
 
 
 def _epoch(state: State, setup: Setup, config: RunConfig, progress: Progress) -> None:
@@ -129,8 +133,10 @@ def _epoch(state: State, setup: Setup, config: RunConfig, progress: Progress) ->
     loss, top1, speed, seconds = _train_epoch(state, setup.train, config, steps, progress)
     _check_weights(state)
     test = evaluate(state.best, setup.test, preprocess=state.model.preprocess)
-    watched, state.codes = watch(state.best, state.codes, setup.test)
     state.epoch += 1
+    done = state.epoch / config.train.epochs
+    watched, state.codes = watch(state.best, state.codes, setup.test, done)
+    state.histograms += (histograms(state.best),)
     record = EpochRecord(
         state.epoch, lr, loss, top1, test.top1, test.loss, speed, seconds, **asdict(watched)
     )
@@ -203,6 +209,7 @@ def _save(state: State, config: RunConfig) -> None:
         optimizer=state.optimizer.state_dict(),
         epoch=state.epoch,
         history=state.history,
+        histograms=state.histograms,
         fingerprint=fingerprint(config),
     )
     save_checkpoint(checkpoint, config.out / CHECKPOINT)
@@ -217,4 +224,4 @@ def _result(state: State, test: ImageSet, config: RunConfig) -> TrainResult:
     lay_out(model, torch.contiguous_format)
     last = state.history[-1]
     evaluation = Evaluation(last.test_top1, last.test_loss, len(test))
-    return TrainResult(model, state.history, evaluation, config.out / CHECKPOINT)
+    return TrainResult(model, state.history, state.histograms, evaluation, config.out / CHECKPOINT)

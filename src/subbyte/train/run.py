@@ -10,19 +10,22 @@ from torch import nn
 from subbyte import artifact
 from subbyte.data import load_images
 from subbyte.errors import SubbyteError
-from subbyte.methods import freeze
+from subbyte.methods import freeze, quantizers
 from subbyte.models import Network, build, load_weights
 from subbyte.modules import pack
 from subbyte.train.checkpoint import EpochRecord
-from subbyte.train.curves import Histories, save_curves
+from subbyte.train.curves import save_curves
 from subbyte.train.evaluate import Evaluation, evaluate
-from subbyte.train.loop import train
+from subbyte.train.loop import TrainResult, train
+from subbyte.train.modes import save_modes
 from subbyte.train.progress import Progress, console_progress
 from subbyte.train.settings import RunConfig
+from subbyte.train.watch import far_from_levels
 
 NETWORK = "net.safetensors"
 WEIGHTS = "weights.safetensors"
 CURVES = "curves.png"
+MODES = "modes.png"
 
 
 @dataclass(frozen=True)
@@ -41,22 +44,31 @@ class RunResult:
 
 
 def run(config: RunConfig, *, resume: bool = False, quiet: bool = False) -> RunResult:
-    """Leaves the network, `curves.png`, `metrics.jsonl` and the checkpoint in `config.out`."""
+    """Leaves the network, `curves.png`, `metrics.jsonl` and the checkpoint in `config.out`.
+
+    A method with soft weights leaves `modes.png` too, and a note if they end far from their levels.
+    """
     progress = console_progress(quiet=quiet)
     result = train(config, resume=resume, progress=progress)
-    file, net = _save(result.model, config)
+    file, net = _save(result, config)
+    last = result.history[-1]
+    far = None if last.rounded_top1 is None else far_from_levels(last.distance or 0.0)
+    if far:
+        progress.note(f"warning: {far}")
     test = load_images(config.data.source, config.data.test_split, size=config.data.size)
     saved = evaluate(net, test, preprocess=result.model.preprocess)
-    _plot({config.out.name: result.history}, config.out / CURVES, progress)
+    _plot(result, config, progress)
     return RunResult(file, file.stat().st_size, result.evaluation, saved, result.history)
 
 
-def _save(model: Network, config: RunConfig) -> tuple[Path, nn.Module]:
+def _save(result: TrainResult, config: RunConfig) -> tuple[Path, nn.Module]:
     """The file, and the network read back from it."""
     if config.recipe is None:
-        return _save_float(model, config.out / WEIGHTS)
-    path = config.out / NETWORK
-    artifact.save(pack(model, freeze(model)), path, compress=config.compress)
+        return _save_float(result.model, config.out / WEIGHTS)
+    path, last = config.out / NETWORK, result.history[-1]
+    soft = last.rounded_top1 is not None
+    net = pack(result.model, freeze(result.model), batchnorm=config.batchnorm)
+    artifact.save(net, path, compress=config.compress, distance=last.distance if soft else None)
     return path, artifact.load(path)
 
 
@@ -67,9 +79,14 @@ def _save_float(model: Network, path: Path) -> tuple[Path, nn.Module]:
     return path, net
 
 
-def _plot(histories: Histories, path: Path, progress: Progress) -> None:
+def _plot(result: TrainResult, config: RunConfig, progress: Progress) -> None:
     """A run is not lost for want of a picture: what is missing becomes a note."""
+    frozen = freeze(result.model) if config.recipe else {}
+    soft = [site.name for site, quantizer, _ in quantizers(result.model) if quantizer.soft]
+    levels = {name: frozen[name].weight.grid.n_levels for name in soft}
     try:
-        save_curves(histories, path)
+        save_curves({config.out.name: result.history}, config.out / CURVES)
+        if levels:
+            save_modes(result.history, result.histograms, levels, config.out / MODES)
     except SubbyteError as error:
         progress.note(str(error))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from subbyte.batchnorm import BatchNormMode
 from subbyte.data import Augment
 from subbyte.errors import SubbyteError
 from subbyte.recipe import Recipe
@@ -152,9 +153,10 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run. recipe: None trains in float. compress: of the saved network (`artifact.save`).
+    """A whole run. recipe: None trains in float.
 
-    out: the folder of the checkpoint, the metrics and the network.
+    compress: of the saved network (`artifact.save`). batchnorm: in it, "keep", "absorb" or
+    "power_of_two" (`pack`). out: the folder of the checkpoint, the metrics and the network.
     """
 
     model: ModelConfig
@@ -163,3 +165,4 @@ class RunConfig:
     recipe: Recipe | None = None
     out: Path = Path("runs/run")
     compress: bool = False
+    batchnorm: BatchNormMode = "keep"

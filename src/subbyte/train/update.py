@@ -20,6 +20,7 @@ from subbyte.train.checkpoint import EpochRecord
 from subbyte.train.evaluate import count_correct, device_of
 from subbyte.train.optim import build_optimizer
 from subbyte.train.settings import LoopConfig
+from subbyte.train.watch import Histograms
 
 _Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 
@@ -34,6 +35,7 @@ class State:
     epoch: int = 0
     history: tuple[EpochRecord, ...] = ()
     codes: Mapping[str, Tensor] = field(default_factory=dict)  # after the last epoch
+    histograms: tuple[Histograms, ...] = ()
 
     @property
     def best(self) -> nn.Module:
