@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +12,16 @@ from typer.testing import CliRunner
 import subbyte as sb
 from subbyte import LSQ, SGM, TWN, Recipe, Rule, SubbyteError
 from subbyte.cli import app
+from subbyte.config import read_config
 from subbyte.demo import BASE
 from subbyte.methods import quantizers
 from subbyte.methods.sgm import least_squares_power_of_two
 from subbyte.report import size_report
 from subbyte.train import run
 from subbyte.train.watch import BINS, histograms
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def layer_of(w):
@@ -226,3 +231,18 @@ def test_the_file_is_fixed_point(trained):
 def test_bad_options_are_named(options, says):
     with pytest.raises(SubbyteError, match=says):
         SGM(**options)
+
+
+def test_the_vgg7_example_trains(tmp_path):
+    """Three steps from float weights, on images that are at hand: the run itself needs a GPU."""
+    config = read_config(ROOT / "examples" / "cifar10-vgg7-sgm2.toml")
+    config = replace(
+        config,
+        model=replace(config.model, weights=None, arguments={"in_channels": 1, "image_size": 8}),
+        data=replace(config.data, source="digits", crop=1),
+        train=replace(config.train, threads=1, epochs=1, limit_batches=3, batch_size=16),
+        out=tmp_path,
+    )
+    result = run(config, quiet=True)
+    assert result.history[0].distance < 0.3
+    assert size_report(result.file).n_weights > 3_000_000

@@ -17,7 +17,7 @@ from subbyte.models.resnet import resnet20, resnet32, resnet44, resnet56
 from subbyte.models.squeezenet import squeezenet11
 from subbyte.models.vgg import vgg7
 from subbyte.models.vit import vit1, vit2
-from subbyte.models.weights import load_weights
+from subbyte.models.weights import load_state, load_weights
 
 __all__ = [
     "NETWORKS",
@@ -26,6 +26,7 @@ __all__ = [
     "Preprocess",
     "build",
     "glorot_",
+    "load_state",
     "load_weights",
 ]
 

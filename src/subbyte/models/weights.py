@@ -19,7 +19,11 @@ def load_weights(net: nn.Module, path: Path | str) -> None:
     `num_batches_tracked`. Nothing is loaded unless everything fits: SubbyteError for a file that is
     missing or damaged, and for keys that are missing, unexpected or of another shape or kind.
     """
-    given = _read(Path(path))
+    load_state(net, _read(Path(path)), path)
+
+
+def load_state(net: nn.Module, given: Mapping[str, Tensor], path: Path | str) -> None:
+    """`load_weights` for tensors that were read from `path`, whatever its format."""
     expected = net.state_dict()
     optional = {key for key in expected if key.endswith(COUNTER)}
     _refuse(path, "misses", expected.keys() - given.keys() - optional)

@@ -93,7 +93,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
 
 def load_checkpoint(path: Path, config: RunConfig) -> Checkpoint:
     """Raises SubbyteError if there is none, if it is damaged, or if it belongs to another run."""
-    content = _read(path)
+    content = read_checkpoint(path)
     try:
         content["history"] = tuple(EpochRecord(**record) for record in content["history"])
         content["histograms"] = tuple(content["histograms"])
@@ -106,7 +106,8 @@ def load_checkpoint(path: Path, config: RunConfig) -> Checkpoint:
     return checkpoint
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Its fields, unchecked against any run. Raises SubbyteError for what is no checkpoint."""
     if not path.is_file():
         raise SubbyteError(f"{path}: no checkpoint to resume; start the run without resume")
     try:

@@ -37,7 +37,8 @@ def _require_choice(name: str, value: object, literal: object) -> None:
 class ModelConfig:
     """A network by the name it is registered under, and the arguments of its builder.
 
-    weights: a `weights.safetensors` of an earlier float run to start from; None starts at random.
+    weights: what to start from, None at random: float weights (.safetensors), a packed file, or the
+    `checkpoint.pt` of another run.
     """
 
     name: str

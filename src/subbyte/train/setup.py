@@ -10,8 +10,9 @@ import torch
 from subbyte.data import ImageSet, load_images
 from subbyte.errors import SubbyteError
 from subbyte.methods import prepare
-from subbyte.models import Network, build, load_weights
+from subbyte.models import Network, build
 from subbyte.train.evaluate import check_classes, check_labels, describe, eval_mode
+from subbyte.train.initial import load_initial
 from subbyte.train.settings import DataConfig, ModelConfig, RunConfig
 
 
@@ -50,7 +51,7 @@ def _build(config: ModelConfig) -> Network:
             f"{str(error).splitlines()[0][:200]}; check model.arguments"
         ) from None
     if config.weights is not None:
-        load_weights(model, config.weights)
+        load_initial(model, config.weights)
     return model
 
 
