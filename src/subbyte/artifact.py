@@ -27,11 +27,12 @@ from subbyte.layers import join, sites
 from subbyte.models import Network, build
 from subbyte.modules import PackedMultiheadAttention, PackedWeight, pack, read_scale
 from subbyte.packing import radix
-from subbyte.tensors import QuantizedLayer, QuantizedTensor
+from subbyte.tensors import LowRank, QuantizedLayer, QuantizedTensor
 
 FORMAT, VERSION = "subbyte", 1
 MAX_WEIGHTS = 2**40  # of one layer; a larger shape is damage
 WORDS, ZSTD = "radix64", "radix-bytes+zstd"
+ADAPTER = ("up", "down", "adapter_scale")
 _SCALE_DTYPES = {
     ScaleDomain.FLOAT32: torch.float32,
     ScaleDomain.FLOAT16: torch.float16,
@@ -48,6 +49,13 @@ class LayerEntry:
     grid: Grid
     encoding: str
     bias: bool
+    adapter: bool = False
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The layer's tensors, by the last part of their names."""
+        bias = ("bias",) if self.bias else ()
+        return ("codes", "scale", *bias, *(ADAPTER if self.adapter else ()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,12 +89,16 @@ class Artifact:
             _check_scale(scale, entry)
             scale = read_scale(scale, entry.grid.scale_domain)
             weight = QuantizedTensor(codes.reshape(entry.shape), scale, entry.grid)
+            bias = self.tensors[join(name, "bias")] if entry.bias else None
+            if bias is not None and not bias.is_floating_point():
+                raise SubbyteError(f"the bias is {bias.dtype}, not a float type")
+            return QuantizedLayer(weight, bias, self._adapter(name) if entry.adapter else None)
         except SubbyteError as error:
             raise SubbyteError(f"layer '{name}': {error}") from None
-        bias = self.tensors[join(name, "bias")] if entry.bias else None
-        if bias is not None and not bias.is_floating_point():
-            raise SubbyteError(f"layer '{name}': the bias is {bias.dtype}, not a float type")
-        return QuantizedLayer(weight, bias)
+
+    def _adapter(self, name: str) -> LowRank:
+        up, down, scale = (self.tensors[join(name, part)] for part in ADAPTER)
+        return LowRank(up, down, scale)
 
 
 # ---------------------------------------------------------------- save
@@ -119,12 +131,17 @@ def save(
         tensors |= {join(layer.name, "codes"): codes, join(layer.name, "scale"): scale}
         if layer.bias is not None:
             tensors[join(layer.name, "bias")] = layer.bias
+        adapter = _adapter(layer)
+        if adapter is not None:
+            parts = (adapter.up, adapter.down, adapter.scale)
+            tensors |= {join(layer.name, n): t for n, t in zip(ADAPTER, parts, strict=True)}
         layers[layer.name] = {
             "type": layer.type,
             "shape": list(layer.weight.shape),
             "grid": grids.index(layer.weight.grid),
             "encoding": encoding,
             "bias": layer.bias is not None,
+            **({} if adapter is None else {"adapter": True}),
         }
     state = _float_state(net, packed)
     manifest: dict[str, Any] = {
@@ -172,7 +189,7 @@ def _packed_layer(path: str, modules: Mapping[str, nn.Module]) -> PackedLayer:
     weight, parent = modules[path], path.rpartition(".")[0]
     owner = modules[parent]
     assert isinstance(weight, PackedWeight)
-    keys = {f"{path}.words", f"{path}.scale"}
+    keys = {f"{path}.{name}" for name, _ in weight.named_buffers()}
     if isinstance(owner, PackedMultiheadAttention):  # a projection; the bias is the attention's
         return PackedLayer(path, "MultiheadAttention", weight, None, frozenset(keys))
     bias = getattr(owner, "bias", None)
@@ -200,6 +217,16 @@ def _stored_scale(name: str, weight: PackedWeight) -> Tensor:
             "grid; save the model before converting it to another dtype"
         )
     return stored
+
+
+def _adapter(layer: PackedLayer) -> LowRank | None:
+    try:
+        return layer.weight.adapter()
+    except SubbyteError as error:
+        raise SubbyteError(
+            f"adapter of '{layer.name}': {error}; save the model before converting it to another "
+            "dtype"
+        ) from None
 
 
 def _float_state(net: nn.Module, packed: list[PackedLayer]) -> dict[str, Tensor]:
@@ -319,7 +346,12 @@ def _entry(value: Mapping[str, Any], grids: list[Grid]) -> LayerEntry:
     index = value["grid"]
     if not isinstance(index, int) or not 0 <= index < len(grids):
         raise SubbyteError(f"the manifest names grid {index!r}, it has {len(grids)}")
-    return LayerEntry(str(value["type"]), shape, grids[index], value["encoding"], value["bias"])
+    adapter = value.get("adapter", False)
+    if not isinstance(adapter, bool):
+        raise SubbyteError(f"the manifest has adapter {adapter!r}, neither true nor false")
+    return LayerEntry(
+        str(value["type"]), shape, grids[index], value["encoding"], value["bias"], adapter
+    )
 
 
 def _check_names(
@@ -328,8 +360,7 @@ def _check_names(
     """The manifest accounts for every tensor, once."""
     stated = list(state)
     for name, entry in entries.items():
-        parts = ("codes", "scale", "bias") if entry.bias else ("codes", "scale")
-        stated += [join(name, part) for part in parts]
+        stated += [join(name, part) for part in entry.parts]
     for name in stated:
         if name not in tensors:
             raise SubbyteError(f"tensor '{name}' is in the manifest but not in the file")

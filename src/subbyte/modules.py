@@ -21,23 +21,38 @@ from subbyte.functional import decode, power_of_two, scale_exponent
 from subbyte.grids import Grid, ScaleDomain
 from subbyte.layers import Site, sites, supported_type
 from subbyte.packing import radix
-from subbyte.tensors import QuantizedLayer, QuantizedTensor
+from subbyte.tensors import (
+    LowRank,
+    QuantizedLayer,
+    QuantizedTensor,
+    as_weight,
+    low_rank_product,
+)
 
 
 class PackedWeight(nn.Module):
-    """A QuantizedTensor in radix words.
+    """A layer's QuantizedTensor in radix words, and its low-rank adapter if it has one.
 
     words: uint8 [8 * n_words]. scale: [groups] as the grid's domain stores it: float32, float16 or
-    int8 exponents.
+    int8 exponents. up, down, adapter_scale: see `LowRank`; None without an adapter. channel_axis:
+    the dimension of the weight that the rows of `up` belong to.
     """
 
     words: Tensor
     scale: Tensor
+    up: Tensor | None
+    down: Tensor | None
+    adapter_scale: Tensor | None
 
-    def __init__(self, weight: QuantizedTensor) -> None:
+    def __init__(self, layer: QuantizedLayer, channel_axis: int = 0) -> None:
         super().__init__()
+        weight, adapter = layer.weight, layer.adapter
         self.grid: Grid = weight.grid
         self.shape = tuple(weight.shape)
+        self.channel_axis = channel_axis
+        parts = (None,) * 3 if adapter is None else (adapter.up, adapter.down, adapter.scale)
+        for name, part in zip(("up", "down", "adapter_scale"), parts, strict=True):
+            self.register_buffer(name, _copy(part))
         self.register_buffer("words", radix.pack(weight.codes, weight.grid.n_levels))
         self.register_buffer("scale", store_scale(weight.scale, weight.grid.scale_domain))
 
@@ -54,12 +69,24 @@ class PackedWeight(nn.Module):
         scale = read_scale(self.scale, self.grid.scale_domain)
         return QuantizedTensor(self.codes(), scale, self.grid)
 
+    def adapter(self) -> LowRank | None:
+        """Back to the value it was made of."""
+        if self.up is None or self.down is None or self.adapter_scale is None:
+            return None
+        return LowRank(self.up, self.down, self.adapter_scale)
+
     def forward(self) -> Tensor:
-        """The weight as float32."""
-        return decode(self.codes(), read_scale(self.scale, self.grid.scale_domain), self.grid)
+        """The weight that the layer computes with, as float32: decoded, plus the adapter."""
+        scale = read_scale(self.scale, self.grid.scale_domain)
+        weight = decode(self.codes(), scale, self.grid)
+        if self.up is None or self.down is None or self.adapter_scale is None:
+            return weight
+        extra = low_rank_product(self.up, self.down, self.adapter_scale.float())
+        return weight + as_weight(extra, self.shape, self.channel_axis)
 
     def extra_repr(self) -> str:
-        return f"shape={self.shape}, levels={self.grid.n_levels}, scales={self.scale.numel()}"
+        rank = "" if self.up is None else f", rank={self.up.shape[1]}"
+        return f"shape={self.shape}, levels={self.grid.n_levels}, scales={self.scale.numel()}{rank}"
 
 
 def store_scale(scale: Tensor, domain: ScaleDomain) -> Tensor:
@@ -95,7 +122,7 @@ class PackedLinear(nn.Module):
     def __init__(self, like: nn.Linear, layer: QuantizedLayer) -> None:
         super().__init__()
         self.in_features, self.out_features = like.in_features, like.out_features
-        self.packed = PackedWeight(layer.weight)
+        self.packed = PackedWeight(layer)
         self.register_buffer("bias", _copy(layer.bias))
 
     weight = property(_decoded)
@@ -118,7 +145,7 @@ class _PackedConv(nn.Module):
         self.stride, self.padding, self.dilation = like.stride, like.padding, like.dilation
         self.groups, self.padding_mode = like.groups, like.padding_mode
         self.pads = tuple(like._reversed_padding_repeated_twice)
-        self.packed = PackedWeight(layer.weight)
+        self.packed = PackedWeight(layer)
         self.register_buffer("bias", _copy(layer.bias))
 
     weight = property(_decoded)
@@ -165,7 +192,7 @@ class _PackedConvTranspose(nn.Module):
         self.kernel_size, self.stride, self.padding = like.kernel_size, like.stride, like.padding
         self.output_padding, self.dilation = like.output_padding, like.dilation
         self.groups = like.groups
-        self.packed = PackedWeight(layer.weight)
+        self.packed = PackedWeight(layer, channel_axis=1)
         self.register_buffer("bias", _copy(layer.bias))
 
     weight = property(_decoded)
@@ -219,7 +246,7 @@ class PackedEmbedding(nn.Module):
 
     def __init__(self, like: nn.Embedding, layer: QuantizedLayer) -> None:
         super().__init__()
-        self.packed = PackedWeight(layer.weight)
+        self.packed = PackedWeight(layer)
         self.register_buffer("dtype_of", torch.empty(0), persistent=False)  # follows .to(dtype)
 
     weight = property(_decoded)
@@ -306,7 +333,7 @@ class _FloatWeight(nn.Module):
 
 
 def _projection(weight: Tensor, layer: QuantizedLayer | None) -> nn.Module:
-    return _FloatWeight(weight) if layer is None else PackedWeight(layer.weight)
+    return _FloatWeight(weight) if layer is None else PackedWeight(layer)
 
 
 PACKED: dict[type[nn.Module], Callable[[Any, QuantizedLayer], nn.Module]] = {
@@ -393,6 +420,12 @@ def _check_fit(site: Site, layer: QuantizedLayer, owner: nn.Module) -> None:
         "shape": tuple(layer.weight.shape),
         "bias": None if layer.bias is None else tuple(layer.bias.shape),
     }
+    rows = site.shape[site.channel_axis]
+    if layer.adapter is not None and layer.adapter.up.shape[0] != rows:
+        raise SubbyteError(
+            f"the adapter of '{site.name}' has {layer.adapter.up.shape[0]} rows, the layer has "
+            f"{rows} output channels"
+        )
     for part, shape in wanted.items():
         if found[part] != shape:
             raise SubbyteError(

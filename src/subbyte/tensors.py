@@ -58,8 +58,104 @@ class QuantizedTensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """A low-rank adapter, as it is stored: what is added to a quantized weight.
+
+    The weight is seen as a matrix [out, width], its channel axis first and the rest flattened. With
+    groups, each group of rows has factors of its own.
+
+    up: [out, rank], float16 or int8. down: [groups * rank, width], of the same dtype.
+    scale: float32 [groups * rank]. The product of group g is (up_g * scale_g) @ down_g, in float32.
+    Raises SubbyteError when these do not fit together.
+    """
+
+    up: Tensor
+    down: Tensor
+    scale: Tensor
+
+    def __post_init__(self) -> None:
+        if self.up.dtype not in (torch.float16, torch.int8) or self.down.dtype != self.up.dtype:
+            raise SubbyteError(
+                f"adapter factors are {self.up.dtype} and {self.down.dtype}; both must be "
+                "torch.float16 or both torch.int8"
+            )
+        if self.up.ndim != 2 or self.down.ndim != 2 or self.up.shape[1] < 1:
+            raise SubbyteError(
+                f"adapter factors have shapes {tuple(self.up.shape)} and {tuple(self.down.shape)}, "
+                "not [out, rank] and [groups * rank, width] with a rank of 1 or more"
+            )
+        groups, rest = divmod(self.down.shape[0], self.rank)
+        if rest or groups < 1 or self.up.shape[0] % groups:
+            raise SubbyteError(
+                f"adapter factors of shapes {tuple(self.up.shape)} and {tuple(self.down.shape)} "
+                "belong to no number of groups"
+            )
+        if self.scale.dtype != torch.float32 or self.scale.shape != self.down.shape[:1]:
+            raise SubbyteError(
+                f"adapter scale is {self.scale.dtype} {list(self.scale.shape)}, not torch.float32 "
+                f"[{self.down.shape[0]}]"
+            )
+        for part in (self.up, self.down, self.scale):
+            if part.is_floating_point() and not part.isfinite().all():
+                raise SubbyteError("the adapter has NaN or infinite values")
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[1]
+
+    @property
+    def groups(self) -> int:
+        return self.down.shape[0] // self.rank
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in (self.up, self.down, self.scale))
+
+    def product(self) -> Tensor:
+        """The matrix that is added to the weight, float32 [out, width]."""
+        return low_rank_product(self.up, self.down, self.scale)
+
+
+def low_rank_product(up: Tensor, down: Tensor, scale: Tensor) -> Tensor:
+    """The product of a LowRank's parts, float32 [out, width]; shapes as there."""
+    out, rank = up.shape
+    groups = down.shape[0] // rank
+    left = up.float().reshape(groups, out // groups, rank) * scale.reshape(groups, 1, rank)
+    return (left @ down.float().reshape(groups, rank, -1)).reshape(out, -1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class QuantizedLayer:
-    """One layer: its quantized weight and its bias (float, as trained)."""
+    """One layer: its quantized weight, its bias (float), and a low-rank adapter if it has one."""
 
     weight: QuantizedTensor
     bias: Tensor | None = None
+    adapter: LowRank | None = None
+
+    def __post_init__(self) -> None:
+        if self.adapter is None:
+            return
+        size = self.adapter.up.shape[0] * self.adapter.down.shape[1]
+        if size != self.weight.codes.numel():
+            raise SubbyteError(
+                f"the adapter's product is {self.adapter.up.shape[0]} x "
+                f"{self.adapter.down.shape[1]}, the weight has shape {tuple(self.weight.shape)}"
+            )
+
+    def dequantize(self, channel_axis: int = 0) -> Tensor:
+        """The weight that the layer computes with, adapter included; float32."""
+        weight = self.weight.dequantize()
+        if self.adapter is None:
+            return weight
+        return weight + as_weight(self.adapter.product(), weight.shape, channel_axis)
+
+
+def as_matrix(weight: Tensor, channel_axis: int = 0) -> Tensor:
+    """[out, width]: the channel axis first, the rest flattened in order."""
+    return weight.movedim(channel_axis, 0).flatten(1)
+
+
+def as_weight(matrix: Tensor, shape: torch.Size | tuple[int, ...], channel_axis: int = 0) -> Tensor:
+    """The inverse of `as_matrix`."""
+    moved = [shape[channel_axis], *(n for d, n in enumerate(shape) if d != channel_axis)]
+    return matrix.reshape(moved).movedim(0, channel_axis)

@@ -22,7 +22,7 @@ from subbyte.train.watch import far_from_levels
 
 @dataclass(frozen=True, slots=True)
 class LayerSize:
-    """One layer. Bytes cover codes and scales; the bias counts as float."""
+    """One layer. Bytes cover codes, scales and the adapter; the bias counts as float."""
 
     name: str
     type: str
@@ -38,6 +38,8 @@ class LayerSize:
     n_scales: int
     disk_bytes: int
     memory_bytes: int
+    rank: int  # of the low-rank adapter, 0 without
+    adapter_bytes: int  # its factors and scales; part of disk_bytes and memory_bytes
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -56,6 +58,8 @@ class LayerSize:
             "memory_bytes": self.memory_bytes,
             "entropy": self.entropy,
             "level_shares": list(self.level_shares),
+            "rank": self.rank,
+            "adapter_bytes": self.adapter_bytes,
             "scale": {"count": self.n_scales, "min": self.scale_min, "max": self.scale_max},
         }
 
@@ -77,7 +81,7 @@ class SizeReport:
 
     @property
     def disk_bytes(self) -> int:
-        """Codes and scales of all layers."""
+        """Codes, scales and adapters of all layers."""
         return sum(layer.disk_bytes for layer in self.layers)
 
     @property
@@ -100,7 +104,7 @@ class SizeReport:
         return sum(value * layer.n_weights for value, layer in pairs) / max(1, self.n_weights)
 
     def to_dict(self) -> dict[str, Any]:
-        """`bytes` is the whole file; `layer_bytes` the codes and scales in it."""
+        """`bytes` is the whole file; `layer_bytes` the codes, scales and adapters in it."""
         memory = sum(layer.memory_bytes for layer in self.layers)
         return {
             "file": self.path,
@@ -151,7 +155,9 @@ def _layer_size(
     name: str, entry: LayerEntry, layer: QuantizedLayer, artifact: Artifact
 ) -> LayerSize:
     codes, scale, grid = layer.weight.codes, layer.weight.scale, entry.grid
-    stored_scale = _n_bytes(artifact.tensors[join(name, "scale")])
+    beside = _n_bytes(artifact.tensors[join(name, "scale")])
+    adapter_bytes = 0 if layer.adapter is None else layer.adapter.n_bytes
+    beside += adapter_bytes
     return LayerSize(
         name,
         entry.type,
@@ -165,8 +171,10 @@ def _layer_size(
         float(scale.min()) if scale.numel() else 0.0,
         float(scale.max()) if scale.numel() else 0.0,
         scale.numel(),
-        _n_bytes(artifact.tensors[join(name, "codes")]) + stored_scale,
-        8 * radix.n_words(codes.numel(), grid.n_levels) + stored_scale,
+        _n_bytes(artifact.tensors[join(name, "codes")]) + beside,
+        8 * radix.n_words(codes.numel(), grid.n_levels) + beside,
+        0 if layer.adapter is None else layer.adapter.rank,
+        adapter_bytes,
     )
 
 
@@ -179,23 +187,26 @@ def table(report: SizeReport) -> Table:
     view = Table(
         title=escape(report.path), caption=escape(_caption(report)), caption_justify="left"
     )
-    for heading in ("layer", "type", "shape", "levels"):
+    adapted = any(layer.rank for layer in report.layers)
+    for heading in ("layer", "type", "shape", "levels", *(("rank",) if adapted else ())):
         view.add_column(heading, overflow="fold")
     for heading in ("bits", "memory", "disk", "entropy", "bytes", "scale"):
         view.add_column(heading, justify="right", overflow="fold")
     view.add_column("share of each level, %", overflow="fold")
     for layer in report.layers:
-        view.add_row(*_row(layer))
+        view.add_row(*_row(layer, adapted))
     total = report.to_dict()
     per = total["bits_per_weight"]
     figures = (per["information"], per["memory"], per["disk"], total["entropy"])
     view.add_section()
-    view.add_row("total", "", f"{report.n_weights:,}", "", *(f"{f:.3f}" for f in figures),
+    blank = ("",) * (1 + adapted)
+    view.add_row("total", "", f"{report.n_weights:,}", *blank, *(f"{f:.3f}" for f in figures),
                  f"{report.disk_bytes:,}", "", "")  # fmt: skip
     return view
 
 
-def _row(layer: LayerSize) -> tuple[str, ...]:
+def _row(layer: LayerSize, adapted: bool) -> tuple[str, ...]:
+    """adapted: whether the table has a column for ranks."""
     disk, memory = (bits(b, layer.n_weights) for b in (layer.disk_bytes, layer.memory_bytes))
     low, high = f"{layer.scale_min:.3g}", f"{layer.scale_max:.3g}"
     return (
@@ -203,6 +214,7 @@ def _row(layer: LayerSize) -> tuple[str, ...]:
         escape(layer.type),
         "x".join(map(str, layer.shape)),
         str(layer.levels),
+        *((str(layer.rank),) if adapted else ()),
         f"{layer.information_bits:.3f}",
         f"{memory:.3f}",
         f"{disk:.3f}",
