@@ -1,0 +1,256 @@
+"""Codes for a given weight: round to nearest, error-compensated rounding, CoRa's k-sigma quantizer.
+
+Every solver takes the weight as a matrix [out, width] and the gram of its inputs, and minimizes
+
+    sum over rows of  e_o H e_o',   e = w - w_hat         (H the identity without inputs)
+
+GPTQ: Frantar, Ashkboos, Hoefler and Alistarh, arXiv:2210.17323. Ours on top of it: any number of
+levels; scales searched for the error after compensation and refitted to the codes in closed form;
+then sweeps of coordinate descent, each of which can only lower the error.
+K-sigma: arXiv:2408.00923, the authors' code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from subbyte.errors import SubbyteError
+from subbyte.functional import decode, encode, round_scale
+from subbyte.grids import Grid, PerChannel, PerTensor, ScaleDomain, uniform
+from subbyte.tensors import QuantizedTensor
+
+DAMPING = 0.01  # of the gram's mean diagonal
+_BLOCK = 128
+_LEAST, _MOST, _RATIO = 0.25, 1.15, 1.06  # scales tried, times max |w|
+_COMPENSATED = (1.0, 0.8, 0.88, 0.95, 1.06, 1.13)  # times the best plain scale
+_SEARCH_WORK = 2**32  # rows * width^2 above which one scale is compensated, not several
+
+
+def channel_grid(levels: int, channel_axis: int) -> Grid:
+    """What post-training codes live on: uniform levels, a float16 scale a channel."""
+    return uniform(levels, PerChannel(channel_axis), ScaleDomain.FLOAT16)
+
+
+def tensor_grid(levels: int) -> Grid:
+    """Uniform levels, one float32 scale for the weight."""
+    return uniform(levels, PerTensor(), ScaleDomain.FLOAT32)
+
+
+def damped(gram: Tensor) -> Tensor:
+    """gram [groups, width, width] with DAMPING of its mean diagonal added; positive definite."""
+    mean = gram.diagonal(dim1=1, dim2=2).mean(1)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))  # a layer that only ever sees 0
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return gram + DAMPING * mean[:, None, None] * eye
+
+
+def row_errors(error: Tensor, gram: Tensor | None) -> Tensor:
+    """e_o H e_o' of each row of error [out, width]; gram [groups, width, width]; float64 [out]."""
+    error = error.double()
+    if gram is None:
+        return error.square().sum(1)
+    grouped = error.reshape(len(gram), -1, error.shape[1])
+    return ((grouped @ gram.double()) * grouped).sum(2).flatten()
+
+
+# ---------------------------------------------------------------- round to nearest
+
+
+def rtn(matrix: Tensor, gram: Tensor | None, grid: Grid) -> QuantizedTensor:
+    """Nearest levels, with the scale of least squares; matrix float [out, width].
+
+    gram: its diagonal weights the squares; None weights all alike. The grid is of the matrix
+    (channels on axis 0), per channel or per tensor.
+    """
+    scale = _plain_scale(matrix, gram, grid)
+    return QuantizedTensor(encode(matrix, scale, grid), scale, grid)
+
+
+def _plain_scale(matrix: Tensor, gram: Tensor | None, grid: Grid) -> Tensor:
+    """The scale with the least weighted squared rounding error of a geometric series of them."""
+    weights = _column_weights(matrix, gram)
+    peak = matrix.abs().amax(1) if isinstance(grid.granularity, PerChannel) else matrix.abs().max()
+    peak = peak.reshape(-1) / max(abs(grid.levels[0]), abs(grid.levels[-1]))
+    best = torch.full_like(peak, torch.inf, dtype=torch.float64)
+    chosen = round_scale(peak, grid.scale_domain)
+    factor = _MOST
+    while factor > _LEAST * 0.4:
+        scale = round_scale(peak * factor, grid.scale_domain)
+        codes = encode(matrix, scale, grid)
+        error = ((matrix - decode(codes, scale, grid)).square() * weights).double().sum(1)
+        error = error if error.numel() == best.numel() else error.sum().reshape(1)
+        better = error < best
+        best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
+        factor /= _RATIO
+    return chosen
+
+
+def _column_weights(matrix: Tensor, gram: Tensor | None) -> Tensor:
+    """Weight of each squared error; broadcasts to the matrix."""
+    if gram is None:
+        return torch.ones(1, 1)
+    diagonal = gram.diagonal(dim1=1, dim2=2).float()
+    return diagonal.repeat_interleave(len(matrix) // len(gram), 0)
+
+
+# ---------------------------------------------------------------- GPTQ
+
+
+def gptq(
+    matrix: Tensor,
+    gram: Tensor,
+    grid: Grid,
+    *,
+    sweeps: int = 4,
+    factors: Sequence[float] = _COMPENSATED,
+) -> QuantizedTensor:
+    """Error-compensated codes; never worse than `rtn` in the metric of the gram.
+
+    matrix: float [out, width]. gram: [groups, width, width]. grid: of the matrix, per channel.
+    sweeps: rounds of coordinate descent, each after a refit of the scales. factors: scales tried,
+    times the one of `rtn`; a large layer tries the first only.
+    """
+    metric = damped(gram.double())
+    start = rtn(matrix, gram, grid)
+    best = _Best(matrix, metric, grid, start)
+    if matrix.numel() * matrix.shape[1] > _SEARCH_WORK:
+        factors = factors[:1]
+    order, upper = _ordered_factors(metric)
+    for factor in factors:
+        scale = round_scale(start.scale * factor, grid.scale_domain)
+        best.offer(scale, _compensate(matrix, scale, grid, order, upper))
+    for _ in range(sweeps):
+        scale = _refit(matrix, best.codes, best.scale, metric, grid)
+        best.offer(scale, best.codes)
+        best.offer(best.scale, _descend(matrix, best.codes, best.scale, metric, grid))
+    return QuantizedTensor(best.codes, best.scale, grid)
+
+
+class _Best:
+    """The best codes and scale of each row so far."""
+
+    def __init__(self, matrix: Tensor, metric: Tensor, grid: Grid, start: QuantizedTensor) -> None:
+        self._matrix, self._metric, self._grid = matrix, metric, grid
+        self.codes, self.scale = start.codes, start.scale
+        self.error = self._error(start.codes, start.scale)
+
+    def offer(self, scale: Tensor, codes: Tensor) -> None:
+        error = self._error(codes, scale)
+        better = error < self.error
+        self.codes = torch.where(better[:, None], codes, self.codes)
+        self.scale = torch.where(better, scale, self.scale)
+        self.error = torch.where(better, error, self.error)
+
+    def _error(self, codes: Tensor, scale: Tensor) -> Tensor:
+        return row_errors(self._matrix - decode(codes, scale, self._grid), self._metric)
+
+
+def _ordered_factors(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns by falling diagonal [groups, width], and the upper Cholesky factor of the inverse."""
+    order = metric.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    ordered = torch.stack([m[o][:, o] for m, o in zip(metric, order, strict=True)])
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
+    return order, torch.linalg.cholesky(inverse, upper=True)
+
+
+def _compensate(matrix: Tensor, scale: Tensor, grid: Grid, order: Tensor, upper: Tensor) -> Tensor:
+    """GPTQ: column by column, each column's error spread over the columns still open."""
+    groups, width = order.shape
+    rows = matrix.reshape(groups, -1, width)
+    index = order[:, None, :].expand_as(rows)
+    rest = rows.gather(2, index).float()
+    upper = upper.float()
+    scale = scale.reshape(groups, -1)
+    codes = torch.empty(rest.shape, dtype=torch.uint8)
+    for start in range(0, width, _BLOCK):
+        end = min(start + _BLOCK, width)
+        block, errors = rest[:, :, start:end], []
+        for j in range(end - start):
+            column = block[:, :, j]
+            code = _nearest(column, scale, grid)
+            codes[:, :, start + j] = code
+            pivot = upper[:, start + j, start + j, None]
+            error = (column - _value(code, scale, grid)) / pivot
+            block[:, :, j + 1 :] -= (
+                error[:, :, None] * upper[:, start + j, None, start + j + 1 : end]
+            )
+            errors.append(error)
+        rest[:, :, end:] -= torch.stack(errors, 2) @ upper[:, start:end, end:]
+    return torch.empty_like(codes).scatter_(2, index, codes).reshape(matrix.shape)
+
+
+def _nearest(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """Codes of x, whose every element has the scale of the same shape."""
+    return encode(x.flatten(), scale.flatten(), grid).reshape(x.shape)
+
+
+def _value(codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    return decode(codes.flatten(), scale.flatten(), grid).reshape(codes.shape)
+
+
+def _refit(matrix: Tensor, codes: Tensor, scale: Tensor, metric: Tensor, grid: Grid) -> Tensor:
+    """The scale of each row with the least error for its codes: (w H q) / (q H q)."""
+    q = (
+        decode(codes, torch.ones_like(scale), grid)
+        .double()
+        .reshape(len(metric), -1, codes.shape[1])
+    )
+    w = matrix.double().reshape(q.shape)
+    hq = q @ metric
+    fitted = ((w * hq).sum(2) / (q * hq).sum(2)).flatten()
+    usable = fitted.isfinite() & (fitted > 0)
+    return round_scale(torch.where(usable, fitted.float(), scale), grid.scale_domain)
+
+
+def _descend(matrix: Tensor, codes: Tensor, scale: Tensor, metric: Tensor, grid: Grid) -> Tensor:
+    """One sweep: every code in turn becomes the best one while all others stay."""
+    groups, _, width = metric.shape
+    h = metric.float()
+    q = decode(codes, scale, grid).reshape(groups, -1, width)
+    gradient = (matrix.reshape(q.shape).float() - q) @ h  # (w - q) H
+    new = codes.clone().reshape(q.shape)
+    scale = scale.reshape(groups, -1)
+    for start in range(0, width, _BLOCK):
+        end = min(start + _BLOCK, width)
+        local, moves = gradient[:, :, start:end].clone(), []
+        for j in range(end - start):
+            k = start + j
+            wanted = q[:, :, k] + local[:, :, j] / h[:, k, k, None]
+            code = _nearest(wanted, scale, grid)
+            move = _value(code, scale, grid) - q[:, :, k]
+            new[:, :, k] = code
+            local -= move[:, :, None] * h[:, k, None, start:end]
+            moves.append(move)
+        gradient[:, :, end:] -= torch.stack(moves, 2) @ h[:, start:end, end:]
+    return new.reshape(codes.shape)
+
+
+# ---------------------------------------------------------------- the paper's quantizer
+
+
+def k_sigma(matrix: Tensor, bits: int, k: float | None) -> QuantizedTensor:
+    """CoRa's quantizer: uniform, asymmetric, one scale a tensor; arXiv:2408.00923, released code.
+
+        s = (b - a) / (2^bits - 1)      z = int(clamp(-a / s, 0, 2^bits - 1))
+        q = round(clamp(z + x / s, 0, 2^bits - 1))       value s (q - z)
+
+    [a, b] is mean -+ k standard deviations, or for k None the least and the largest weight.
+    Rounding is to even, as torch.round. Raises SubbyteError for bits outside 1 to 8.
+    """
+    if not 1 <= bits <= 8:
+        raise SubbyteError(f"bits={bits!r}; the k-sigma quantizer takes 1 to 8")
+    top = 2**bits - 1
+    if k is None:
+        low, high = matrix.min(), matrix.max()
+    else:
+        low, high = matrix.mean() - k * matrix.std(), matrix.mean() + k * matrix.std()
+    step = (high - low) / top
+    if not float(step) > 0:  # all weights equal
+        step = torch.ones_like(step)
+    zero = int((-low / step).clamp(0, top))
+    codes = (zero + matrix / step).clamp(0, top).round().to(torch.uint8)
+    grid = Grid(tuple(float(i - zero) for i in range(top + 1)))
+    return QuantizedTensor(codes, step.reshape(1).float(), grid)
