@@ -20,7 +20,6 @@ from subbyte.report import size_report
 from subbyte.train import run
 from subbyte.train.watch import BINS, histograms
 
-
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -16,7 +16,8 @@ SOURCE = ROOT / "src" / "subbyte"
 ORDER = [
     "errors", "files", "jsontext", "grids", "functional", "tensors", "_native", "packing",
     "layers", "recipe", "methods", "batchnorm", "modules", "integer", "models", "artifact", "data",
-    "train", "report", "config", "demo", "cli",
+    "ptq",
+    "train", "report", "config", "demo", "convert", "cli",
 ]  # fmt: skip
 TYPE_ONLY = {("recipe", "methods")}  # names for type checkers, not imported at run time
 

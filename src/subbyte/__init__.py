@@ -4,6 +4,9 @@ plan = sb.prepare(model, sb.LowRes(levels=5))     # in place; then train as you 
 layers = sb.freeze(model)                         # codes and scales, by layer name
 net = sb.pack(model, layers)                      # a new model with packed layers
 sb.save(net, "net.safetensors"); net = sb.load("net.safetensors")
+
+result = sb.quantize(model, sb.CoRa(bits=3), calibration=batches)    # without training
+sb.save(result.model, "net.safetensors")
 """
 
 from subbyte.artifact import load, save
@@ -21,8 +24,9 @@ from subbyte.methods import (
     prepare,
 )
 from subbyte.modules import pack
+from subbyte.ptq import CoRa, PublishedCoRa, quantize
 from subbyte.recipe import Plan, Recipe, Rule
-from subbyte.tensors import QuantizedLayer, QuantizedTensor
+from subbyte.tensors import LowRank, QuantizedLayer, QuantizedTensor
 
 __version__ = "0.1.0"
 
@@ -30,11 +34,14 @@ __all__ = [
     "LSQ",
     "SGM",
     "TWN",
+    "CoRa",
     "Grid",
+    "LowRank",
     "LowRes",
     "PerChannel",
     "PerTensor",
     "Plan",
+    "PublishedCoRa",
     "QuantizedLayer",
     "QuantizedTensor",
     "Recipe",
@@ -49,6 +56,7 @@ __all__ = [
     "pack",
     "penalty",
     "prepare",
+    "quantize",
     "save",
     "uniform",
 ]

@@ -6,19 +6,19 @@ stderr, so that `--json` can be piped.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from torch import nn
 
 from subbyte import artifact
 from subbyte.config import read_config
+from subbyte.convert import SAMPLES, Request, arguments_for, convert, method_of
+from subbyte.convert import table as conversion_table
 from subbyte.data import ImageSet, load_images
 from subbyte.demo import run_demo
 from subbyte.demo import table as demo_table
@@ -27,8 +27,8 @@ from subbyte.jsontext import to_json
 from subbyte.models import NETWORKS, build, load_weights
 from subbyte.report import size_report
 from subbyte.report import table as size_table
+from subbyte.train import console_progress, run
 from subbyte.train import evaluate as score
-from subbyte.train import run
 
 app = typer.Typer(
     add_completion=False,
@@ -96,6 +96,46 @@ def train(
 
 
 @app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A zoo network, or package.module:factory.")],
+    calibrate: Annotated[str, typer.Option(help="'digits', a folder, or a hub id.")],
+    out: Annotated[Path, typer.Option(help="The packed file to write.")],
+    weights: Annotated[Path | None, typer.Option(help="Its float weights (.safetensors).")] = None,
+    method: Annotated[str, typer.Option(help="cora, cora-paper, gptq or rtn.")] = "cora",
+    bits: Annotated[int | None, typer.Option(help="2^bits levels in every layer.")] = None,
+    levels: Annotated[int | None, typer.Option(help="Levels in every layer, 2 to 256.")] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="Budget in real bits a weight; alone, levels and ranks are searched."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration images.")] = SAMPLES,
+    seed: Annotated[int, typer.Option(help="Of the images, pseudo-labels and tuning.")] = 0,
+    tune: Annotated[int, typer.Option(help="Tuning iterations, 0 to 250.")] = 250,
+    adapter_bits: Annotated[int, typer.Option(help="8 or 16, of adapters.")] = 8,
+    plan: Annotated[
+        Path | None, typer.Option(help="Levels and ranks from this file; no search.")
+    ] = None,
+    save_plan: Annotated[Path | None, typer.Option(help="Write the plan here.")] = None,
+    split: Annotated[str, typer.Option(help="Split to calibrate on.")] = "train",
+    score: Annotated[str, typer.Option(help="Split to score on, '' for none.")] = "test",
+    size: Annotated[int | None, typer.Option(min=1, help="Resize images so far.")] = None,
+    compress: Annotated[bool, typer.Option(help="zstd where it shrinks a layer.")] = False,
+    json_: Json = False,
+) -> None:
+    """Quantize a trained network with some images and no labels; leaves a packed file."""
+    request = Request(
+        model, calibrate, out, weights, samples, seed, split, score or None, size, compress,
+        plan, save_plan,
+    )  # fmt: skip
+    chosen = method_of(method, bits, levels, target_bits, tune, adapter_bits)
+    result = convert(request, chosen, console_progress(quiet=json_))
+    if json_:
+        _print_json(result.to_dict())
+        return
+    _console().print(conversion_table(result))
+
+
+@app.command()
 def evaluate(
     target: Annotated[str, typer.Argument(help="A packed file, or the name of a zoo network.")],
     data: Annotated[str, typer.Option(help="'digits', a folder, or a hub id.")],
@@ -146,23 +186,9 @@ def _network(target: str, weights: Path | None, images: ImageSet) -> nn.Module:
         return artifact.load(target)
     if weights is None:
         raise SubbyteError(f"network '{target}' needs its float weights: --weights FILE")
-    network = build(target, **_arguments(target, images))
+    network = build(target, **arguments_for(target, images))
     load_weights(network, weights)
     return network
-
-
-def _arguments(name: str, images: ImageSet) -> dict[str, Any]:
-    """The arguments that follow from the data, as far as the network has them.
-
-    A network that crops its images keeps the size that it was made for.
-    """
-    channels, _, side = images.images.shape[1:]
-    known = {"in_channels": channels, "classes": len(images.classes)}
-    with torch.device("meta"):
-        if not build(name).preprocess.crop:
-            known["image_size"] = side
-    takes = inspect.signature(NETWORKS[name]).parameters
-    return {key: value for key, value in known.items() if key in takes}
 
 
 def _overrides(pairs: list[str]) -> dict[str, str]:

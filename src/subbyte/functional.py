@@ -120,6 +120,12 @@ def _level_(index: Tensor, grid: Grid) -> Tensor:
     return index.add_(offset).div_(inverse)
 
 
+def nearest_level(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Code (as a float tensor) and level nearest to each x, at unit scale; for inner loops."""
+    index = _nearest_(x.clone(), grid)
+    return index, _level_(index.clone(), grid)
+
+
 def snap(x: Tensor, grid: Grid) -> Tensor:
     """Nearest level to each x (unit scale); same bits as `levels[encode(x, 1, grid)]`, no graph."""
     with torch.no_grad():

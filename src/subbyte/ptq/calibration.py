@@ -162,8 +162,9 @@ def _out_proj_hook(name: str, receive: Receiver) -> Callable[..., None]:
 
     def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], _: Any) -> None:
         twin = copy.copy(module)
-        identity = nn.Linear(module.embed_dim, module.embed_dim, bias=False)
-        identity.weight.data = torch.eye(module.embed_dim).to(module.out_proj.weight)
+        identity = nn.Linear(module.embed_dim, module.embed_dim).to(module.out_proj.weight)
+        nn.init.eye_(identity.weight)
+        nn.init.zeros_(identity.bias)
         twin._modules = {**module._modules, "out_proj": identity}
         receive(name, _rows(type(module).forward(twin, *args, **kwargs)[0]))
 

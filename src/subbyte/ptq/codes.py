@@ -12,19 +12,21 @@ K-sigma: arXiv:2408.00923, the authors' code.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from subbyte.errors import SubbyteError
-from subbyte.functional import decode, encode, round_scale
+from subbyte.functional import decode, encode, nearest_level, round_scale
 from subbyte.grids import Grid, PerChannel, PerTensor, ScaleDomain, uniform
 from subbyte.tensors import QuantizedTensor
 
 DAMPING = 0.01  # of the gram's mean diagonal
 _BLOCK = 128
-_LEAST, _MOST, _RATIO = 0.25, 1.15, 1.06  # scales tried, times max |w|
+_LEAST, _MOST, _RATIO = 0.1, 1.15, 1.04  # scales tried, times max |w|
+_REFITS = 3
 _COMPENSATED = (1.0, 0.8, 0.88, 0.95, 1.06, 1.13)  # times the best plain scale
 _SEARCH_WORK = 2**32  # rows * width^2 above which one scale is compensated, not several
 
@@ -70,22 +72,36 @@ def rtn(matrix: Tensor, gram: Tensor | None, grid: Grid) -> QuantizedTensor:
 
 
 def _plain_scale(matrix: Tensor, gram: Tensor | None, grid: Grid) -> Tensor:
-    """The scale with the least weighted squared rounding error of a geometric series of them."""
+    """The scale with the least weighted squared rounding error of a geometric series of them.
+
+    Each of the last ones is the best for the codes of the one before.
+    """
     weights = _column_weights(matrix, gram)
     peak = matrix.abs().amax(1) if isinstance(grid.granularity, PerChannel) else matrix.abs().max()
     peak = peak.reshape(-1) / max(abs(grid.levels[0]), abs(grid.levels[-1]))
     best = torch.full_like(peak, torch.inf, dtype=torch.float64)
     chosen = round_scale(peak, grid.scale_domain)
-    factor = _MOST
-    while factor > _LEAST * 0.4:
-        scale = round_scale(peak * factor, grid.scale_domain)
-        codes = encode(matrix, scale, grid)
-        error = ((matrix - decode(codes, scale, grid)).square() * weights).double().sum(1)
-        error = error if error.numel() == best.numel() else error.sum().reshape(1)
-        better = error < best
-        best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
-        factor /= _RATIO
+    count = int(math.log(_MOST / _LEAST) / math.log(_RATIO))
+    factors: list[float | None] = [_MOST * _RATIO**-i for i in range(count)]
+    for factor in factors + [None] * _REFITS:
+        if factor is None:
+            q = decode(encode(matrix, chosen, grid), torch.ones_like(chosen), grid)
+            fitted = _rows((matrix * q * weights), best) / _rows(q.square() * weights, best)
+            scale = torch.where(fitted.isfinite() & (fitted > 0), fitted.float(), chosen)
+        else:
+            scale = peak * factor
+        scale = round_scale(scale, grid.scale_domain)
+        error = (matrix - decode(encode(matrix, scale, grid), scale, grid)).square() * weights
+        total = _rows(error, best)
+        better = total < best
+        best, chosen = torch.where(better, total, best), torch.where(better, scale, chosen)
     return chosen
+
+
+def _rows(x: Tensor, like: Tensor) -> Tensor:
+    """The sum of each row, or, for one scale a tensor, of all; float64."""
+    sums = x.double().sum(1)
+    return sums if sums.shape == like.shape else sums.sum().reshape(1)
 
 
 def _column_weights(matrix: Tensor, gram: Tensor | None) -> Tensor:
@@ -118,10 +134,9 @@ def gptq(
     best = _Best(matrix, metric, grid, start)
     if matrix.numel() * matrix.shape[1] > _SEARCH_WORK:
         factors = factors[:1]
-    order, upper = _ordered_factors(metric)
-    for factor in factors:
-        scale = round_scale(start.scale * factor, grid.scale_domain)
-        best.offer(scale, _compensate(matrix, scale, grid, order, upper))
+    tried = torch.stack([round_scale(start.scale * f, grid.scale_domain) for f in factors])
+    for scale, codes in zip(tried, _compensate(matrix, tried, grid, metric), strict=True):
+        best.offer(scale, codes)
     for _ in range(sweeps):
         scale = _refit(matrix, best.codes, best.scale, metric, grid)
         best.offer(scale, best.codes)
@@ -156,39 +171,41 @@ def _ordered_factors(metric: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.linalg.cholesky(inverse, upper=True)
 
 
-def _compensate(matrix: Tensor, scale: Tensor, grid: Grid, order: Tensor, upper: Tensor) -> Tensor:
-    """GPTQ: column by column, each column's error spread over the columns still open."""
-    groups, width = order.shape
-    rows = matrix.reshape(groups, -1, width)
-    index = order[:, None, :].expand_as(rows)
-    rest = rows.gather(2, index).float()
+def _compensate(matrix: Tensor, scales: Tensor, grid: Grid, metric: Tensor) -> Tensor:
+    """GPTQ for several scales at once: each column's error is spread over the columns still open.
+
+    matrix: [out, width]. scales: [tries, out]. Returns codes [tries, out, width].
+    """
+    order, upper = _ordered_factors(metric)
     upper = upper.float()
-    scale = scale.reshape(groups, -1)
+    groups, width = order.shape
+    per_group = len(matrix) // groups
+    # In units of the scale, every row has the same levels.
+    rows = (matrix / _nonzero(scales)[:, :, None]).reshape(-1, groups, per_group, width)
+    rest = rows.transpose(0, 1).reshape(groups, -1, width)
+    index = order[:, None, :].expand_as(rest)
+    rest = rest.gather(2, index)
     codes = torch.empty(rest.shape, dtype=torch.uint8)
     for start in range(0, width, _BLOCK):
         end = min(start + _BLOCK, width)
-        block, errors = rest[:, :, start:end], []
+        block = rest[:, :, start:end].transpose(1, 2).contiguous()  # columns are contiguous
+        errors = torch.empty_like(block)
+        local = upper[:, start:end, start:end]
         for j in range(end - start):
-            column = block[:, :, j]
-            code = _nearest(column, scale, grid)
+            column = block[:, j]
+            code, value = nearest_level(column, grid)
             codes[:, :, start + j] = code
-            pivot = upper[:, start + j, start + j, None]
-            error = (column - _value(code, scale, grid)) / pivot
-            block[:, :, j + 1 :] -= (
-                error[:, :, None] * upper[:, start + j, None, start + j + 1 : end]
-            )
-            errors.append(error)
-        rest[:, :, end:] -= torch.stack(errors, 2) @ upper[:, start:end, end:]
-    return torch.empty_like(codes).scatter_(2, index, codes).reshape(matrix.shape)
+            error = (column - value) / local[:, j, j, None]
+            errors[:, j] = error
+            block[:, j + 1 :] -= local[:, j, j + 1 :, None] * error[:, None, :]
+        rest[:, :, end:] -= errors.transpose(1, 2) @ upper[:, start:end, end:]
+    found = torch.empty_like(codes).scatter_(2, index, codes)
+    found = found.reshape(groups, len(scales), per_group, width).transpose(0, 1)
+    return found.reshape(len(scales), *matrix.shape)
 
 
-def _nearest(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """Codes of x, whose every element has the scale of the same shape."""
-    return encode(x.flatten(), scale.flatten(), grid).reshape(x.shape)
-
-
-def _value(codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    return decode(codes.flatten(), scale.flatten(), grid).reshape(codes.shape)
+def _nonzero(scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def _refit(matrix: Tensor, codes: Tensor, scale: Tensor, metric: Tensor, grid: Grid) -> Tensor:
@@ -209,22 +226,23 @@ def _descend(matrix: Tensor, codes: Tensor, scale: Tensor, metric: Tensor, grid:
     """One sweep: every code in turn becomes the best one while all others stay."""
     groups, _, width = metric.shape
     h = metric.float()
-    q = decode(codes, scale, grid).reshape(groups, -1, width)
-    gradient = (matrix.reshape(q.shape).float() - q) @ h  # (w - q) H
+    q = decode(codes, torch.ones_like(scale), grid)  # in units of the scale, as all below
+    w = matrix / _nonzero(scale)[:, None]
+    q, w = (x.reshape(groups, -1, width) for x in (q, w))
+    gradient = (w - q) @ h
     new = codes.clone().reshape(q.shape)
-    scale = scale.reshape(groups, -1)
     for start in range(0, width, _BLOCK):
         end = min(start + _BLOCK, width)
-        local, moves = gradient[:, :, start:end].clone(), []
+        block = gradient[:, :, start:end].transpose(1, 2).contiguous()
+        before = q[:, :, start:end].transpose(1, 2).contiguous()
+        moves = torch.empty_like(block)
+        local = h[:, start:end, start:end]
         for j in range(end - start):
-            k = start + j
-            wanted = q[:, :, k] + local[:, :, j] / h[:, k, k, None]
-            code = _nearest(wanted, scale, grid)
-            move = _value(code, scale, grid) - q[:, :, k]
-            new[:, :, k] = code
-            local -= move[:, :, None] * h[:, k, None, start:end]
-            moves.append(move)
-        gradient[:, :, end:] -= torch.stack(moves, 2) @ h[:, start:end, end:]
+            code, value = nearest_level(before[:, j] + block[:, j] / local[:, j, j, None], grid)
+            new[:, :, start + j] = code
+            moves[:, j] = value - before[:, j]
+            block[:, j + 1 :] -= local[:, j, j + 1 :, None] * moves[:, j, None, :]
+        gradient[:, :, end:] -= moves.transpose(1, 2) @ h[:, start:end, end:]
     return new.reshape(codes.shape)
 
 

@@ -52,10 +52,13 @@ class RankPlan:
         weights = sum(layer.n_weights for layer in self.quantized)
         return 8 * sum(layer.n_bytes for layer in self.quantized) / max(1, weights)
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"layers": [asdict(layer) for layer in self.layers]}
+
     def save(self, path: str | Path) -> None:
         """A JSON file that `load` reads; edit its levels and ranks as you like."""
-        layers = [asdict(layer) for layer in self.layers]
-        write_atomically(Path(path), (to_json({"layers": layers}) + "\n").encode())
+        write_atomically(Path(path), (to_json(self.to_dict()) + "\n").encode())
 
     @staticmethod
     def load(path: str | Path) -> RankPlan:

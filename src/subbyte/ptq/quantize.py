@@ -3,10 +3,10 @@
     result = sb.quantize(model, sb.CoRa(bits=3), calibration=batches)
     sb.save(result.model, "net.safetensors")
 
-CoRa: "Reclaiming Residual Knowledge", arXiv:2408.00923. `published(bits)` is the paper's form (its
-quantizer, plain SVD, its rank search, `subbyte.ptq.published`). The default departs from it, because
-rounding noise is nearly white and a plain SVD of it reclaims little: codes by GPTQ, adapters in the
-metric of the inputs and the loss, ranks and levels in closed form, then a short tuning.
+CoRa: "Reclaiming Residual Knowledge", arXiv:2408.00923; the paper's form is in
+`subbyte.ptq.published`. The default departs from it, because rounding noise is nearly white and a
+plain SVD of it reclaims little: codes by GPTQ, adapters in the metric of the inputs and the loss,
+ranks and levels in closed form, then a short tuning.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from subbyte.ptq.codes import channel_grid, gptq, rtn
 from subbyte.ptq.lowrank import Metric, fit_adapter
 from subbyte.ptq.norms import correct_norms, has_norms
 from subbyte.ptq.plan import LayerPlan, RankPlan
+from subbyte.ptq.published import PublishedCoRa, published_layers, search_ranks
 from subbyte.ptq.search import LEVELS, Layer, layer_bytes, search
 from subbyte.ptq.tune import divergence, tune
-from subbyte.tensors import QuantizedLayer, QuantizedTensor, as_matrix, as_weight
+from subbyte.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_matrix, as_weight
 
 CodesBy = Literal["gptq", "rtn"]
 _HELD_OUT = 5  # one calibration image in so many judges, the others teach
@@ -109,7 +110,7 @@ class Quantization:
 
 def quantize(
     model: nn.Module,
-    method: CoRa,
+    method: CoRa | PublishedCoRa,
     *,
     calibration: Iterable[Any],
     plan: RankPlan | None = None,
@@ -118,20 +119,19 @@ def quantize(
 ) -> Quantization:
     """Quantize a trained network; the network itself stays as it is.
 
-    calibration: batches of inputs as the network takes them, or (inputs, labels) pairs whose labels
-    are not used. plan: levels and ranks to use in place of a search. seed: of the pseudo-labels and
-    the tuning. Layers that cannot be quantized stay float and are named in the notes. Raises
-    SubbyteError for no calibration images, inputs that are not finite (naming the layer) and a
-    budget that cannot be met (naming the smallest).
+    calibration: batches of inputs as the network takes them, or (inputs, labels) pairs; labels are
+    used by PublishedCoRa alone. plan: levels and ranks to use in place of a search. seed: of the
+    pseudo-labels and the tuning. Layers that cannot be quantized stay float and are named in the
+    notes. Raises SubbyteError for no calibration images, inputs that are not finite (naming the
+    layer) and a budget that cannot be met (naming the smallest).
     """
     started = time.perf_counter()
-    work = _Work(model, method, _inputs(calibration), seed, listener)
-    work.calibrate()
-    chosen = work.plan() if plan is None else work.checked(plan)
-    work.tell(str(chosen))
-    work.solve(chosen)
-    work.correct()
-    work.tune()
+    images, labels = _inputs(calibration)
+    work = _Work(model, images, seed, listener)
+    if isinstance(method, PublishedCoRa):
+        chosen = work.published(method, labels, plan)
+    else:
+        chosen = work.reclaimed(method, plan)
     packed = pack(work.model, work.layers)
     return Quantization(
         packed, chosen, time.perf_counter() - started, work.iterations, work.agreement(packed),
@@ -139,23 +139,26 @@ def quantize(
     )  # fmt: skip
 
 
-def _inputs(calibration: Iterable[Any]) -> Tensor:
-    """All calibration inputs in one tensor."""
-    found = [b[0] if isinstance(b, tuple | list) else b for b in calibration]
-    if not found or not sum(len(x) for x in found):
+def _inputs(calibration: Iterable[Any]) -> tuple[Tensor, Tensor | None]:
+    """All calibration inputs in one tensor, and their labels if every batch has them."""
+    found = [b if isinstance(b, tuple | list) else (b, None) for b in calibration]
+    if not sum(len(x) for x, *_ in found):
         raise SubbyteError("no calibration images; give at least one batch")
-    return torch.cat([torch.as_tensor(x) for x in found])
+    inputs = torch.cat([torch.as_tensor(x) for x, *_ in found])
+    if any(len(pair) != 2 or pair[1] is None for pair in found):
+        return inputs, None
+    return inputs, torch.cat([torch.as_tensor(y) for _, y in found])
 
 
 class _Work:
     """One run: the network so far, its layers so far, and what was noted."""
 
     def __init__(
-        self, model: nn.Module, method: CoRa, images: Tensor, seed: int, listener: Listener | None
+        self, model: nn.Module, images: Tensor, seed: int, listener: Listener | None
     ) -> None:
         self.teacher = copy.deepcopy(model).eval()
         self.model = copy.deepcopy(model).eval()  # its norms and biases may change
-        self.method, self.images, self.listener = method, images, listener
+        self.images, self.listener = images, listener
         self.generator = torch.Generator().manual_seed(seed)
         self.layers: dict[str, QuantizedLayer] = {}
         self.iterations = 0
@@ -187,6 +190,34 @@ class _Work:
             raise SubbyteError(f"{type(self.model).__name__} has no layer that can be quantized")
         return found
 
+    # ------------------------------------------------------------ roads
+
+    def reclaimed(self, method: CoRa, plan: RankPlan | None) -> RankPlan:
+        """Ours: every step in turn."""
+        self.calibrate()
+        chosen = self.plan(method) if plan is None else self.checked(plan, method)
+        self.tell(str(chosen))
+        self.solve(chosen, method)
+        self.correct(method)
+        self.tune(method)
+        return chosen
+
+    def published(
+        self, method: PublishedCoRa, labels: Tensor | None, plan: RankPlan | None
+    ) -> RankPlan:
+        """The paper's: a search by gradient descent, then codes and plain adapters."""
+        if plan is None:
+            ranks = search_ranks(
+                self.teacher, self.sites, self.images, labels if method.labels else None, method,
+                self.generator,
+            )  # fmt: skip
+            self.iterations = method.iterations
+        else:
+            ranks = {layer.name: layer.rank for layer in plan.layers}
+        self.layers, chosen = published_layers(self.teacher, self.sites, ranks, method)
+        self.tell(str(chosen))
+        return chosen
+
     # ------------------------------------------------------------ steps
 
     def calibrate(self) -> None:
@@ -208,24 +239,20 @@ class _Work:
             matrix = as_matrix(weight, site.channel_axis)
             self.known.append(Layer(site, matrix, groups, statistics, effect.get(site.name)))
 
-    def plan(self) -> RankPlan:
-        method = self.method
+    def plan(self, method: CoRa) -> RankPlan:
         levels = LEVELS if method.n_levels is None else (method.n_levels,)
         if method.target_bits is not None:
             return search(
                 self.known, method.target_bits, levels=levels, adapter_bits=method.adapter_bits
             )
         assert method.n_levels is not None
-        return self.checked(
-            RankPlan(
-                tuple(
-                    LayerPlan(x.site.name, x.site.type, x.site.shape, method.n_levels, 0, 0)
-                    for x in self.known
-                )
-            )
-        )
+        same = [
+            LayerPlan(x.site.name, x.site.type, x.site.shape, method.n_levels, 0, 0)
+            for x in self.known
+        ]
+        return self.checked(RankPlan(tuple(same)), method)
 
-    def checked(self, plan: RankPlan) -> RankPlan:
+    def checked(self, plan: RankPlan, method: CoRa) -> RankPlan:
         """The plan with bytes as they are, for this network."""
         by_name = {layer.name: layer for layer in plan.layers}
         for name in by_name:
@@ -234,82 +261,56 @@ class _Work:
                     f"the plan names layer '{name}', which the network has not (or not for "
                     f"quantizing); it has {', '.join(self.sites)}"
                 )
-        planned = []
-        for layer in self.known:
-            site = layer.site
-            given = by_name.get(site.name) or LayerPlan(site.name, site.type, site.shape, 0, 0, 0)
-            size = (
-                layer_bytes(layer, given.levels, given.rank, self.method.adapter_bits)
-                if (given.levels)
-                else 0
-            )
-            planned.append(
-                LayerPlan(
-                    site.name,
-                    site.type,
-                    site.shape,
-                    given.levels,
-                    given.rank,
-                    size,
-                    given.predicted,
-                )  # fmt: skip
-            )
-        return RankPlan(tuple(planned))
+        bits = method.adapter_bits
+        sized = [_sized(layer, by_name.get(layer.site.name), bits) for layer in self.known]
+        return RankPlan(tuple(sized))
 
-    def solve(self, plan: RankPlan) -> None:
+    def solve(self, plan: RankPlan, method: CoRa) -> None:
         for layer, planned in zip(self.known, plan.layers, strict=True):
             if planned.levels:
-                self.layers[layer.site.name] = self._solved(layer, planned.levels, planned.rank)
+                self.layers[layer.site.name] = self._solved(layer, planned, method)
 
-    def _solved(self, layer: Layer, levels: int, rank: int) -> QuantizedLayer:
+    def _solved(self, layer: Layer, planned: LayerPlan, method: CoRa) -> QuantizedLayer:
         """Codes and adapter by turns: codes for what the adapter leaves, and back."""
+        levels, rank, bits = planned.levels, planned.rank, method.adapter_bits
         site, matrix = layer.site, layer.matrix
         gram = None if layer.statistics is None else layer.statistics.gram
         metric = Metric(gram, layer.effect, layer.groups, matrix.shape[1])
-        codes, adapter = self._codes(matrix, gram, levels), None
-        for turn in range(self.method.rounds if rank else 0):
+        codes, adapter = _codes(matrix, gram, levels, method), None
+        for _ in range(method.rounds if rank else 0):
             if adapter is not None:
-                codes = self._codes(matrix - adapter.product(), gram, levels)
-            adapter = fit_adapter(
-                matrix - codes.dequantize(), metric, rank, self.method.adapter_bits
-            )
-            assert turn >= 0
+                codes = _codes(matrix - adapter.product(), gram, levels, method)
+            adapter = _adapter(layer, matrix - codes.dequantize(), metric, rank, bits)
         grid = channel_grid(levels, site.channel_axis)
         weight = QuantizedTensor(
             as_weight(codes.codes, site.shape, site.channel_axis).contiguous(), codes.scale, grid
         )
         return QuantizedLayer(weight, self._bias(site), adapter)
 
-    def _codes(self, matrix: Tensor, gram: Tensor | None, levels: int) -> QuantizedTensor:
-        grid = channel_grid(levels, 0)
-        if self.method.codes == "rtn" or gram is None:
-            return rtn(matrix, None, grid)
-        return gptq(matrix, gram, grid)
-
     def _bias(self, site: Site) -> Tensor | None:
         bias = getattr(self.model.get_submodule(site.owner), "bias", None)
         return None if bias is None or site.parameter != "weight" else bias.detach().clone()
 
-    def correct(self) -> None:
-        if not self.method.correct_norms or not has_norms(self.model):
+    def correct(self, method: CoRa) -> None:
+        if not method.correct_norms or not has_norms(self.model):
             return
         model = copy.deepcopy(self.model)
         per_image = max(1, self.images[0].numel())
         correct_norms(model, self.layers, self._teaching()[: max(32, _NORM_VALUES // per_image)])
         self._keep_if_better("corrected norms", model, self.layers)
 
-    def tune(self) -> None:
-        if not self.method.tune:
+    def tune(self, method: CoRa) -> None:
+        if not method.tune:
             return
         if len(self.images) < 2 * _HELD_OUT:
             self.note(f"not tuned: {len(self.images)} calibration images are too few to judge by")
             return
         done = tune(
-            self.model, self.teacher, self.layers, self.sites, self._teaching(), self.method.tune,
+            self.model, self.teacher, self.layers, self.sites, self._teaching(), method.tune,
             self.generator,
         )  # fmt: skip
-        self.iterations = self.method.tune
-        self._keep_if_better(f"{self.method.tune} iterations of tuning", done.model, done.layers)
+        self.iterations = method.tune
+        self._keep_if_better(f"{method.tune} iterations of tuning", done.model, done.layers)
 
     # ------------------------------------------------------------ judging
 
@@ -353,3 +354,28 @@ class _Work:
             hits = net(x).argmax(-1) == self.teacher(x).argmax(-1)
             same, total = same + int(hits.sum()), total + hits.numel()
         return 100.0 * same / max(1, total)
+
+
+def _sized(layer: Layer, given: LayerPlan | None, adapter_bits: int) -> LayerPlan:
+    """What the plan gives a layer, with its bytes; a layer that it leaves out stays float."""
+    site = layer.site
+    if given is None or not given.levels:
+        return LayerPlan(site.name, site.type, site.shape, 0, 0, 0)
+    size = layer_bytes(layer, given.levels, given.rank, adapter_bits)
+    return LayerPlan(
+        site.name, site.type, site.shape, given.levels, given.rank, size, given.predicted
+    )
+
+
+def _codes(matrix: Tensor, gram: Tensor | None, levels: int, method: CoRa) -> QuantizedTensor:
+    grid = channel_grid(levels, 0)
+    if method.codes == "rtn" or gram is None:
+        return rtn(matrix, None, grid)
+    return gptq(matrix, gram, grid)
+
+
+def _adapter(layer: Layer, error: Tensor, metric: Metric, rank: int, bits: int) -> LowRank:
+    try:
+        return fit_adapter(error, metric, rank, bits)
+    except SubbyteError as fault:
+        raise SubbyteError(f"layer '{layer.site.name}': {fault}") from None

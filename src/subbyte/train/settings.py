@@ -38,12 +38,18 @@ class ModelConfig:
     """A network by the name it is registered under, and the arguments of its builder.
 
     weights: what to start from, None at random: float weights (.safetensors), a packed file, or the
-    `checkpoint.pt` of another run.
+    `checkpoint.pt` of another run. equalize: a number of levels; channels in front of a BatchNorm
+    are rescaled so that one power of two a layer suits them all (`ptq.equalize`).
     """
 
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None
+    equalize: int | None = None
+
+    def __post_init__(self) -> None:
+        ok = self.equalize is None or 2 <= self.equalize <= 256
+        _require(ok, "equalize", self.equalize, "2 to 256 levels")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from subbyte.data import ImageSet, load_images
 from subbyte.errors import SubbyteError
 from subbyte.methods import prepare
 from subbyte.models import Network, build
+from subbyte.ptq.equalize import equalize
 from subbyte.train.evaluate import check_classes, check_labels, describe, eval_mode
 from subbyte.train.initial import load_initial
 from subbyte.train.settings import DataConfig, ModelConfig, RunConfig
@@ -32,6 +33,8 @@ def set_up(config: RunConfig) -> Setup:
     model = _build(config.model)
     for data in (train, test):
         _check_fit(model, data)
+    if config.model.equalize is not None:
+        equalize(model, model.preprocess(train.images[:2]), config.model.equalize)
     plan = None if config.recipe is None else prepare(model, config.recipe)
     return Setup(model, train, test, plan)
 

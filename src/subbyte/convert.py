@@ -1,0 +1,214 @@
+"""`subbyte quantize`: a network, its float weights and some images in; a packed file out."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+
+from subbyte import artifact
+from subbyte.data import ImageSet, load_images
+from subbyte.errors import SubbyteError
+from subbyte.models import NETWORKS, Network, build, load_weights
+from subbyte.ptq import CoRa, Listener, PublishedCoRa, Quantization, RankPlan, quantize
+from subbyte.ptq.quantize import CodesBy
+from subbyte.report import size_report
+from subbyte.train import Evaluation, evaluate
+
+SAMPLES = 1600
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to convert and how. model: a zoo name, or `package.module:factory`.
+
+    calibrate: 'digits', a folder or a hub id; `samples` images of its training split are drawn with
+    `seed`. score: the split that both networks are scored on, None for none.
+    """
+
+    model: str
+    calibrate: str
+    out: Path
+    weights: Path | None = None
+    samples: int = SAMPLES
+    seed: int = 0
+    split: str = "train"
+    score: str | None = "test"
+    size: int | None = None
+    compress: bool = False
+    plan: Path | None = None
+    save_plan: Path | None = None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What came out. before and after: scores of the float network and of the file, read back."""
+
+    file: Path
+    n_bytes: int
+    quantization: Quantization
+    before: Evaluation | None
+    after: Evaluation | None
+
+    def to_dict(self) -> dict[str, Any]:
+        q = self.quantization
+        return {
+            "file": str(self.file),
+            "bytes": self.n_bytes,
+            "bits_per_weight": q.bits_per_weight,
+            "seconds": q.seconds,
+            "iterations": q.iterations,
+            "agreement": q.agreement,
+            "top1_float": None if self.before is None else self.before.top1,
+            "top1": None if self.after is None else self.after.top1,
+            "notes": list(q.notes),
+            "layers": q.plan.to_dict()["layers"],
+        }
+
+
+def convert(
+    request: Request, method: CoRa | PublishedCoRa, listener: Listener | None = None
+) -> Conversion:
+    """Quantize, save, read back, score. Raises SubbyteError for what a user can fix."""
+    images = load_images(request.calibrate, request.split, size=request.size)
+    net = float_network(request.model, request.weights, images)
+    preprocess = preprocess_of(net)
+    plan = None if request.plan is None else RankPlan.load(request.plan)
+    chosen = drawn(images, request.samples, request.seed)
+    pairs = zip(chosen.images.split(256), chosen.labels.split(256), strict=True)
+    inputs = [(preprocess(x), y) for x, y in pairs]
+    result = quantize(
+        net, method, calibration=inputs, plan=plan, seed=request.seed, listener=listener
+    )
+    if request.save_plan is not None:
+        result.plan.save(request.save_plan)
+    n_bytes = artifact.save(result.model, request.out, compress=request.compress)
+    before = after = None
+    if request.score is not None:
+        test = load_images(request.calibrate, request.score, size=request.size)
+        before = evaluate(net, test, preprocess=preprocess)
+        packed = artifact.load(request.out, None if isinstance(net, Network) else net)
+        after = evaluate(packed, test, preprocess=preprocess)
+    return Conversion(request.out, n_bytes, result, before, after)
+
+
+def method_of(
+    name: str,
+    bits: int | None,
+    levels: int | None,
+    target_bits: float | None,
+    tune: int,
+    adapter_bits: int,
+) -> CoRa | PublishedCoRa:
+    """The method of a name, with the options that it takes.
+
+    Raises SubbyteError for another name, and for an option that the method has no use for.
+    """
+    if name == "cora":
+        return CoRa(levels, bits, target_bits, tune=tune, adapter_bits=adapter_bits)
+    if name in ("gptq", "rtn"):
+        if target_bits is not None:
+            raise SubbyteError(f"--target-bits goes with --method cora; {name} has no adapters")
+        codes: CodesBy = "gptq" if name == "gptq" else "rtn"
+        return CoRa(levels, bits, codes=codes, tune=0, correct_norms=False)
+    if name == "cora-paper":
+        if levels is not None or target_bits is not None or bits is None:
+            raise SubbyteError("--method cora-paper takes --bits, and no levels or target bits")
+        return PublishedCoRa(bits, adapter_bits=adapter_bits)
+    raise SubbyteError(f"--method {name}: expected one of cora, cora-paper, gptq, rtn")
+
+
+def drawn(images: ImageSet, samples: int, seed: int) -> ImageSet:
+    """So many images at random (all, if there are fewer), in the order of the set."""
+    if samples < 1:
+        raise SubbyteError(f"samples={samples}; give 1 or more calibration images")
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randperm(len(images), generator=generator)[:samples]
+    return images.subset(index.sort().values)
+
+
+def float_network(name: str, weights: Path | None, images: ImageSet) -> nn.Module:
+    """The trained network to convert."""
+    if ":" in name:
+        net = _from_factory(name)
+        if weights is not None:
+            load_weights(net, weights)
+        return net.eval()
+    if name not in NETWORKS:
+        raise SubbyteError(
+            f"'{name}' is neither a zoo network nor 'package.module:factory'; networks: "
+            f"{', '.join(NETWORKS)}"
+        )
+    if weights is None:
+        raise SubbyteError(f"network '{name}' needs its float weights: --weights FILE")
+    net = build(name, **arguments_for(name, images))
+    load_weights(net, weights)
+    return net.eval()
+
+
+def _from_factory(name: str) -> nn.Module:
+    module_name, _, factory_name = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SubbyteError(f"'{name}' cannot be imported: {error}") from None
+    net = factory() if callable(factory) else None
+    if not isinstance(net, nn.Module):
+        raise SubbyteError(f"'{name}' does not return an nn.Module; it must, called with nothing")
+    return net
+
+
+def preprocess_of(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    """How uint8 images [n, c, h, w] become the network's input."""
+    preprocess = getattr(net, "preprocess", None)
+    if not callable(preprocess):
+        raise SubbyteError(
+            f"{type(net).__name__} has no `preprocess`; give the network an attribute of that name "
+            "that turns uint8 images [n, c, h, w] into its input (subbyte.models.Preprocess does)"
+        )
+    return preprocess
+
+
+def arguments_for(name: str, images: ImageSet) -> dict[str, Any]:
+    """The arguments of a zoo network that follow from the data, as far as it has them.
+
+    A network that crops its images keeps the size that it was made for.
+    """
+    channels, _, side = images.images.shape[1:]
+    known = {"in_channels": channels, "classes": len(images.classes)}
+    with torch.device("meta"):
+        if not build(name).preprocess.crop:
+            known["image_size"] = side
+    takes = inspect.signature(NETWORKS[name]).parameters
+    return {key: value for key, value in known.items() if key in takes}
+
+
+def table(result: Conversion) -> Table:
+    """The result for people."""
+    q = result.quantization
+    sizes = size_report(result.file)
+    view = Table(title=escape(str(result.file)))
+    for heading in ("bits a weight", "bytes", "smaller", "seconds", "iterations", "agreement"):
+        view.add_column(heading, justify="right")
+    row = [
+        f"{q.bits_per_weight:.3f}",
+        f"{result.n_bytes:,}",
+        f"{sizes.reduction:.1f}x",
+        f"{q.seconds:.0f}",
+        str(q.iterations),
+        f"{q.agreement:.2f} %",
+    ]
+    if result.before is not None and result.after is not None:
+        view.add_column("float top-1", justify="right")
+        view.add_column("top-1", justify="right")
+        row += [f"{result.before.top1:.2f} %", f"{result.after.top1:.2f} %"]
+    view.add_row(*row)
+    return view

@@ -1,0 +1,101 @@
+"""Channels rescaled through the BatchNorm behind them, so that one power of two suits them all.
+
+A BatchNorm undoes any positive factor on its input's channels. So the weights of a convolution or
+Linear that feeds nothing but a BatchNorm may be multiplied, a channel at a time, by D / s: s the
+scale that suits the channel best, D one power of two for the layer. The network computes what it
+did (the norm's eps is accounted for); fixed-point methods, which know one scale a layer, start as
+close to their levels as others with a scale a channel.
+
+The same idea between layers without norms: Nagel et al., arXiv:1906.04721; through a norm, for a
+scale a layer, ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subbyte.errors import SubbyteError
+from subbyte.functional import power_of_two, scale_exponent
+from subbyte.grids import PerChannel, uniform
+from subbyte.ptq.codes import rtn
+from subbyte.tensors import as_matrix
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def norms_behind(model: nn.Module, x: Tensor) -> dict[str, str]:
+    """Layer name -> the BatchNorm that takes its output as it is, found by running x once.
+
+    A layer that is called more than once, or whose output goes to several norms, is left out; what
+    else may read its output cannot be seen from here.
+    """
+    outputs: dict[int, tuple[str, Tensor]] = {}
+    calls: dict[str, int] = {}
+    pairs: dict[str, list[str]] = {}
+
+    def after(name: str) -> Any:
+        def hook(_: Any, __: Any, y: Tensor) -> None:
+            outputs[id(y)] = (name, y)  # y is held, so that its id stays its own
+            calls[name] = calls.get(name, 0) + 1
+
+        return hook
+
+    def before(name: str) -> Any:
+        def hook(_: Any, args: tuple[Tensor, ...]) -> None:
+            found = outputs.get(id(args[0]))
+            if found is not None:
+                pairs.setdefault(found[0], []).append(name)
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, _LAYERS):
+            handles.append(module.register_forward_hook(after(name)))
+        if isinstance(module, _NORMS) and module.running_mean is not None:
+            handles.append(module.register_forward_pre_hook(before(name)))
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(x)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return {n: norms[0] for n, norms in pairs.items() if len(norms) == 1 and calls[n] == 1}
+
+
+@torch.no_grad()
+def equalize(model: nn.Module, x: Tensor, levels: int) -> dict[str, float]:
+    """Rescale in place; returns the power of two D of each layer that was rescaled.
+
+    x: one batch of inputs, to find the norms. levels: uniform levels that the weights will have.
+    """
+    found = {}
+    for name, norm_name in norms_behind(model, x).items():
+        layer: Any = model.get_submodule(name)
+        norm: Any = model.get_submodule(norm_name)
+        matrix = as_matrix(layer.weight)
+        if not matrix.abs().amax(1).min() > 0:
+            continue  # an all-zero channel has no scale of its own
+        scale = rtn(matrix, None, uniform(levels, PerChannel(0))).scale
+        step = scale * (2 / (levels - 1))  # distance between two levels: SGM's D
+        d = power_of_two(scale_exponent(step.log().mean().exp().reshape(1)))
+        factor = d / step
+        layer.weight.mul_(factor.reshape([-1] + [1] * (layer.weight.ndim - 1)))
+        if layer.bias is not None:
+            layer.bias.mul_(factor)
+        norm.running_mean.mul_(factor)
+        variance = factor.square() * (norm.running_var + norm.eps) - norm.eps
+        norm.running_var.copy_(variance.clamp(min=0.0))
+        found[name] = float(d)
+    if not found:
+        raise SubbyteError(
+            "no layer is followed by a BatchNorm of its own, so nothing can be equalized; leave "
+            "model.equalize out"
+        )
+    return found

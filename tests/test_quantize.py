@@ -1,0 +1,515 @@
+"""Post-training quantization as a whole: search, tuning, norms, the published form, the command."""
+
+import importlib
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import subbyte as sb
+from subbyte import CoRa, SubbyteError
+from subbyte.cli import app
+from subbyte.data import load_images
+from subbyte.demo import BASE
+from subbyte.layers import sites
+from subbyte.models import build, load_weights
+from subbyte.ptq import LayerPlan, PublishedCoRa, RankPlan, quantize
+from subbyte.ptq.calibration import Statistics
+from subbyte.ptq.equalize import equalize, norms_behind
+from subbyte.ptq.norms import correct_norms
+from subbyte.ptq.published import butterworth, equivalent_bits, search_ranks
+from subbyte.ptq.search import Layer, _options, search
+from subbyte.ptq.tune import divergence, tune
+from subbyte.report import size_report
+from subbyte.tensors import as_matrix
+from subbyte.train import evaluate, run
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Float weights of the digits network after three epochs: about 99 %."""
+    out = tmp_path_factory.mktemp("float")
+    config = replace(BASE, train=replace(BASE.train, threads=1, epochs=3), out=out)
+    return run(config, quiet=True).file
+
+
+@pytest.fixture(scope="module")
+def net(weights):
+    network = build("digitsnet")
+    load_weights(network, weights)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def images(net):
+    data = load_images("digits", "train").head(400)
+    return net.preprocess(data.images), data.labels
+
+
+@pytest.fixture(scope="module")
+def test_set():
+    return load_images("digits", "test")
+
+
+def top1(network, net, test_set):
+    return evaluate(network, test_set, preprocess=net.preprocess).top1
+
+
+# ---------------------------------------------------------------- the whole road
+
+
+@pytest.mark.parametrize(
+    ("method", "least", "bits"),
+    [
+        (CoRa(bits=4, tune=0), 97.5, 4.2),
+        (CoRa(levels=3, tune=50), 95.0, 1.8),
+        (CoRa(target_bits=2.45, tune=20), 97.5, 2.45),
+        (CoRa(levels=3, target_bits=2.2, tune=20, adapter_bits=16), 96.0, 2.2),
+        (CoRa(bits=8, codes="rtn", tune=0, correct_norms=False), 98.0, 8.2),
+    ],
+    ids=str,
+)
+def test_digits_survive(method, least, bits, net, images, test_set, tmp_path):
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    result = sb.quantize(net, method, calibration=[images[0][:200], images[0][200:]])
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert top1(result.model, net, test_set) >= least
+    assert result.bits_per_weight <= bits
+    assert result.iterations == method.tune
+    assert result.agreement > 90
+    sb.save(result.model, tmp_path / "net.safetensors")
+    report = size_report(tmp_path / "net.safetensors")
+    assert 8 * report.disk_bytes / report.n_weights == pytest.approx(result.bits_per_weight)
+    for layer, planned in zip(report.layers, result.plan.layers, strict=True):
+        assert (layer.levels, layer.rank, layer.disk_bytes) == (
+            planned.levels, planned.rank, planned.n_bytes,
+        )  # fmt: skip
+
+
+def test_the_same_seed_gives_the_same_network(net, images):
+    x = images[0][:100]
+    results = [quantize(net, CoRa(levels=3, tune=5), calibration=[x], seed=s) for s in (1, 1, 2)]
+    states = [result.model.state_dict() for result in results]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_better_codes_and_adapters_do_buy_something(net, images):
+    """In the divergence from the float network on images that no step has seen."""
+    fresh = net.preprocess(load_images("digits", "train").images[600:1000])
+    target = net(fresh).detach()
+
+    def distance(method):
+        model = quantize(net, method, calibration=[images[0]]).model
+        return float(divergence(model(fresh), target))
+
+    plain = {"tune": 0, "correct_norms": False}
+    nearest = distance(CoRa(levels=3, codes="rtn", **plain))
+    compensated = distance(CoRa(levels=3, **plain))
+    adapted = distance(CoRa(levels=3, target_bits=2.4, **plain))
+    assert compensated < 0.5 * nearest
+    assert adapted < compensated
+
+
+def test_what_cannot_be_quantized_stays_float_and_is_named(images):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.GRU(8, 8, batch_first=True)
+            self.head = nn.Linear(8, 3)
+            self.twin = nn.Linear(8, 3)
+            self.twin.weight = self.head.weight
+            self.last = nn.Linear(8, 5)
+            self.never = nn.Linear(2, 2)
+
+        def forward(self, x):
+            y = self.rnn(x)[0][:, -1]
+            return self.last(y) + self.head(y).sum(1, keepdim=True)
+
+    torch.manual_seed(0)
+    result = quantize(Odd(), CoRa(levels=3, tune=0), calibration=[torch.randn(20, 4, 8)])
+    notes = "\n".join(result.notes)
+    assert "layer 'rnn' (GRU) stays float" in notes
+    assert "layer 'head' stays float: its weight is shared" in notes
+    assert "layer 'never' (Linear) has no input statistics" in notes
+    assert [layer.name for layer in result.plan.layers] == ["last", "never"]
+
+
+def test_a_transformer_is_quantized_at_every_projection():
+    torch.manual_seed(0)
+    vit = build("vit1", in_channels=1, image_size=8)
+    x = torch.randn(40, 1, 8, 8)
+    result = quantize(vit, CoRa(bits=8, tune=3), calibration=[x])
+    assert not [note for note in result.notes if "stays float" in note or "no input" in note]
+    target = vit.eval()(x)
+    assert float(divergence(result.model(x), target).detach()) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "give bits or levels, or target_bits"),
+        ({"bits": 3, "levels": 5}, "bits=3 and levels=5; give one"),
+        ({"bits": 9}, "bits=9; use 1 to 8"),
+        ({"levels": 1}, "levels=1; use 2 to 256"),
+        ({"target_bits": 0.0}, "target_bits=0.0"),
+        ({"bits": 3, "codes": "best"}, "codes='best'"),
+        ({"bits": 3, "adapter_bits": 4}, "adapter_bits=4"),
+        ({"bits": 3, "tune": 251}, "tune=251; use 0 to 250"),
+        ({"bits": 3, "rounds": 0}, "rounds=0"),
+    ],
+)
+def test_bad_options_are_named(options, says):
+    with pytest.raises(SubbyteError, match=says):
+        CoRa(**options)
+
+
+def test_bad_calibration_is_named(net, images):
+    for calibration in ([], [images[0][:0]]):
+        with pytest.raises(SubbyteError, match="no calibration images"):
+            quantize(net, CoRa(bits=3), calibration=calibration)
+    broken = images[0][:10].clone()
+    broken[3, 0, 0, 0] = math.nan
+    with pytest.raises(SubbyteError, match=r"input of layer 'features\.0' has NaN"):
+        quantize(net, CoRa(bits=3), calibration=[broken])
+    with pytest.raises(SubbyteError, match=r"cannot be met; the smallest plan .* has 1\.\d+ bits"):
+        quantize(net, CoRa(target_bits=0.5), calibration=[images[0][:20]])
+    one = quantize(net, CoRa(bits=3), calibration=[images[0][:1]])
+    assert any("too few to judge" in note for note in one.notes)
+    assert one.iterations == 0
+
+
+# ---------------------------------------------------------------- search
+
+
+def made_up_layers(n=3):
+    layers = []
+    for i in range(n):
+        net = nn.Sequential(nn.Linear(12, 8 + 4 * i))
+        site = sites(net)[0]
+        site = replace(site, name=f"layer{i}")
+        generator = torch.Generator().manual_seed(i)
+        x = torch.randn(50, 12, generator=generator, dtype=torch.float64)
+        effect = torch.rand(8 + 4 * i, generator=generator, dtype=torch.float64) * 10.0**i
+        weight = as_matrix(net[0].weight.detach())
+        layers.append(Layer(site, weight, 1, Statistics((x.T @ x / 50)[None], 50), effect))
+    return layers
+
+
+@pytest.mark.parametrize("bits", [2.6, 3.5, 5.0])
+def test_the_search_is_close_to_trying_everything(bits):
+    layers = made_up_layers()
+    choices = (2, 3, 5, 9)
+    plan = search(layers, bits, levels=choices, most_rank=2)
+    weights = sum(layer.site.n_weights for layer in layers)
+    budget = bits * weights / 8
+    assert sum(layer.n_bytes for layer in plan.layers) <= budget
+    assert plan.bits_per_weight <= bits
+    options = [_options(layer, choices, 8, 2) for layer in layers]
+    best = min(
+        sum(option.loss for option in chosen)
+        for chosen in itertools.product(*options)
+        if sum(option.n_bytes for option in chosen) <= budget
+    )
+    found = sum(layer.predicted for layer in plan.layers)
+    worst = max(max(option.loss for option in own) for own in options)
+    assert best * (1 - 1e-9) <= found <= best + 0.02 * worst
+
+
+def test_a_layer_that_matters_more_gets_more_bits():
+    plan = search(made_up_layers(), 3.0, most_rank=0)
+    bits = [8 * layer.n_bytes / layer.n_weights for layer in plan.layers]
+    assert bits[0] < bits[2]
+
+
+def test_a_plan_is_saved_edited_and_used(net, images, tmp_path):
+    first = quantize(net, CoRa(target_bits=2.45, tune=0), calibration=[images[0]])
+    first.plan.save(tmp_path / "plan.json")
+    assert RankPlan.load(tmp_path / "plan.json") == first.plan
+    content = json.loads((tmp_path / "plan.json").read_text())
+    content["layers"][1] |= {"levels": 17, "rank": 2}
+    content["layers"][4]["levels"] = 0
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    edited = RankPlan.load(tmp_path / "plan.json")
+    again = quantize(net, CoRa(bits=3, tune=0), calibration=[images[0]], plan=edited)
+    assert (again.plan.layers[1].levels, again.plan.layers[1].rank) == (17, 2)
+    assert again.model.features[3].packed.grid.n_levels == 17
+    assert isinstance(again.model.classifier[4], nn.Linear)
+    assert again.bits_per_weight == pytest.approx(again.plan.bits_per_weight)
+    assert "float" in str(again.plan)
+
+
+def test_bad_plans_are_named(net, images, tmp_path):
+    for text, says in (
+        ("{", "not a plan"),
+        ('{"layers": [{"name": "a"}]}', "not a plan: KeyError"),
+        ('{"layers": [{"name": "a", "type": "Linear", "shape": [1], "levels": 1, "rank": 0}]}',
+         "levels of 'a' are 1"),
+    ):  # fmt: skip
+        (tmp_path / "plan.json").write_text(text)
+        with pytest.raises(SubbyteError, match=says):
+            RankPlan.load(tmp_path / "plan.json")
+    with pytest.raises(SubbyteError, match=r"none\.json: cannot be read"):
+        RankPlan.load(tmp_path / "none.json")
+    other = RankPlan((LayerPlan("absent", "Linear", (1, 1), 3, 0, 0),))
+    with pytest.raises(SubbyteError, match="names layer 'absent'"):
+        quantize(net, CoRa(bits=3), calibration=[images[0][:20]], plan=other)
+    deep = RankPlan((LayerPlan("features.0", "Conv2d", (16, 1, 3, 3), 3, 99, 0),))
+    with pytest.raises(SubbyteError, match=r"layer 'features\.0': rank=99"):
+        quantize(net, CoRa(bits=3), calibration=[images[0][:20]], plan=deep)
+
+
+# ---------------------------------------------------------------- norms and tuning
+
+
+def test_norms_move_by_what_quantization_moved(net, images):
+    layers = {
+        site.name: layer for site, layer in zip(sites(net), coarse(net).values(), strict=True)
+    }
+    model = build("digitsnet")
+    model.load_state_dict(net.state_dict())
+    model.eval()
+    correct_norms(model, layers, images[0])
+    quantized = sb.pack(model, layers)
+    seen = {}
+
+    def remember(where):
+        def hook(norm, args):
+            rows = args[0].double().transpose(0, 1).flatten(1)
+            seen[where] = (rows.mean(1), rows.var(1, correction=0))
+
+        return hook
+
+    net.features[1].register_forward_pre_hook(remember("float"))
+    quantized.features[1].register_forward_pre_hook(remember("quantized"))
+    with torch.no_grad():
+        net(images[0])
+        quantized(images[0])
+    net.features[1]._forward_pre_hooks.clear()
+    shift = seen["quantized"][0] - seen["float"][0]
+    moved = (model.features[1].running_mean - net.features[1].running_mean).double()
+    assert torch.allclose(moved, shift, atol=1e-5)
+    ratio = (seen["quantized"][1] / seen["float"][1]).clamp(0.25, 4)
+    grown = (model.features[1].running_var / net.features[1].running_var).double()
+    assert torch.allclose(grown, ratio, rtol=1e-4)
+    target = net(images[0]).detach()
+    plain = float(divergence(sb.pack(net, layers)(images[0]), target))
+    assert float(divergence(quantized(images[0]), target)) < plain
+
+
+def coarse(net):
+    """3 levels by rounding: what needs correcting most."""
+    from subbyte.ptq.quantize import _Work
+
+    work = _Work(net, torch.zeros(1, 1, 8, 8), 0, None)
+    work.calibrate()
+    method = CoRa(levels=3, codes="rtn")
+    work.solve(work.plan(method), method)
+    return work.layers
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4])
+def test_tuning_lowers_the_divergence_at_every_rank(net, images, rank):
+    """The first try at this diverged at rank 4."""
+    layers = [LayerPlan(s.name, s.type, s.shape, 3, min(rank, 4), 0) for s in sites(net)]
+    start = quantize(net, CoRa(levels=3, tune=0, correct_norms=False), calibration=[images[0]],
+                     plan=RankPlan(tuple(layers)))  # fmt: skip
+    found = {site.name: site for site in sites(net)}
+    waist = {
+        name: sb.QuantizedLayer(
+            start.model.get_submodule(name).packed.quantized(),
+            start.model.get_submodule(name).bias,
+            start.model.get_submodule(name).packed.adapter(),
+        )
+        for name in found
+    }
+    generator = torch.Generator().manual_seed(0)
+    done = tune(net, net, waist, found, images[0], 60, generator)
+    assert all(math.isfinite(loss) for loss in done.losses)
+    for name, layer in done.layers.items():
+        assert torch.equal(layer.weight.codes, waist[name].weight.codes)
+        assert (layer.adapter is None) == (waist[name].adapter is None)
+    target = net(images[0]).detach()
+    before = float(divergence(start.model(images[0]), target))
+    after = float(divergence(sb.pack(done.model, done.layers)(images[0]), target))
+    assert after < 0.9 * before
+
+
+def test_what_does_not_help_is_dropped(net, images, monkeypatch):
+    module = importlib.import_module("subbyte.ptq.quantize")  # the name is the function's too
+
+    def worse(model, teacher, layers, *rest, **more):
+        from subbyte.ptq.tune import Tuned
+
+        broken = build("digitsnet")
+        return Tuned(broken.eval(), layers, ())
+
+    monkeypatch.setattr(module, "tune", worse)
+    result = quantize(net, CoRa(bits=4, tune=5), calibration=[images[0]])
+    assert any("5 iterations of tuning: dropped" in note for note in result.notes)
+    assert result.agreement > 90
+
+
+# ---------------------------------------------------------------- as published
+
+
+def test_the_kernel_is_the_normalised_butterworth():
+    got = butterworth(torch.tensor(0.5, dtype=torch.float64), 4, order=4)
+    raw = [1 / math.sqrt(1 + (i / 4 / 0.5) ** 8) for i in (1, 2, 3, 4)]
+    assert got.tolist() == pytest.approx([value / raw[0] for value in raw])
+
+
+def test_the_published_search_meets_its_budget_and_leaves_the_network(net, images):
+    method = PublishedCoRa(bits=3, iterations=200, budget=0.05, lr=0.05)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    result = quantize(net, method, calibration=[images])
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert result.iterations == 200
+    ranks = {layer.name: layer.rank for layer in result.plan.layers}
+    assert all(ranks[name] >= 1 for name in ("features.0", "features.3", "features.7"))
+    assert ranks["classifier.1"] == 0  # convolutions only
+    start = PublishedCoRa(bits=3, iterations=1)
+    found = {site.name: site for site in sites(net)}
+    first = search_ranks(net, found, *images, start, torch.Generator())
+    assert sum(ranks[name] for name in first) < 0.6 * sum(first.values())
+    assert equivalent_bits(result.plan, method) > 3
+    assert result.bits_per_weight > equivalent_bits(result.plan, method) - 0.1
+    assert sb.pack is not None
+
+
+def test_the_published_search_needs_labels_or_a_teacher(net, images):
+    with pytest.raises(SubbyteError, match="learns from labels and the calibration has none"):
+        quantize(net, PublishedCoRa(bits=3, iterations=2), calibration=[images[0]])
+    taught = PublishedCoRa(bits=4, iterations=2, labels=False)
+    assert quantize(net, taught, calibration=[images[0]]).plan.layers[0].rank > 0
+    for options, says in (
+        ({"bits": 0}, "bits=0"), ({"budget": 2.0}, "budget=2.0"),
+        ({"iterations": 0}, "iterations=0"), ({"start": 0.0}, "start=0.0"),
+    ):  # fmt: skip
+        with pytest.raises(SubbyteError, match=says):
+            PublishedCoRa(**options)
+
+
+# ---------------------------------------------------------------- equalization
+
+
+def test_equalized_channels_compute_what_they_did(net, images):
+    model = build("digitsnet")
+    model.load_state_dict(net.state_dict())
+    model.eval()
+    pairs = norms_behind(model, images[0][:2])
+    assert pairs == {"features.0": "features.1", "features.3": "features.4",
+                     "features.7": "features.8", "classifier.1": "classifier.2"}  # fmt: skip
+    found = equalize(model, images[0][:2], levels=3)
+    assert all(math.log2(d).is_integer() for d in found.values())
+    assert not torch.equal(model.features[3].weight, net.features[3].weight)
+    with torch.no_grad():
+        assert torch.allclose(model(images[0]), net(images[0]), atol=1e-3)
+    with pytest.raises(SubbyteError, match="no layer is followed by a BatchNorm"):
+        equalize(nn.Sequential(nn.Linear(2, 2)), torch.ones(1, 2), 3)
+
+
+def test_one_power_of_two_then_suits_as_well_as_a_scale_a_channel(net, images):
+    model = build("digitsnet")
+    model.load_state_dict(net.state_dict())
+    equalize(model.eval(), images[0][:2], levels=3)
+    method = sb.SGM(bits=2)
+
+    def relative_error(network):
+        w = network.features[3].weight.detach()
+        sb.prepare(network, method)
+        return float((w - sb.freeze(network)["features.3"].weight.dequantize()).norm() / w.norm())
+
+    plain = build("digitsnet")
+    plain.load_state_dict(net.state_dict())
+    assert relative_error(model) < relative_error(plain)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, ["quantize", *map(str, arguments)])
+
+
+def test_the_command_leaves_a_file_and_its_figures(weights, tmp_path):
+    out, plan = tmp_path / "net.safetensors", tmp_path / "plan.json"
+    result = command("digitsnet", "--weights", weights, "--calibrate", "digits", "--samples", 200,
+                     "--target-bits", 2.45, "--tune", 5, "--out", out, "--save-plan", plan,
+                     "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert figures["bits_per_weight"] <= 2.45
+    assert figures["bytes"] == out.stat().st_size
+    assert figures["iterations"] == 5
+    assert figures["top1"] > 95
+    assert {"name", "levels", "rank", "n_bytes", "predicted"} <= set(figures["layers"][0])
+    net = sb.load(out)
+    shown = evaluate(net, load_images("digits", "test"), preprocess=build("digitsnet").preprocess)
+    assert shown.top1 == figures["top1"]
+    again = command("digitsnet", "--weights", weights, "--calibrate", "digits", "--samples", 200,
+                    "--bits", 3, "--plan", plan, "--tune", 0, "--out", out)  # fmt: skip
+    assert again.exit_code == 0
+    assert "bits a weight" in again.output
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn", "cora-paper"])
+def test_every_method_has_a_name(method, weights, tmp_path):
+    out = tmp_path / "net.safetensors"
+    result = command("digitsnet", "--weights", weights, "--calibrate", "digits", "--samples", 64,
+                     "--bits", 4, "--method", method, "--out", out, "--score", "",
+                     "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["top1"] is None
+    assert out.is_file()
+
+
+def test_a_network_of_ones_own(weights, tmp_path, monkeypatch):
+    (tmp_path / "mynet.py").write_text(
+        "from subbyte.models import build\n"
+        "import torch.nn as nn\n"
+        "class Mine(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        inner = build('digitsnet')\n"
+        "        self.features, self.classifier = inner.features, inner.classifier\n"
+        "        self.preprocess = inner.preprocess\n"
+        "    def forward(self, x):\n"
+        "        return self.classifier(self.features(x))\n"
+        "three = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "net.safetensors"
+    common = ("--calibrate", "digits", "--samples", 64, "--bits", 4, "--tune", 0, "--out", out)
+    result = command("mynet:Mine", "--weights", weights, *common, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["top1"] > 95
+    for name, says in (
+        ("mynet:Absent", "cannot be imported"), ("nomodule:x", "cannot be imported"),
+        ("mynet:three", "does not return an nn.Module"), ("nonet", "neither a zoo network"),
+        ("digitsnet", "needs its float weights"),
+    ):  # fmt: skip
+        failed = command(name, *common)
+        assert isinstance(failed.exception, SubbyteError)
+        assert says in str(failed.exception)
+
+
+def test_options_that_do_not_fit_are_named(weights, tmp_path):
+    common = ("digitsnet", "--weights", weights, "--calibrate", "digits", "--out",
+              tmp_path / "net.safetensors")  # fmt: skip
+    for options, says in (
+        (("--bits", 3, "--samples", 0), "samples=0"),
+        (("--bits", 3, "--method", "magic"), "--method magic: expected one of"),
+        (("--bits", 3, "--method", "gptq", "--target-bits", 3), "--target-bits goes with"),
+        (("--levels", 5, "--method", "cora-paper"), "takes --bits"),
+        ((), "give bits or levels"),
+    ):
+        failed = command(*common, *options)
+        assert isinstance(failed.exception, SubbyteError), failed.output
+        assert says in str(failed.exception)
+    assert not (tmp_path / "net.safetensors").exists()
