@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/mnist_lenet5.py --seeds 0 1 2
 
-Trains examples/mnist-lenet5-float.toml and examples/mnist-lenet5-sgm2.toml with each seed (runs that
+Trains examples/mnist-lenet5-{float,sgm2}.toml with each seed (runs that
 are complete are only scored again), and appends a line a seed to
 benchmarks/results/mnist-lenet5.jsonl. Takes about 10 minutes a seed on one core.
 """

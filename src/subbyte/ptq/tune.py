@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,7 +136,7 @@ def tune(
     model: the float network with the norms and biases to start from. images: inputs of the network
     [n, ...]. step: called with the number of the iteration and its loss.
     """
-    student = copy.deepcopy(model).eval()
+    student, teacher = _laid_out(copy.deepcopy(model).eval()), _laid_out(copy.deepcopy(teacher))
     weights = {}
     for name, layer in layers.items():
         owner = student.get_submodule(sites[name].owner)
@@ -185,7 +185,7 @@ def _learn_vectors(student: nn.Module) -> None:
                 parameter.requires_grad_(False)
 
 
-def _draw(images: Tensor, iterations: int, generator: torch.Generator):  # type: ignore[no-untyped-def]
+def _draw(images: Tensor, iterations: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Batches in epochs without replacement, flipped and shifted."""
     order = torch.empty(0, dtype=torch.long)
     batch = min(BATCH, len(images))
@@ -196,8 +196,13 @@ def _draw(images: Tensor, iterations: int, generator: torch.Generator):  # type:
         x = images[index]
         if x.ndim == 4:
             x = random_crop(x, x.shape[-1] // _CROP, generator)
-            x = random_flip(x, generator)
+            x = random_flip(x, generator).contiguous(memory_format=torch.channels_last)
         yield x
+
+
+def _laid_out(model: nn.Module) -> nn.Module:
+    """In place: channels last doubles the speed of convolutions on a CPU."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 @torch.no_grad()
