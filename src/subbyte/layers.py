@@ -6,6 +6,7 @@ bare parameters of `nn.MultiheadAttention`, get names of their own (`attn.in_pro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,10 +50,7 @@ class Site:
 
     @property
     def n_weights(self) -> int:
-        product = 1
-        for length in self.shape:
-            product *= length
-        return product
+        return math.prod(self.shape)
 
 
 def supported_type(module: nn.Module) -> type[nn.Module] | None:

@@ -71,7 +71,13 @@ def fit_adapter(error: Tensor, metric: Metric, rank: int, bits: int) -> LowRank:
     down_stored, down_scale = store_rows(down.flatten(0, 1), bits)
     rounded = (down_stored.double() * down_scale[:, None]).reshape(down.shape)
     up = _fit_up(error.double().reshape(len(down), -1, error.shape[1]), rounded, metric.gram)
-    return _stored(up, down_stored, down_scale, bits)
+    return _joined(up, down_stored, down_scale, bits)
+
+
+def stored(up: Tensor, down: Tensor, bits: int) -> LowRank:
+    """The adapter of float factors: up [groups, out / groups, rank], down [groups, rank, width]."""
+    down_stored, down_scale = store_rows(down.flatten(0, 1), bits)
+    return _joined(up, down_stored, down_scale, bits)
 
 
 def largest_rank(out: int, width: int, groups: int) -> int:
@@ -91,7 +97,7 @@ def _fit_up(error: Tensor, down: Tensor, gram: Tensor) -> Tensor:
     return torch.linalg.lstsq(inner.transpose(1, 2), (error @ right).transpose(1, 2)).solution.mT
 
 
-def _stored(up: Tensor, down: Tensor, down_scale: Tensor, bits: int) -> LowRank:
+def _joined(up: Tensor, down: Tensor, down_scale: Tensor, bits: int) -> LowRank:
     """One scale for each rank and group: that of `up`'s column times that of `down`'s row."""
     columns, up_scale = store_rows(up.transpose(1, 2).flatten(0, 1), bits)
     groups, rank = up.shape[0], up.shape[2]

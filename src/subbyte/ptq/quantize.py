@@ -36,7 +36,7 @@ from subbyte.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_matrix,
 CodesBy = Literal["gptq", "rtn"]
 _HELD_OUT = 5  # one calibration image in so many judges, the others teach
 _EFFECT_BATCH = 16
-_NORM_VALUES = 2**23  # input values of the batch that corrects the norms
+_NORM_VALUES = 2**25  # input values of the batch that corrects the norms
 
 
 @dataclass(frozen=True, slots=True)

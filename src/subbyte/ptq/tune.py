@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from subbyte.data import random_crop, random_flip
 from subbyte.functional import decode, round_scale
 from subbyte.layers import Site
-from subbyte.ptq.lowrank import store_rows
+from subbyte.ptq.lowrank import stored
 from subbyte.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_matrix, as_weight
 
 BATCH = 64
@@ -108,15 +108,6 @@ def _balanced(adapter: LowRank) -> tuple[Tensor, Tensor]:
     up = adapter.up.float().reshape(groups, -1, rank) * adapter.scale.reshape(groups, 1, rank)
     ratio = (up.norm(dim=1).clamp(min=1e-12) / down.norm(dim=2).clamp(min=1e-12)).sqrt()
     return up / ratio[:, None, :], down * ratio[:, :, None]
-
-
-def stored(up: Tensor, down: Tensor, bits: int) -> LowRank:
-    """up [groups, out / groups, rank], down [groups, rank, width], as they are stored."""
-    groups, _, rank = up.shape
-    down_stored, down_scale = store_rows(down.flatten(0, 1), bits)
-    columns, up_scale = store_rows(up.transpose(1, 2).flatten(0, 1), bits)
-    up_stored = columns.reshape(groups, rank, -1).transpose(1, 2).reshape(-1, rank).contiguous()
-    return LowRank(up_stored, down_stored, (up_scale * down_scale).float())
 
 
 def tune(
