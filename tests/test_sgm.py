@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from subbyte.config import read_config
 from subbyte.demo import BASE
 from subbyte.methods import quantizers
 from subbyte.methods.sgm import least_squares_power_of_two
+from subbyte.models import build
 from subbyte.report import size_report
 from subbyte.train import run
 from subbyte.train.watch import BINS, histograms
@@ -245,3 +247,17 @@ def test_the_vgg7_example_trains(tmp_path):
     result = run(config, quiet=True)
     assert result.history[0].distance < 0.3
     assert size_report(result.file).n_weights > 3_000_000
+
+
+@pytest.mark.parametrize(("bits", "disk"), [(2, 1.60), (3, 2.91), (4, 4.0)])
+def test_a_frozen_file_takes_the_bits_it_should(tmp_path, bits, disk):
+    """3, 7 and 15 levels: 40, 22 and 16 digits in a word of 64 bits; a scale is one byte."""
+    net = build("fcnn1", in_channels=1, image_size=28)
+    sb.prepare(net, SGM(bits=bits))
+    sb.save(sb.pack(net, sb.freeze(net)), tmp_path / "net.safetensors")
+    report = size_report(tmp_path / "net.safetensors")
+    assert 8 * report.disk_bytes / report.n_weights == pytest.approx(disk, rel=0.005)
+    tensors = load_file(tmp_path / "net.safetensors")
+    scales = [value for name, value in tensors.items() if name.endswith("scale")]
+    assert len(scales) == len(report.layers)
+    assert all(scale.dtype == torch.int8 and scale.numel() == 1 for scale in scales)
