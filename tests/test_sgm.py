@@ -227,6 +227,7 @@ def test_the_file_is_fixed_point(trained):
 @pytest.mark.parametrize(
     ("options", "says"),
     [({"bits": 1}, "bits=1.*2 to 8"), ({"bits": 9}, "bits=9"), ({"start": 0.0}, "start=0.0"),
+     ({"late": -1.0}, "late=-1.0"),
      ({"end": float("nan")}, "end=nan"), ({"start": 2.0, "end": 1.0}, "end=1.0 is below")],
 )  # fmt: skip
 def test_bad_options_are_named(options, says):
@@ -261,3 +262,11 @@ def test_a_frozen_file_takes_the_bits_it_should(tmp_path, bits, disk):
     scales = [value for name, value in tensors.items() if name.endswith("scale")]
     assert len(scales) == len(report.layers)
     assert all(scale.dtype == torch.int8 and scale.numel() == 1 for scale in scales)
+
+
+def test_late_growth_stays_near_the_start_and_ends_where_it_should():
+    early, late = SGM(start=1e-3, end=10.0), SGM(start=1e-3, end=10.0, late=4.0)
+    assert early.pull(0.5) == pytest.approx(0.1)
+    assert late.pull(0.5) == pytest.approx(1e-3 * 1e4 ** (0.5**4))
+    assert late.pull(0.0) == early.pull(0.0) == 1e-3
+    assert late.pull(1.0) == pytest.approx(10.0)

@@ -2,7 +2,7 @@
 
     Q(w) = D clip(round(w / D), -T, T)    D = 2^-f, a power of two a layer; T = 2^(b-1) - 1
     loss = task + sum over layers of kappa / 2 * sum_i (w_i - Q(w_i))^2
-    kappa = start (end / start)^progress      exponential growth from the first step to the last
+    kappa = start (end / start)^(progress^late)      exponential growth (late = 1), or later
     after every step: clip |w| to D T
     at the end: w := Q(w)
 
@@ -19,6 +19,8 @@ formulas are ours. Ours too:
 - the pull on a weight is kappa (w - Q(w)), whatever the layer's size: lambda_l = kappa M_l / 2
   where the regulariser is written as lambda_l / M_l times the squared distance;
 - start and end of kappa;
+- `late`: weights settle once kappa / lr passes about 0.1; with a rate that falls over the run, growth
+  that comes later lets them choose their modes under less noise;
 - a tie between two modes goes up.
 """
 
@@ -46,16 +48,18 @@ class SGM:
 
     start, end: the pull kappa at the first and the last step, in units of the gradient per unit of
     weight (as weight decay is). The end must be strong enough to gather the weights on their modes;
-    `lr * end` must stay below 2 (1 + momentum), or the pull itself oscillates.
+    `lr * end` must stay below 2 (1 + momentum), or the pull itself oscillates. late: 1 for plain
+    exponential growth; above 1 kappa stays near start for longer.
     """
 
     bits: int = 2
     start: float = 1e-3
     end: float = 100.0
+    late: float = 1.0
 
     def __post_init__(self) -> None:
         fixed_point(self.bits)
-        for name in ("start", "end"):
+        for name in ("start", "end", "late"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise SubbyteError(f"{name}={value!r}; use a finite number above 0")
@@ -69,7 +73,7 @@ class SGM:
 
     def pull(self, progress: float) -> float:
         """kappa after this fraction of training."""
-        return self.start * (self.end / self.start) ** progress
+        return self.start * (self.end / self.start) ** (progress**self.late)
 
     def quantizer(self, w: Tensor, site: Site) -> SGMQuantizer:
         return SGMQuantizer(self, w)

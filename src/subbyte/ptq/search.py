@@ -21,7 +21,7 @@ from subbyte.ptq.codes import channel_grid, gptq, rtn
 from subbyte.ptq.lowrank import Metric, adapter_bytes, largest_rank, reclaimed
 from subbyte.ptq.plan import LayerPlan, RankPlan
 
-LEVELS = (2, 3, 4, 5, 8, 9, 16, 17)
+LEVELS = (2, 3, 4, 5, 8, 9, 16, 17, 32, 64, 256)
 MOST_RANK = 16
 _BISECTIONS = 60
 
