@@ -19,8 +19,8 @@ formulas are ours. Ours too:
 - the pull on a weight is kappa (w - Q(w)), whatever the layer's size: lambda_l = kappa M_l / 2
   where the regulariser is written as lambda_l / M_l times the squared distance;
 - start and end of kappa;
-- `late`: weights settle once kappa / lr passes about 0.1; with a rate that falls over the run, growth
-  that comes later lets them choose their modes under less noise;
+- `late`: weights settle once kappa / lr passes about 0.1; with a rate that falls over the run,
+  growth that comes later lets them choose their modes under less noise;
 - a tie between two modes goes up.
 """
 
