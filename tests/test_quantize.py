@@ -91,6 +91,15 @@ def test_digits_survive(method, least, bits, net, images, test_set, tmp_path):
         )  # fmt: skip
 
 
+def test_a_half_precision_network_is_quantized_in_float32(net, images):
+    half = build("digitsnet")
+    half.load_state_dict(net.state_dict())
+    result = quantize(half.half(), CoRa(bits=4, tune=0), calibration=[images[0][:100]])
+    assert result.model(images[0]).dtype == torch.float32
+    assert result.agreement > 90
+    assert half.features[0].weight.dtype == torch.float16
+
+
 def test_the_same_seed_gives_the_same_network(net, images):
     x = images[0][:100]
     results = [quantize(net, CoRa(levels=3, tune=5), calibration=[x], seed=s) for s in (1, 1, 2)]
@@ -173,6 +182,11 @@ def test_bad_calibration_is_named(net, images):
     for calibration in ([], [images[0][:0]]):
         with pytest.raises(SubbyteError, match="no calibration images"):
             quantize(net, CoRa(bits=3), calibration=calibration)
+    sick = build("digitsnet")
+    with torch.no_grad():
+        sick.features[3].weight[0, 0, 0, 0] = math.inf
+    with pytest.raises(SubbyteError, match=r"weight of 'features\.3' has NaN or infinite"):
+        quantize(sick, CoRa(bits=3), calibration=[images[0][:20]])
     broken = images[0][:10].clone()
     broken[3, 0, 0, 0] = math.nan
     with pytest.raises(SubbyteError, match=r"input of layer 'features\.0' has NaN"):

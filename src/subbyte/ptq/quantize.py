@@ -117,7 +117,7 @@ def quantize(
     seed: int = 0,
     listener: Listener | None = None,
 ) -> Quantization:
-    """Quantize a trained network; the network itself stays as it is.
+    """Quantize a trained network; the network itself stays as it is. Works on the CPU, in float32.
 
     calibration: batches of inputs as the network takes them, or (inputs, labels) pairs; labels are
     used by PublishedCoRa alone. plan: levels and ranks to use in place of a search. seed: of the
@@ -156,8 +156,8 @@ class _Work:
     def __init__(
         self, model: nn.Module, images: Tensor, seed: int, listener: Listener | None
     ) -> None:
-        self.teacher = copy.deepcopy(model).eval()
-        self.model = copy.deepcopy(model).eval()  # its norms and biases may change
+        self.teacher = copy.deepcopy(model).cpu().float().eval()
+        self.model = copy.deepcopy(self.teacher)  # its norms and biases may change
         self.images, self.listener = images, listener
         self.generator = torch.Generator().manual_seed(seed)
         self.layers: dict[str, QuantizedLayer] = {}
@@ -185,6 +185,11 @@ class _Work:
             if join(site.owner, site.parameter) in tied:
                 self.note(f"layer '{site.name}' stays float: its weight is shared")
             else:
+                weight = getattr(self.model.get_submodule(site.owner), site.parameter)
+                if not weight.isfinite().all():
+                    raise SubbyteError(
+                        f"weight of '{site.name}' has NaN or infinite values; load other weights"
+                    )
                 found[site.name] = site
         if not found:
             raise SubbyteError(f"{type(self.model).__name__} has no layer that can be quantized")
