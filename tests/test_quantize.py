@@ -233,6 +233,10 @@ def test_the_search_is_close_to_trying_everything(bits):
     found = sum(layer.predicted for layer in plan.layers)
     worst = max(max(option.loss for option in own) for own in options)
     assert best * (1 - 1e-9) <= found <= best + 0.02 * worst
+    left = budget - sum(layer.n_bytes for layer in plan.layers)
+    for now, own in zip(plan.layers, options, strict=True):  # nothing better can still be paid
+        better = [o for o in own if o.loss < now.predicted]
+        assert all(option.n_bytes - now.n_bytes > left for option in better)
 
 
 def test_a_layer_that_matters_more_gets_more_bits():
