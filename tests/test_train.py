@@ -379,7 +379,7 @@ def test_epochs_may_grow_and_nothing_else_may_change(tmp_path):
             {"recipe": Recipe((Rule(method=LowRes(levels=5)),))},
             r"recipe\.rules\.0\.method\.levels = 3, the configuration says 5",
         ),
-        ({"recipe": None}, r"recipe.* says None"),
+        ({"recipe": None}, r"recipe.* says nothing"),
     ]:
         with pytest.raises(SubbyteError, match=message + ".*(start again)"):
             load_checkpoint(tmp_path / CHECKPOINT, replace(longer, **change))

@@ -126,8 +126,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _check_same_run(checkpoint: Checkpoint, config: RunConfig, path: Path) -> None:
     then, now = checkpoint.fingerprint, fingerprint(config)
+    unset = repr(None)  # an option that is not set is as one that did not exist yet
     for key in [*now, *then]:
-        if then.get(key) != now.get(key):
+        if then.get(key, unset) != now.get(key, unset):
             raise SubbyteError(
                 f"{path}: was made with {key} = {then.get(key, 'nothing')}, "
                 f"the configuration says {now.get(key, 'nothing')}; "
