@@ -30,12 +30,12 @@ check: $(STAMP)  ## Format, lint and types, Python and C++
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard src/subbyte/kernels/csrc/*.?pp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard src/subbyte/kernels/csrc/*.[chi]??)
 
 format: $(STAMP)  ## Put everything into the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(wildcard src/subbyte/kernels/csrc/*.?pp)
+	$(BIN)/clang-format -i $(wildcard src/subbyte/kernels/csrc/*.[chi]??)
 
 bench: $(STAMP)  ## Measure what the documents claim; JSON lines go to benchmarks/results/
 	$(BIN)/python benchmarks/train_step.py

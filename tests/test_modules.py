@@ -89,7 +89,7 @@ def through_a_file(net, like, compress):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.safetensors"
         sb.save(net, path, compress=compress)
-        return sb.load(path, model=like)
+        return sb.load(path, model=like, precision="float32")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,7 +104,9 @@ def test_a_packed_layer_equals_the_trained_one(kind, data):
     assume(not (alone and method.statistic == "std"))  # no spread: refused, see test_methods
     sb.prepare(model, method)
     layers = sb.freeze(model)
-    net = through_a_file(sb.pack(model, layers), like, data.draw(st.booleans()))
+    net = through_a_file(
+        sb.pack(model, layers, precision="float32"), like, data.draw(st.booleans())
+    )
 
     frozen, read = layers["0"].weight, net[0].packed.quantized()
     assert read.grid == frozen.grid
@@ -124,7 +126,7 @@ def test_a_packed_embedding_equals_the_trained_one(levels):
     like = copy.deepcopy(model)
     sb.prepare(model, LowRes(levels=levels, granularity="channel"))
     layers = sb.freeze(model)
-    net = through_a_file(sb.pack(model, layers), like, levels % 2 == 0)
+    net = through_a_file(sb.pack(model, layers, precision="float32"), like, levels % 2 == 0)
     indices = torch.randint(0, 19, (4, 5))
     exact = exact_weight(layers["0"].weight)[indices]
     assert_within(net(indices), exact, U * exact.abs())  # one rounding: level times scale
@@ -178,7 +180,7 @@ def test_packed_attention_equals_the_trained_one(levels, separate):
     layers = sb.freeze(model)
     names = ["q_proj", "k_proj", "v_proj"] if separate else ["in_proj"]
     assert list(layers) == [*(f"attn.{n}" for n in names), "attn.out_proj"]
-    net = through_a_file(sb.pack(model, layers), like, False)
+    net = through_a_file(sb.pack(model, layers, precision="float32"), like, False)
     for name, layer in layers.items():
         packed = net.get_submodule(name)
         weight = getattr(packed, "packed", packed)
@@ -203,7 +205,7 @@ def test_packed_attention_takes_every_argument_of_torch(batch_first):
                                       add_zero_attn=True)  # fmt: skip
     model = nn.ModuleDict({"attn": attention})
     sb.prepare(model, LowRes(levels=5))
-    net = sb.pack(model, sb.freeze(model))
+    net = sb.pack(model, sb.freeze(model), precision="float32")
     x = torch.randn(4, 4, 8)
     causal = torch.ones(4, 4, dtype=torch.bool).triu(1)
     padding = torch.zeros(4, 4, dtype=torch.bool)
@@ -229,7 +231,7 @@ def test_packed_attention_takes_every_argument_of_torch(batch_first):
 def test_attention_may_keep_one_projection_float(kept):
     model = Mixed()
     sb.prepare(model, Recipe((Rule(kept), Rule(method=LowRes(levels=5)))))
-    net = sb.pack(model, sb.freeze(model))
+    net = sb.pack(model, sb.freeze(model), precision="float32")
     x = mixed_input()
     assert torch.allclose(net(*x), model.eval()(*x), atol=1e-6)
     again = through_a_file(net, Mixed(), False)
@@ -251,7 +253,9 @@ def test_pack_leaves_the_model_alone_and_keeps_no_decoded_weight(packed):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     prepared = copy.deepcopy(model)
     sb.prepare(prepared, LowRes(levels=5))
-    net = sb.pack(model, sb.freeze(prepared))  # the float network is as good a skeleton
+    net = sb.pack(
+        model, sb.freeze(prepared), precision="float32"
+    )  # the float network is as good a skeleton
     x = mixed_input()
     assert torch.allclose(net(*x), prepared.eval()(*x), atol=1e-6)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -281,7 +285,7 @@ def test_a_packed_model_is_a_plain_module(packed):
 def test_gradients_reach_the_input_of_a_packed_layer():
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 4))
     sb.prepare(model, LowRes(levels=5))
-    net = sb.pack(model, sb.freeze(model))
+    net = sb.pack(model, sb.freeze(model), precision="float32")
     x = torch.randn(2, 2, 4, 4, requires_grad=True)
     y = x.detach().clone().requires_grad_()
     net(x).square().sum().backward()
@@ -375,7 +379,7 @@ def test_transformer_encoders_run_packed_with_and_without_a_mask(rules, nested):
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
     sb.prepare(model, Recipe((*rules, Rule(method=LowRes(levels=5)))))
-    net = sb.pack(model, sb.freeze(model))
+    net = sb.pack(model, sb.freeze(model), precision="float32")
     model.eval()
     x = torch.randn(2, 5, 16)
     mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])

@@ -15,9 +15,8 @@ SOURCE = ROOT / "src" / "subbyte"
 
 ORDER = [
     "errors", "files", "jsontext", "grids", "functional", "tensors", "_native", "packing",
-    "layers", "recipe", "methods", "batchnorm", "modules", "integer", "models", "artifact", "data",
-    "ptq",
-    "train", "report", "config", "demo", "convert", "cli",
+    "kernels", "layers", "recipe", "methods", "batchnorm", "modules", "integer", "models",
+    "artifact", "data", "ptq", "train", "report", "config", "demo", "convert", "cli",
 ]  # fmt: skip
 TYPE_ONLY = {("recipe", "methods")}  # names for type checkers, not imported at run time
 

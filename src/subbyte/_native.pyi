@@ -1,4 +1,62 @@
+from collections.abc import Sequence
+
 from torch import Tensor
 
 def radix_pack(codes: Tensor, levels: int, digits: int, words: Tensor) -> None: ...
 def radix_unpack(words: Tensor, levels: int, digits: int, codes: Tensor) -> None: ...
+def tiers() -> list[str]: ...
+def tier() -> str: ...
+def select_tier(name: str) -> None: ...
+def has_openmp() -> bool: ...
+
+class Panel:
+    @property
+    def rows(self) -> int: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def bits(self) -> float: ...
+    def linear(self, x: int, n: int, y: int, bias: int, planes: int, threads: int) -> list[int]: ...
+
+class ConvPanels:
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def bits(self) -> float: ...
+    def conv2d(
+        self,
+        x: int,
+        n: int,
+        h: int,
+        w: int,
+        x_last: bool,
+        y: int,
+        y_last: bool,
+        bias: int,
+        planes: int,
+        threads: int,
+    ) -> list[int]: ...
+
+def make_panel(
+    words: Tensor,
+    levels: int,
+    digits: int,
+    first_row: int,
+    rows: int,
+    row_length: int,
+    order: Tensor,
+    scale: Tensor,
+    factor: int,
+    center: int,
+) -> Panel: ...
+def make_conv(
+    words: Tensor,
+    levels: int,
+    digits: int,
+    sizes: Sequence[int],
+    scale: Tensor,
+    factor: int,
+    center: int,
+) -> ConvPanels: ...

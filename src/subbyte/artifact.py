@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from subbyte.batchnorm import Affine, restore
 from subbyte.errors import SubbyteError
 from subbyte.files import write_atomically
-from subbyte.functional import MIN_EXPONENT, n_groups
+from subbyte.functional import MIN_EXPONENT, n_groups, read_scale
 from subbyte.grids import Grid, ScaleDomain
+from subbyte.kernels import Precision
 from subbyte.layers import join, sites
 from subbyte.models import Network, build
-from subbyte.modules import PackedMultiheadAttention, PackedWeight, pack, read_scale
+from subbyte.modules import PackedMultiheadAttention, PackedWeight, pack
 from subbyte.packing import radix
 from subbyte.tensors import LowRank, QuantizedLayer, QuantizedTensor
 
@@ -256,16 +257,18 @@ def _compact(value: Any) -> str:
 # ---------------------------------------------------------------- load
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load(
+    path: str | Path, model: nn.Module | None = None, *, precision: Precision = "int8"
+) -> nn.Module:
     """The packed model in a file, in eval mode, on the CPU.
 
     A zoo network rebuilds itself from the manifest; for any other pass `model`, the float network
-    (its weights do not matter; it stays as it is). Raises SubbyteError for a file that is missing,
-    damaged, of a newer version, or of another network.
+    (its weights do not matter; it stays as it is). precision: of products, see `pack`. Raises
+    SubbyteError for a file that is missing, damaged, of a newer version, or of another network.
     """
     artifact = read(path)
     try:
-        net = pack(_skeleton(artifact, model), artifact.layers())
+        net = pack(_skeleton(artifact, model), artifact.layers(), precision=precision)
         restore(net, artifact.affine)
         _load_state(net, artifact)
     except SubbyteError as error:

@@ -147,6 +147,9 @@ def evaluate(
         int | None, typer.Option(min=1, help="Resize images so far, as data.size in training.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="First so many images only.")] = None,
+    precision: Annotated[
+        str, typer.Option(help="Of a packed file's activations: int8, int16 or float32.")
+    ] = "int8",
     json_: Json = False,
 ) -> None:
     """Top-1 accuracy and loss of a packed file, or of a zoo network with float weights."""
@@ -156,7 +159,7 @@ def evaluate(
         )
     images = load_images(data, split, size=size)
     images = images if limit is None else images.head(limit)
-    result = score(_network(target, weights, images), images)
+    result = score(_network(target, weights, images, precision), images)
     if json_:
         _print_json({"target": target, "data": data, "split": images.split, **asdict(result)})
         return
@@ -178,12 +181,12 @@ def inspect_file(
     _console().print(size_table(report))
 
 
-def _network(target: str, weights: Path | None, images: ImageSet) -> nn.Module:
+def _network(target: str, weights: Path | None, images: ImageSet, precision: Any) -> nn.Module:
     """A packed file, or a zoo network (a name wins over a file) that fits the images."""
     if target not in NETWORKS:
         if weights is not None:
             raise SubbyteError(f"{target} is a file; --weights goes with the name of a network")
-        return artifact.load(target)
+        return artifact.load(target, precision=precision)
     if weights is None:
         raise SubbyteError(f"network '{target}' needs its float weights: --weights FILE")
     network = build(target, **arguments_for(target, images))

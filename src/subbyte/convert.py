@@ -50,7 +50,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What came out. before and after: scores of the float network and of the file, read back."""
+    """What came out. before and after: scores of the float network and of the file, read back.
+
+    Both in float32 arithmetic: what the method did to the weights, and nothing else.
+    """
 
     file: Path
     n_bytes: int
@@ -95,7 +98,8 @@ def convert(
     if request.score is not None:
         test = load_images(request.calibrate, request.score, size=request.size)
         before = evaluate(net, test, preprocess=preprocess)
-        packed = artifact.load(request.out, None if isinstance(net, Network) else net)
+        skeleton = None if isinstance(net, Network) else net
+        packed = artifact.load(request.out, skeleton, precision="float32")
         after = evaluate(packed, test, preprocess=preprocess)
     return Conversion(request.out, n_bytes, result, before, after)
 

@@ -114,7 +114,7 @@ def _float_row(name: str, model: Network, test: ImageSet, path: Path) -> DemoRow
 
 def _packed_row(name: str, model: Network, test: ImageSet, path: Path) -> DemoRow:
     artifact.save(pack(model, freeze(model)), path)
-    net, sizes = artifact.load(path), size_report(path)
+    net, sizes = artifact.load(path, precision="float32"), size_report(path)
     difference = _largest_difference(model, net, test)
     return DemoRow(
         name,

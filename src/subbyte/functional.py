@@ -191,3 +191,17 @@ def entropy(codes: Tensor, n_levels: int) -> float:
     shares = level_shares(codes, n_levels)
     used = shares[shares > 0]
     return float(-(used * used.log2()).sum()) if used.numel() else 0.0
+
+
+def store_scale(scale: Tensor, domain: ScaleDomain) -> Tensor:
+    """Scale float32 [groups] in the dtype that its domain is stored in."""
+    if domain is ScaleDomain.POWER_OF_TWO:
+        return scale_exponent(scale).to(torch.int8)
+    return scale.clone() if domain is ScaleDomain.FLOAT32 else scale.half()
+
+
+def read_scale(stored: Tensor, domain: ScaleDomain) -> Tensor:
+    """float32 [groups] of a stored scale."""
+    if domain is ScaleDomain.POWER_OF_TWO:
+        return power_of_two(stored)
+    return stored.float()

@@ -1,8 +1,9 @@
 """Packed layers: uint8 words, a scale and a bias in plain buffers; float activations.
 
-Each runs on the reference backend: decode the weight, run the float operation, drop the decoded
-weight again. Buffers are plain tensors, so state_dict, deepcopy, `.to(device)` and safetensors work
-as for any module.
+Linear layers and 2-d convolutions multiply in integers (`subbyte.kernels`) where `precision` allows
+and the kernels serve them. Everything else runs on the reference: decode the weight, run the float
+operation, drop the decoded weight again. Buffers are plain tensors, so state_dict, deepcopy,
+`.to(device)` and safetensors work as for any module.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from subbyte import kernels
 from subbyte.batchnorm import BatchNormMode, absorb_batchnorm, check_mode
 from subbyte.errors import SubbyteError
-from subbyte.functional import decode, power_of_two, scale_exponent
-from subbyte.grids import Grid, ScaleDomain
+from subbyte.functional import decode, read_scale, store_scale
+from subbyte.grids import Grid
+from subbyte.kernels import Precision
 from subbyte.layers import Site, sites, supported_type
 from subbyte.packing import radix
 from subbyte.tensors import (
@@ -75,6 +78,14 @@ class PackedWeight(nn.Module):
             return None
         return LowRank(self.up, self.down, self.adapter_scale)
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """The adapter's up [out, rank], scaled, and down [groups * rank, width], float32."""
+        if self.up is None or self.down is None or self.adapter_scale is None:
+            return None
+        scale = self.adapter_scale.float().reshape(-1, 1, self.up.shape[1])
+        up = self.up.float().reshape(scale.shape[0], -1, self.up.shape[1]) * scale
+        return up.reshape(self.up.shape), self.down.float()
+
     def forward(self) -> Tensor:
         """The weight that the layer computes with, as float32: decoded, plus the adapter."""
         scale = read_scale(self.scale, self.grid.scale_domain)
@@ -87,20 +98,6 @@ class PackedWeight(nn.Module):
     def extra_repr(self) -> str:
         rank = "" if self.up is None else f", rank={self.up.shape[1]}"
         return f"shape={self.shape}, levels={self.grid.n_levels}, scales={self.scale.numel()}{rank}"
-
-
-def store_scale(scale: Tensor, domain: ScaleDomain) -> Tensor:
-    """Scale float32 [groups] in the dtype that its domain is stored in."""
-    if domain is ScaleDomain.POWER_OF_TWO:
-        return scale_exponent(scale).to(torch.int8)
-    return scale.clone() if domain is ScaleDomain.FLOAT32 else scale.half()
-
-
-def read_scale(stored: Tensor, domain: ScaleDomain) -> Tensor:
-    """float32 [groups] of a stored scale."""
-    if domain is ScaleDomain.POWER_OF_TWO:
-        return power_of_two(stored)
-    return stored.float()
 
 
 def _decoded(self: Any) -> Tensor:
@@ -118,6 +115,7 @@ class PackedLinear(nn.Module):
     """`nn.Linear` with a packed weight [out, in]; x [..., in] -> [..., out] in x's dtype."""
 
     bias: Tensor | None
+    precision: Precision = "float32"
 
     def __init__(self, like: nn.Linear, layer: QuantizedLayer) -> None:
         super().__init__()
@@ -128,7 +126,14 @@ class PackedLinear(nn.Module):
     weight = property(_decoded)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias)
+        packed = self.packed
+        if kernels.why_not(x, packed.grid, self.in_features, self.precision):
+            return F.linear(x, self.weight.to(x.dtype), self.bias)
+        y = kernels.linear(
+            x, packed.words, packed.scale, self.bias, packed.grid, packed.shape, self.precision
+        )
+        factors = packed.factors()
+        return y if factors is None else y + F.linear(F.linear(x, factors[1]), factors[0])
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -173,6 +178,31 @@ class PackedConv2d(_PackedConv):
     """`nn.Conv2d` with a packed weight [out, in / groups, kh, kw]."""
 
     function = staticmethod(F.conv2d)
+    precision: Precision = "float32"
+
+    def __init__(self, like: nn.Conv2d, layer: QuantizedLayer) -> None:
+        super().__init__(like, layer)
+        left, right, top, bottom = self.pads
+        strides, dilations = tuple(self.stride), tuple(self.dilation)
+        self.geometry = (*strides, *dilations, top, bottom, left, right, self.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed, groups = self.packed, self.groups
+        if kernels.why_not_conv(
+            x, packed.grid, packed.shape, groups, self.padding_mode, self.precision
+        ):
+            return super().forward(x)
+        y = kernels.conv2d(
+            x, packed.words, packed.scale, self.bias, packed.grid, packed.shape, self.geometry,
+            self.precision,
+        )  # fmt: skip
+        factors = packed.factors()
+        if factors is None:
+            return y
+        up, down = factors
+        down = down.reshape(-1, *packed.shape[1:])
+        inner = F.conv2d(x, down, None, self.stride, self.padding, self.dilation, groups)
+        return y + F.conv2d(inner, up[:, :, None, None], groups=groups)
 
 
 class PackedConv3d(_PackedConv):
@@ -352,16 +382,20 @@ def pack(
     layers: Mapping[str, QuantizedLayer],
     *,
     batchnorm: BatchNormMode = "keep",
+    precision: Precision = "int8",
 ) -> nn.Module:
     """A copy of the model in which the named layers are packed; in eval mode.
 
     model: the float network, or the prepared one that `layers` were frozen from; it stays as it is.
     batchnorm: "absorb" turns every BatchNorm into one scale and one shift a channel,
     "power_of_two" rounds those scales too (`subbyte.batchnorm`); codes stay as they are.
+    precision: of the activations in products, "int8", "int16" or "float32" (`subbyte.kernels`);
+    the attribute `precision` of a packed layer changes it later.
     Raises SubbyteError for a name the model does not have, a shape that differs, or a prepared
     layer that `layers` leaves out.
     """
     check_mode(batchnorm)
+    kernels.check_precision(precision)
     if batchnorm != "keep":
         model = absorb_batchnorm(model, rounded=batchnorm == "power_of_two")
     net = copy.deepcopy(model)
@@ -375,6 +409,9 @@ def pack(
                 setattr(parent, name, packed)
     if id(net) in by_owner:
         net = _packed(net, by_owner[id(net)])
+    for module in net.modules():
+        if isinstance(module, PackedLinear | PackedConv2d):
+            module.precision = precision
     return net.eval()
 
 

@@ -52,7 +52,7 @@ def correct_norms(model: nn.Module, layers: Mapping[str, QuantizedLayer], images
         norm.running_var *= ratio.clamp(_LEAST, _MOST).to(norm.running_var)
 
     _run(model, images, measure)
-    quantized = pack(model, layers)
+    quantized = pack(model, layers, precision="float32")
     _run(quantized, images, correct)
     fixed = dict(quantized.named_modules())
     for name, module in model.named_modules():

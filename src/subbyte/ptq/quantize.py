@@ -323,8 +323,8 @@ class _Work:
         self, what: str, model: nn.Module, layers: dict[str, QuantizedLayer]
     ) -> None:
         """Only what brings the held-out images closer to the float network is kept."""
-        before = self._distance(pack(self.model, self.layers))
-        after = self._distance(pack(model, layers))
+        before = self._distance(pack(self.model, self.layers, precision="float32"))
+        after = self._distance(pack(model, layers, precision="float32"))
         better = after < before
         self.note(
             f"{what}: {'kept' if better else 'dropped'}, divergence from the float network on "

@@ -91,7 +91,7 @@ def train(
         if emulates_bf16(setup.model, config.train):
             progress.note("this CPU has no bf16 instructions: float32 will be much faster here")
         config.out.mkdir(parents=True, exist_ok=True)
-        state = start(setup.model, config.train)
+        state = start(setup.model, config.train, setup.teacher)
         if checkpoint is not None:
             _restore(state, checkpoint)
         else:

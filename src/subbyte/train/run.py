@@ -33,7 +33,7 @@ class RunResult:
     """What a run leaves behind.
 
     file: the packed network, or the float weights of a run without a recipe. trained: the score
-    of the network in memory; saved: of the file, read back. n_bytes: the file's size.
+    of the network in memory; saved: of the file, read back (in float32). n_bytes: the file's size.
     """
 
     file: Path
@@ -69,7 +69,7 @@ def _save(result: TrainResult, config: RunConfig) -> tuple[Path, nn.Module]:
     soft = last.rounded_top1 is not None
     net = pack(result.model, freeze(result.model), batchnorm=config.batchnorm)
     artifact.save(net, path, compress=config.compress, distance=last.distance if soft else None)
-    return path, artifact.load(path)
+    return path, artifact.load(path, precision="float32")
 
 
 def _save_float(model: Network, path: Path) -> tuple[Path, nn.Module]:

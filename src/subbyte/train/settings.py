@@ -84,8 +84,10 @@ class LoopConfig:
     lr: the peak learning rate. momentum: SGD's momentum, AdamW's first beta. weight_decay: on
     parameters of two or more dimensions only. milestones: epochs at which schedule "step"
     multiplies the learning rate by `gamma`. ema: decay of the averaged weights that are evaluated
-    and saved, 0 for none. clip_grad_norm: the largest gradient norm, 0 for no limit. threads:
-    PyTorch's CPU threads, None leaves them. limit_batches: steps an epoch at most, for trials.
+    and saved, 0 for none. clip_grad_norm: the largest gradient norm, 0 for no limit. teacher:
+    weights of the same network, of any kind that `ModelConfig.weights` takes, whose outputs are
+    learned along with the labels (knowledge distillation). threads: PyTorch's CPU threads, None
+    leaves them. limit_batches: steps an epoch at most, for trials.
     """
 
     epochs: int
@@ -103,6 +105,7 @@ class LoopConfig:
     precision: Precision = "float32"
     ema: float = 0.0
     clip_grad_norm: float = 0.0
+    teacher: str | None = None
     seed: int = 0
     threads: int | None = None
     limit_batches: int | None = None

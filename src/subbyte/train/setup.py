@@ -19,24 +19,25 @@ from subbyte.train.settings import DataConfig, ModelConfig, RunConfig
 
 @dataclass(frozen=True)
 class Setup:
-    """plan: what `prepare` did, None in a float run."""
+    """plan: what `prepare` did, None in a float run. teacher: in eval mode, without gradients."""
 
     model: Network
     train: ImageSet
     test: ImageSet
     plan: Any | None
+    teacher: Network | None
 
 
 def set_up(config: RunConfig) -> Setup:
     """Data, network, checks, method, in this order; weights come from torch's global generator."""
     train, test = _load(config.data)
-    model = _build(config.model)
+    model = _build(config.model, config.model.weights)
     for data in (train, test):
         _check_fit(model, data)
     if config.model.equalize is not None:
         equalize(model, model.preprocess(train.images[:2]), config.model.equalize)
     plan = None if config.recipe is None else prepare(model, config.recipe)
-    return Setup(model, train, test, plan)
+    return Setup(model, train, test, plan, _teacher(config))
 
 
 def _load(config: DataConfig) -> tuple[ImageSet, ImageSet]:
@@ -45,7 +46,7 @@ def _load(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     return train, test
 
 
-def _build(config: ModelConfig) -> Network:
+def _build(config: ModelConfig, weights: str | None) -> Network:
     try:
         model = build(config.name, **config.arguments)
     except (RuntimeError, MemoryError, OverflowError) as error:
@@ -53,9 +54,15 @@ def _build(config: ModelConfig) -> Network:
             f"network '{config.name}' cannot be built with {dict(config.arguments)}: "
             f"{str(error).splitlines()[0][:200]}; check model.arguments"
         ) from None
-    if config.weights is not None:
-        load_initial(model, config.weights)
+    if weights is not None:
+        load_initial(model, weights)
     return model
+
+
+def _teacher(config: RunConfig) -> Network | None:
+    if config.train.teacher is None:
+        return None
+    return _build(config.model, config.train.teacher).eval().requires_grad_(False)
 
 
 def _check_fit(model: Network, data: ImageSet) -> None:

@@ -22,6 +22,9 @@ from subbyte.train.optim import build_optimizer
 from subbyte.train.settings import LoopConfig
 from subbyte.train.watch import Histograms
 
+_TEMPERATURE = 2.0  # of both softmaxes in distillation
+_DISTILLED = 0.9  # its share of the loss; the labels have the rest
+
 _Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 
 
@@ -32,6 +35,7 @@ class State:
     model: Network
     optimizer: Optimizer
     ema: AveragedModel | None
+    teacher: nn.Module | None = None
     epoch: int = 0
     history: tuple[EpochRecord, ...] = ()
     codes: Mapping[str, Tensor] = field(default_factory=dict)  # after the last epoch
@@ -43,11 +47,13 @@ class State:
         return self.model if self.ema is None else self.ema.module
 
 
-def start(model: Network, config: LoopConfig) -> State:
-    """The state before the first epoch; the model's memory changes to what suits it."""
-    lay_out(model, _memory_format(model))
+def start(model: Network, config: LoopConfig, teacher: nn.Module | None = None) -> State:
+    """The state before the first epoch; the networks' memory changes to what suits it."""
+    for network in (model, teacher):
+        if network is not None:
+            lay_out(network, _memory_format(network))
     ema = averaged(model, config.ema) if config.ema else None
-    return State(model, build_optimizer(model.parameters(), config), ema)
+    return State(model, build_optimizer(model.parameters(), config), ema, teacher)
 
 
 def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
@@ -73,17 +79,20 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
 def update(
     state: State, x: Tensor, y: Tensor, config: LoopConfig, progress: float
 ) -> tuple[float, int]:
-    """One update; the cross-entropy (not finite if the whole loss is not) and the hits before it.
+    """One update; the task's loss (not finite if the whole loss is not) and the hits before it.
 
     `cached` makes every weight be quantized once, however often the forward pass reads it.
     """
     model, device = state.model, device_of(state.model)
     x, y = model.preprocess(x.to(device)), y.to(device)
+    x = x.contiguous(memory_format=_memory_format(model, x))
     state.optimizer.zero_grad(set_to_none=True)
     with parametrize.cached():
         with _autocast(config, device):
-            logits = model(x.contiguous(memory_format=_memory_format(model, x)))
+            logits = model(x)
         task = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
+        if state.teacher is not None:
+            task = torch.lerp(task, _distillation(logits, state.teacher, x), _DISTILLED)
         loss = task + penalty(model, progress)
         if not loss.isfinite():
             return loss.item(), 0
@@ -95,6 +104,14 @@ def update(
     if state.ema is not None:
         state.ema.update_parameters(model)
     return task.item(), count_correct(logits.detach(), y)
+
+
+def _distillation(logits: Tensor, teacher: nn.Module, x: Tensor) -> Tensor:
+    """T^2 KL(teacher / T, student / T), the mean over images (Hinton et al., arXiv:1503.02531)."""
+    with torch.no_grad():
+        target = (teacher(x).float() / _TEMPERATURE).log_softmax(-1)
+    ours = (logits.float() / _TEMPERATURE).log_softmax(-1)
+    return _TEMPERATURE**2 * F.kl_div(ours, target, reduction="batchmean", log_target=True)
 
 
 def _autocast(config: LoopConfig, device: torch.device) -> torch.autocast | nullcontext[None]:

@@ -57,7 +57,7 @@ def watch(
         away += float(in_steps(w.detach() - weight.dequantize(), weight).abs().sum())
         soft |= quantizer.soft
         pulls += [quantizer.pull(progress)]
-    rounded = evaluate(pack(model, layers), test).top1 if soft else None
+    rounded = evaluate(pack(model, layers, precision="float32"), test).top1 if soft else None
     pull = max((pull for pull in pulls if pull is not None), default=None)
     return Watch(away / n_weights, changed / n_weights, rounded, pull), codes
 

@@ -1,10 +1,17 @@
 // The only file that knows Python. torch CPU tensors come in without a copy (DLPack).
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 
+#include "conv.hpp"
+#include "dispatch.hpp"
+#include "linear.hpp"
+#include "panels.hpp"
 #include "radix.hpp"
+#include "threads.hpp"
 
 namespace nb = nanobind;
 
@@ -30,6 +37,84 @@ void unpack(InBytes words, unsigned levels, unsigned digits, OutBytes codes) {
   subbyte::radix_unpack(words.data(), codes.size(), levels, digits, codes.data());
 }
 
+// Largest magnitude of an integer sum, which must fit in 32 bits.
+void require_room(const subbyte::Panel& panel) {
+  const std::int64_t weight = std::max(panel.max_abs, panel.traits().max_digit);
+  if (panel.affine.factor * weight * 255 * panel.k >= std::int64_t{1} << 31)
+    throw std::invalid_argument("rows are too long for 32-bit sums");
+}
+
+subbyte::Panel make_panel(InBytes words, unsigned levels, unsigned digits, std::int64_t first_row,
+                          std::int64_t rows, std::int64_t row_length,
+                          nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig> order,
+                          nb::ndarray<const float, nb::ndim<1>, nb::c_contig> scale, int factor,
+                          int center) {
+  require_words((words.size() / 8) * digits, digits, words.size());
+  const std::size_t stop = static_cast<std::size_t>((first_row + rows) * row_length);
+  if (first_row < 0 || rows < 0 || stop > words.size() / 8 * digits ||
+      scale.size() != static_cast<std::size_t>(rows))
+    throw std::invalid_argument("rows, scales and words differ in size");
+  const std::vector<std::int32_t> where(order.data(), order.data() + order.size());
+  for (const std::int32_t from : where)
+    if (from >= row_length) throw std::invalid_argument("order points past a row");
+  nb::gil_scoped_release released;
+  subbyte::Panel panel =
+      subbyte::make_panel({words.data(), words.size(), levels, digits}, first_row, rows, row_length,
+                          where, scale.data(), {factor, center});
+  require_room(panel);
+  return panel;
+}
+
+// Pointers are the caller's word: float32 x [n, panel.k], y [n, panel.rows], bias [panel.rows] or
+// 0.
+std::vector<std::int64_t> linear(const subbyte::Panel& panel, std::uintptr_t x, std::int64_t n,
+                                 std::uintptr_t y, std::uintptr_t bias, int planes, int threads) {
+  nb::gil_scoped_release released;
+  return subbyte::linear(subbyte::kernels(), panel, reinterpret_cast<const float*>(x), n,
+                         reinterpret_cast<float*>(y), reinterpret_cast<const float*>(bias),
+                         planes == 2 ? subbyte::Precision::kInt16 : subbyte::Precision::kInt8,
+                         threads);
+}
+
+using Sizes = std::vector<std::int64_t>;
+
+// Sizes of ConvShape in its order.
+subbyte::ConvPanels make_conv(InBytes words, unsigned levels, unsigned digits, const Sizes& sizes,
+                              nb::ndarray<const float, nb::ndim<1>, nb::c_contig> scale, int factor,
+                              int center) {
+  require_words((words.size() / 8) * digits, digits, words.size());
+  const subbyte::ConvShape shape{sizes.at(0),  sizes.at(1),  sizes.at(2), sizes.at(3), sizes.at(4),
+                                 sizes.at(5),  sizes.at(6),  sizes.at(7), sizes.at(8), sizes.at(9),
+                                 sizes.at(10), sizes.at(11), sizes.at(12)};
+  const std::int64_t weights =
+      shape.out_channels * shape.in_group() * shape.kernel_h * shape.kernel_w;
+  if (weights > static_cast<std::int64_t>(words.size() / 8 * digits) ||
+      scale.size() != static_cast<std::size_t>(shape.out_channels))
+    throw std::invalid_argument("sizes, scales and words do not fit together");
+  nb::gil_scoped_release released;
+  subbyte::ConvPanels panels(shape, {words.data(), words.size(), levels, digits}, scale.data(),
+                             {factor, center});
+  for (const subbyte::Panel& panel : panels.panels()) require_room(panel);
+  return panels;
+}
+
+// Pointers are the caller's word: float32 x [n, channels, h, w], y [n, out_channels, ...].
+Sizes conv2d(const subbyte::ConvPanels& weight, std::uintptr_t x, std::int64_t n, std::int64_t h,
+             std::int64_t w, bool x_last, std::uintptr_t y, bool y_last, std::uintptr_t bias,
+             int planes, int threads) {
+  nb::gil_scoped_release released;
+  return subbyte::conv2d(
+      subbyte::kernels(), weight, reinterpret_cast<const float*>(x), n, h, w, x_last,
+      reinterpret_cast<float*>(y), y_last, reinterpret_cast<const float*>(bias),
+      planes == 2 ? subbyte::Precision::kInt16 : subbyte::Precision::kInt8, threads);
+}
+
+std::vector<std::string> tier_names() {
+  std::vector<std::string> names;
+  for (const subbyte::Kernels* tier : subbyte::tiers()) names.push_back(tier->name);
+  return names;
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -38,4 +123,26 @@ NB_MODULE(_native, module) {
              nb::arg("words"), "Write the radix words of `codes` into `words`.");
   module.def("radix_unpack", &unpack, nb::arg("words"), nb::arg("levels"), nb::arg("digits"),
              nb::arg("codes"), "Write the digits of `words` into `codes`.");
+
+  module.def("tiers", &tier_names, "Instruction sets compiled in that this CPU has, best first.");
+  module.def("tier", [] { return std::string(subbyte::kernels().name); }, "The one in use.");
+  module.def("select_tier", &subbyte::select_tier, nb::arg("name"), "Use this one from now on.");
+  module.def("has_openmp", &subbyte::has_openmp, "Whether the process has an OpenMP runtime.");
+  nb::class_<subbyte::Panel>(module, "Panel", "A weight repacked for the kernels.")
+      .def_ro("rows", &subbyte::Panel::rows)
+      .def_ro("k", &subbyte::Panel::k)
+      .def_prop_ro("bytes", &subbyte::Panel::bytes)
+      .def_prop_ro("bits", [](const subbyte::Panel& panel) { return panel.traits().bits(); })
+      .def("linear", &linear, nb::arg("x"), nb::arg("n"), nb::arg("y"), nb::arg("bias"),
+           nb::arg("planes"), nb::arg("threads"));
+  nb::class_<subbyte::ConvPanels>(module, "ConvPanels", "A convolution's weight, repacked.")
+      .def_prop_ro("bytes", &subbyte::ConvPanels::bytes)
+      .def("conv2d", &conv2d, nb::arg("x"), nb::arg("n"), nb::arg("h"), nb::arg("w"),
+           nb::arg("x_last"), nb::arg("y"), nb::arg("y_last"), nb::arg("bias"), nb::arg("planes"),
+           nb::arg("threads"));
+  module.def("make_conv", &make_conv, nb::arg("words"), nb::arg("levels"), nb::arg("digits"),
+             nb::arg("sizes"), nb::arg("scale"), nb::arg("factor"), nb::arg("center"));
+  module.def("make_panel", &make_panel, nb::arg("words"), nb::arg("levels"), nb::arg("digits"),
+             nb::arg("first_row"), nb::arg("rows"), nb::arg("row_length"), nb::arg("order"),
+             nb::arg("scale"), nb::arg("factor"), nb::arg("center"));
 }

@@ -73,4 +73,18 @@ void radix_unpack(const std::uint8_t* words, std::size_t count, unsigned levels,
   SUBBYTE_DISPATCH(unpack_words, levels, words, count, levels, digits, codes)
 }
 
+void radix_unpack_range(const std::uint8_t* words, std::size_t start, std::size_t count,
+                        unsigned levels, unsigned digits, std::uint8_t* codes) {
+  const std::size_t skip = start % digits;
+  words += 8 * (start / digits);
+  if (skip) {
+    std::uint8_t first[64];
+    const std::size_t n = std::min<std::size_t>(count, digits - skip);
+    radix_unpack(words, skip + n, levels, digits, first);
+    std::memcpy(codes, first + skip, n);
+    codes += n, count -= n, words += 8;
+  }
+  radix_unpack(words, count, levels, digits, codes);
+}
+
 }  // namespace subbyte

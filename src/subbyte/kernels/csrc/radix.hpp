@@ -15,4 +15,8 @@ void radix_pack(const std::uint8_t* codes, std::size_t count, unsigned levels, u
 void radix_unpack(const std::uint8_t* words, std::size_t count, unsigned levels, unsigned digits,
                   std::uint8_t* codes);
 
+// `count` codes from code `start` on.
+void radix_unpack_range(const std::uint8_t* words, std::size_t start, std::size_t count,
+                        unsigned levels, unsigned digits, std::uint8_t* codes);
+
 }  // namespace subbyte

@@ -1,0 +1,23 @@
+"""How bytes multiply: packed products on the CPU, and why one would not run."""
+
+from subbyte.kernels.native import (
+    Precision,
+    check_precision,
+    conv2d,
+    linear,
+    panel_bytes,
+    tier,
+    why_not,
+    why_not_conv,
+)
+
+__all__ = [
+    "Precision",
+    "check_precision",
+    "conv2d",
+    "linear",
+    "panel_bytes",
+    "tier",
+    "why_not",
+    "why_not_conv",
+]

@@ -1,0 +1,52 @@
+// Two-dimensional convolutions as implicit matrix products over padded 8-bit images.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "activations.hpp"
+#include "panels.hpp"
+
+namespace subbyte {
+
+struct ConvShape {
+  std::int64_t channels, out_channels;  // of all groups
+  std::int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
+  std::int64_t top, bottom, left, right;  // zero padding
+  std::int64_t groups;
+
+  std::int64_t in_group() const { return channels / groups; }
+  bool depthwise() const { return in_group() == 1 && out_channels == channels; }
+  std::int64_t out_h(std::int64_t h) const {
+    return (h + top + bottom - dilation_h * (kernel_h - 1) - 1) / stride_h + 1;
+  }
+  std::int64_t out_w(std::int64_t w) const {
+    return (w + left + right - dilation_w * (kernel_w - 1) - 1) / stride_w + 1;
+  }
+};
+
+// A convolution's weight [out, in / groups, kh, kw], repacked.
+class ConvPanels {
+ public:
+  ConvPanels(const ConvShape& shape, const RadixCodes& codes, const float* scale, Affine affine);
+  ConvPanels(ConvPanels&&) = default;
+  ConvPanels(const ConvPanels&) = delete;
+
+  const ConvShape& shape() const { return shape_; }
+  const std::vector<Panel>& panels() const { return panels_; }
+  std::size_t bytes() const;
+
+ private:
+  ConvShape shape_;
+  std::vector<Panel> panels_;  // of each group; one for all of a depthwise convolution
+};
+
+// y = conv(x, weight) + bias for x [n, channels, h, w], float32; bias may be null. x and y lie as
+// N H W C (`x_last`, `y_last`) or as N C H W. Each image has a scale of its own. Returns the images
+// that have none, as `linear` does its rows.
+std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weight, const float* x,
+                                 std::int64_t n, std::int64_t h, std::int64_t w, bool x_last,
+                                 float* y, bool y_last, const float* bias, Precision precision,
+                                 int threads);
+
+}  // namespace subbyte

@@ -1,0 +1,45 @@
+#include "dispatch.hpp"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace subbyte {
+namespace {
+
+std::atomic<const Kernels*> current{nullptr};
+
+const Kernels* find(const std::string& name) {
+  std::string known;
+  for (const Kernels* tier : tiers()) {
+    if (name == tier->name) return tier;
+    known += std::string(known.empty() ? "" : ", ") + tier->name;
+  }
+  throw std::invalid_argument("SUBBYTE_ISA='" + name + "': this machine has " + known);
+}
+
+}  // namespace
+
+const std::vector<const Kernels*>& tiers() {
+  static const std::vector<const Kernels*> found = [] {
+    std::vector<const Kernels*> list;
+    for (const Kernels* tier : {avx2_kernels(), portable_kernels()})
+      if (tier) list.push_back(tier);
+    return list;
+  }();
+  return found;
+}
+
+const Kernels& kernels() {
+  const Kernels* tier = current.load(std::memory_order_relaxed);
+  if (!tier) {
+    const char* forced = std::getenv("SUBBYTE_ISA");
+    tier = forced && *forced ? find(forced) : tiers().front();
+    current.store(tier, std::memory_order_relaxed);
+  }
+  return *tier;
+}
+
+void select_tier(const std::string& name) { current.store(find(name), std::memory_order_relaxed); }
+
+}  // namespace subbyte

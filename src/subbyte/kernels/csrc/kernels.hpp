@@ -1,0 +1,61 @@
+// What an instruction set must provide, as one table. The tiers agree to the bit.
+#pragma once
+
+#include <cstdint>
+
+#include "panels.hpp"
+
+namespace subbyte {
+
+constexpr int kMaxSmall = 8;  // columns that `small` takes at once
+constexpr int kMaxTile = 16;  // no tier's tile has more columns
+
+// x = scale * q with q in -127..127.
+struct Quantized {
+  float scale;
+  std::int32_t sum;  // of q
+  bool fits;         // false: no scale suits x (NaN, infinity, only tiny values); q is 0
+};
+
+// Where the 4-byte groups of a column lie, relative to its pointer: runs of consecutive ones.
+struct Runs {
+  int count;
+  const std::int64_t* offset;  // bytes
+  const std::int32_t* length;  // groups of 4 bytes
+};
+
+struct Kernels {
+  const char* name;
+  std::uint8_t flip;  // tiles take q ^ flip: 0x80 where the dot product wants unsigned activations
+  int tile;           // columns of a tile
+
+  // Round n floats to q ^ flip; the bytes up to `padded` become 0 ^ flip.
+  Quantized (*quantize)(const float* x, std::int64_t n, std::int64_t padded, std::uint8_t flip,
+                        std::int8_t* q);
+  // The same with a given 1 / scale, for values known to be finite.
+  void (*round)(const float* x, std::int64_t n, float inverse, std::uint8_t flip, std::int8_t* q);
+
+  // Codes times q, decoded in registers. x: n columns of panel.groups() * group bytes, n at most
+  // kMaxSmall; sums: [n][32].
+  void (*small)(const Panel& panel, std::int64_t block, const std::int8_t* const* x, int n,
+                std::int32_t* sums);
+
+  // A block of factor * code - center as [groups * group / 4][32 rows][4], 0 where there is
+  // padding.
+  void (*decode)(const Panel& panel, std::int64_t block, std::int8_t* out);
+
+  // Decoded weights times q ^ flip for `tile` columns; sums: [tile][32]. With a flip of 0x80 they
+  // are too large by 128 times the sum of the row's weights.
+  void (*multiply)(const std::int8_t* weights, int max_abs, const Runs& runs,
+                   const std::uint8_t* const* x, std::int32_t* sums);
+
+  // Sums over taps of weights [taps][32] times the 32 bytes of q at x + offset[tap]; sums: [32].
+  void (*depthwise)(const std::int8_t* weights, const std::int8_t* x, const std::int64_t* offset,
+                    std::int64_t taps, std::int32_t* sums);
+};
+
+// Null where the tier is not compiled in or this CPU lacks it.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+
+}  // namespace subbyte

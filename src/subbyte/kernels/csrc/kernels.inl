@@ -1,0 +1,309 @@
+// The kernels of one tier. Included inside the tier's namespace, after it has defined V: the tier's
+// vectors. Everything here is compiled for that tier's instructions and is visible in it only.
+//
+// V::Bytes holds V::kBytes bytes, V::Sums one int32 for 4 of them. V::Narrow and V::Wide are two
+// ways to add up products: `dot` adds to a Part, which may overflow after `span` dots unless it is
+// flushed into Sums before.
+
+// ---------------------------------------------------------------- activations
+
+inline std::int32_t bits_of(float x) {
+  std::int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+// Round to nearest, ties to even: adding 1.5 * 2^23 leaves the integer in the low mantissa bits.
+inline std::int32_t to_int(float x) { return bits_of(x + 12582912.0f) - 0x4B400000; }
+
+void round(const float* x, std::int64_t n, float inverse, std::uint8_t flip, std::int8_t* q) {
+  for (std::int64_t i = 0; i < n; ++i)
+    q[i] = static_cast<std::int8_t>(to_int(x[i] * inverse) ^ flip);
+}
+
+Quantized quantize(const float* x, std::int64_t n, std::int64_t padded, std::uint8_t flip,
+                   std::int8_t* q) {
+  std::int32_t peak = 0;  // floats of one sign order as integers, infinity and NaN on top
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::int32_t magnitude = bits_of(x[i]) & 0x7FFFFFFF;
+    peak = magnitude > peak ? magnitude : peak;
+  }
+  std::memset(q + n, flip, padded - n);
+  if (peak == 0 || !is_scalable(peak)) {
+    std::memset(q, flip, n);
+    return {0.0f, 0, peak == 0};
+  }
+  const float largest = float_of(peak);
+  round(x, n, 127.0f / largest, 0, q);
+  std::int32_t sum = 0;
+  for (std::int64_t i = 0; i < n; ++i) sum += q[i];
+  if (flip)
+    for (std::int64_t i = 0; i < n; ++i) q[i] = static_cast<std::int8_t>(q[i] ^ flip);
+  return {largest / 127.0f, sum, true};
+}
+
+// ---------------------------------------------------------------- packings
+
+template <Packing>
+struct Format;
+
+// Digits of whole bits, `Width` of them at a time from run V0 on, shifted down in the register.
+template <int Width, int Position>
+inline V::Bytes field(const std::uint8_t* runs) {
+  constexpr int per_byte = 8 / Width;
+  const auto v = V::load(runs + Position / per_byte * kRunBytes);
+  return V::mask(V::template shift_right<Width*(Position % per_byte)>(v), (1 << Width) - 1);
+}
+
+template <int Bit, int Target>  // bit `Bit` of every byte, moved to bit `Target`
+inline V::Bytes bit(const std::uint8_t* run) {
+  const auto v = V::load(run);
+  if constexpr (Bit >= Target)
+    return V::mask(V::template shift_right<Bit - Target>(v), 1 << Target);
+  else
+    return V::mask(V::template shift_left<Target - Bit>(v), 1 << Target);
+}
+
+template <>
+struct Format<Packing::kBits1> {
+  template <int P>
+  static V::Bytes digit(const std::uint8_t* runs) {
+    return field<1, P>(runs);
+  }
+};
+
+template <>
+struct Format<Packing::kBits2> {
+  template <int P>
+  static V::Bytes digit(const std::uint8_t* runs) {
+    return field<2, P>(runs);
+  }
+};
+
+template <>
+struct Format<Packing::kBits3> {
+  template <int P>
+  static V::Bytes digit(const std::uint8_t* runs) {
+    return V::either(field<2, P>(runs), bit<P, 2>(runs + 2 * kRunBytes));
+  }
+};
+
+template <>
+struct Format<Packing::kBits4> {
+  template <int P>
+  static V::Bytes digit(const std::uint8_t* runs) {
+    return field<4, P>(runs);
+  }
+};
+
+template <>
+struct Format<Packing::kBits5> {
+  template <int P>
+  static V::Bytes digit(const std::uint8_t* runs) {
+    return V::either(field<4, P>(runs), bit<P, 4>(runs + 4 * kRunBytes));
+  }
+};
+
+template <>
+struct Format<Packing::kBits8> {
+  template <int P>
+  static V::Bytes digit(const std::uint8_t* runs) {
+    return V::load(runs);
+  }
+};
+
+template <>
+struct Format<Packing::kQuints3> {
+  template <int P>
+  static V::Bytes digit(const std::uint8_t* runs) {
+    // nibble n to n % 5 in the low half of a byte and n / 5 in the high one
+    alignas(16) static constexpr std::uint8_t kTable[16] = {0,  1,  2,  3,  4,  16, 17, 18,
+                                                            19, 20, 32, 33, 34, 35, 36, 48};
+    const auto v = V::load(runs);
+    const auto high = [&] { return V::lookup(kTable, field<4, 1>(runs)); };
+    const auto low = [&] { return V::lookup(kTable, V::mask(v, 15)); };
+    if constexpr (P == 0) return V::mask(high(), 15);
+    if constexpr (P == 1) return V::mask(V::template shift_right<4>(V::add(high(), low())), 15);
+    return V::mask(low(), 15);
+  }
+};
+
+// f(integral_constant<int, 0>), f(integral_constant<int, 1>), ... in order.
+template <class F, int... I>
+inline void each(std::integer_sequence<int, I...>, F&& f) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+template <int N, class F>
+inline void each(F&& f) {
+  each(std::make_integer_sequence<int, N>(), f);
+}
+
+// ---------------------------------------------------------------- few columns
+
+// V::kBytes / 4 * R rows from `row` on, N columns.
+template <Packing P, class Dots, int R, int N>
+void small_rows(const std::uint8_t* runs, std::int64_t groups, const std::int8_t* const* x,
+                std::int32_t* sums, int row) {
+  constexpr Traits t = traits(P);
+  typename V::Sums total[R][N];
+  for (auto& line : total)
+    for (auto& sum : line) sum = V::zero();
+  const std::int64_t stride = Dots::span(t.max_digit, 127) / t.positions;
+  const std::uint8_t* run = runs + 4 * row;
+  for (std::int64_t g = 0; g < groups;) {
+    const std::int64_t stop = std::min(groups, g + stride);
+    typename Dots::Part part[R][N];
+    for (auto& line : part)
+      for (auto& sum : line) sum = Dots::zero();
+    for (; g < stop; ++g, run += t.vectors * kRunBytes)
+      each<t.positions>([&](auto position) {
+        typename V::Bytes column[N];
+        for (int n = 0; n < N; ++n) column[n] = V::splat(x[n] + g * t.group() + 4 * position);
+        for (int r = 0; r < R; ++r) {
+          const auto digit = Format<P>::template digit<position>(run + r * V::kBytes);
+          for (int n = 0; n < N; ++n) part[r][n] = Dots::dot(part[r][n], digit, column[n]);
+        }
+      });
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < N; ++n) total[r][n] = Dots::flush(total[r][n], part[r][n]);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n)
+      V::store(sums + n * kBlockRows + row + r * (V::kBytes / 4), total[r][n]);
+}
+
+template <Packing P, int R, int N>
+void small_columns(const Panel& panel, std::int64_t block, const std::int8_t* const* x,
+                   std::int32_t* sums) {
+  using Dots = std::conditional_t<(traits(P).max_digit > 64), V::Wide, V::Narrow>;
+  const std::uint8_t* runs = panel.data.data() + block * panel.block_bytes();
+  for (int row = 0; row < kBlockRows; row += R * V::kBytes / 4)
+    small_rows<P, Dots, R, N>(runs, panel.groups(), x, sums, row);
+}
+
+template <Packing P>
+void small_of(const Panel& panel, std::int64_t block, const std::int8_t* const* x, int n,
+              std::int32_t* sums) {
+  constexpr int kVectors = kRunBytes / V::kBytes;
+  constexpr auto rows = [](int most) { return most < kVectors ? most : kVectors; };
+  for (; n >= 4; n -= 4, x += 4, sums += 4 * kBlockRows)
+    small_columns<P, rows(V::kRegisters / 8), 4>(panel, block, x, sums);
+  for (; n >= 2; n -= 2, x += 2, sums += 2 * kBlockRows)
+    small_columns<P, rows(V::kRegisters / 4), 2>(panel, block, x, sums);
+  if (n) small_columns<P, rows(V::kRegisters / 4), 1>(panel, block, x, sums);
+}
+
+// Calls f with the packing as a constant.
+template <class F>
+inline void with_packing(Packing packing, F&& f) {
+  switch (packing) {
+    case Packing::kBits1:
+      return f(std::integral_constant<Packing, Packing::kBits1>());
+    case Packing::kBits2:
+      return f(std::integral_constant<Packing, Packing::kBits2>());
+    case Packing::kBits3:
+      return f(std::integral_constant<Packing, Packing::kBits3>());
+    case Packing::kBits4:
+      return f(std::integral_constant<Packing, Packing::kBits4>());
+    case Packing::kBits5:
+      return f(std::integral_constant<Packing, Packing::kBits5>());
+    case Packing::kBits8:
+      return f(std::integral_constant<Packing, Packing::kBits8>());
+    case Packing::kQuints3:
+      return f(std::integral_constant<Packing, Packing::kQuints3>());
+  }
+}
+
+void small(const Panel& panel, std::int64_t block, const std::int8_t* const* x, int n,
+           std::int32_t* sums) {
+  with_packing(panel.packing, [&](auto packing) { small_of<packing>(panel, block, x, n, sums); });
+}
+
+// ---------------------------------------------------------------- many columns
+
+template <Packing P>
+void decode_of(const Panel& panel, std::int64_t block, std::int8_t* out) {
+  constexpr Traits t = traits(P);
+  const std::uint8_t* run = panel.data.data() + block * panel.block_bytes();
+  const bool twice = panel.affine.factor == 2;
+  const auto center = V::fill(static_cast<std::uint8_t>(panel.affine.center));
+  for (std::int64_t g = 0; g < panel.groups(); ++g, run += t.vectors * kRunBytes)
+    each<t.positions>([&](auto position) {
+      for (int i = 0; i < kRunBytes; i += V::kBytes, out += V::kBytes) {
+        auto digit = Format<P>::template digit<position>(run + i);
+        if (twice) digit = V::add(digit, digit);
+        V::store(out, V::subtract(digit, center));
+      }
+    });
+}
+
+void decode(const Panel& panel, std::int64_t block, std::int8_t* out) {
+  with_packing(panel.packing, [&](auto packing) { decode_of<packing>(panel, block, out); });
+  const auto clear = [&](std::int64_t k) {
+    std::int8_t* column = out + k / 4 * kRunBytes + k % 4;
+    for (int r = 0; r < kBlockRows; ++r) column[4 * r] = 0;
+  };
+  for (const std::int32_t k : panel.padding) clear(k);
+  for (std::int64_t k = panel.k; k < panel.groups() * panel.traits().group(); ++k) clear(k);
+}
+
+template <class Dots, int R, int N>
+void multiply_rows(const std::int8_t* weights, std::int64_t span, const Runs& runs,
+                   const std::uint8_t* const* x, std::int32_t* sums, int row) {
+  typename V::Sums total[R][N];
+  for (auto& line : total)
+    for (auto& sum : line) sum = V::zero();
+  const std::int8_t* w = weights + 4 * row;
+  for (int run = 0; run < runs.count; ++run) {
+    const std::uint8_t* column[N];
+    for (int n = 0; n < N; ++n) column[n] = x[n] + runs.offset[run];
+    for (std::int64_t i = 0, end = runs.length[run]; i < end;) {
+      const std::int64_t stop = std::min(end, i + span);
+      typename Dots::Part part[R][N];
+      for (auto& line : part)
+        for (auto& sum : line) sum = Dots::zero();
+      for (; i < stop; ++i, w += kRunBytes) {
+        typename V::Bytes weight[R];
+        for (int r = 0; r < R; ++r) weight[r] = V::load(w + r * V::kBytes);
+        for (int n = 0; n < N; ++n) {
+          const auto value = V::splat(column[n] + 4 * i);
+          for (int r = 0; r < R; ++r) part[r][n] = Dots::dot(part[r][n], value, weight[r]);
+        }
+      }
+      for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) total[r][n] = Dots::flush(total[r][n], part[r][n]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n)
+      V::store(sums + n * kBlockRows + row + r * (V::kBytes / 4), total[r][n]);
+}
+
+template <class Dots>
+void multiply_with(const std::int8_t* weights, std::int64_t span, const Runs& runs,
+                   const std::uint8_t* const* x, std::int32_t* sums) {
+  constexpr int kStep = V::kTileVectors * V::kBytes / 4;
+  for (int row = 0; row < kBlockRows; row += kStep)
+    multiply_rows<Dots, V::kTileVectors, V::kTileColumns>(weights, span, runs, x, sums, row);
+}
+
+void multiply(const std::int8_t* weights, int max_abs, const Runs& runs,
+              const std::uint8_t* const* x, std::int32_t* sums) {
+  const std::int64_t span = V::Narrow::span(255, max_abs);
+  if (span)
+    multiply_with<V::Narrow>(weights, span, runs, x, sums);
+  else
+    multiply_with<V::Wide>(weights, V::Wide::span(255, max_abs), runs, x, sums);
+}
+
+void depthwise(const std::int8_t* weights, const std::int8_t* x, const std::int64_t* offset,
+               std::int64_t taps, std::int32_t* sums) {
+  std::int32_t total[kBlockRows] = {};
+  for (std::int64_t tap = 0; tap < taps; ++tap, weights += kBlockRows)
+    for (int r = 0; r < kBlockRows; ++r)
+      total[r] += static_cast<std::int16_t>(weights[r]) * x[offset[tap] + r];
+  std::memcpy(sums, total, sizeof total);
+}
+
+constexpr Kernels kKernels{V::kName, V::kFlip, V::kTileColumns, &quantize, &round,
+                           &small,   &decode,  &multiply,       &depthwise};

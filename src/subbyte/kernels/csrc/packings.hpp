@@ -1,0 +1,101 @@
+// How the codes of a weight lie in memory while it is used.
+//
+// A panel holds kBlockRows rows. Its unit is the group: `vectors` runs of kBlockRows x 4 bytes that
+// hold `positions` x 4 consecutive k of every row; byte 4 r + j of a run belongs to row r and to
+// k = 4 p + j of the group, for every position p that the run holds. So a run is read as vectors of
+// rows x 4 k, the operand of an 8-bit dot product, whatever the width of a vector is.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+
+namespace subbyte {
+
+constexpr int kBlockRows = 32;
+constexpr int kRunBytes = kBlockRows * 4;
+
+enum class Packing : std::uint8_t {
+  kBits1,    // 8 positions, a bit each
+  kBits2,    // 4 positions
+  kBits3,    // 8 positions: the low two bits in two runs, the third in another
+  kBits4,    // 2 positions, nibbles
+  kBits5,    // 8 positions: nibbles in four runs, the fifth bit in another
+  kBits8,    // 1 position
+  kQuints3,  // 3 positions of 5 levels: nibbles a + 5 bh and c + 5 bl with b = bh + bl
+};
+
+struct Traits {
+  int positions, vectors, max_digit;
+  constexpr int group() const { return 4 * positions; }  // k of a group
+  constexpr double bits() const { return 8.0 * vectors / positions; }
+};
+
+constexpr Traits traits(Packing packing) {
+  switch (packing) {
+    case Packing::kBits1:
+      return {8, 1, 1};
+    case Packing::kBits2:
+      return {4, 1, 3};
+    case Packing::kBits3:
+      return {8, 3, 7};
+    case Packing::kBits4:
+      return {2, 1, 15};
+    case Packing::kBits5:
+      return {8, 5, 16};
+    case Packing::kBits8:
+      return {1, 1, 255};
+    case Packing::kQuints3:
+      return {3, 1, 4};
+  }
+  throw std::logic_error("no such packing");
+}
+
+// The smallest packing of this many levels.
+inline Packing packing_of(int levels) {
+  if (levels <= 2) return Packing::kBits1;
+  if (levels <= 4) return Packing::kBits2;
+  if (levels == 5) return Packing::kQuints3;
+  if (levels <= 8) return Packing::kBits3;
+  if (levels <= 16) return Packing::kBits4;
+  if (levels == 17) return Packing::kBits5;
+  return Packing::kBits8;
+}
+
+// The bytes, one for each run, of one group's digits at one row and one k mod 4.
+inline void encode(Packing packing, const std::uint8_t* digit, std::uint8_t* byte) {
+  const Traits t = traits(packing);
+  for (int v = 0; v < t.vectors; ++v) byte[v] = 0;
+  switch (packing) {
+    case Packing::kBits1:
+      for (int p = 0; p < 8; ++p) byte[0] |= digit[p] << p;
+      return;
+    case Packing::kBits2:
+      for (int p = 0; p < 4; ++p) byte[0] |= digit[p] << (2 * p);
+      return;
+    case Packing::kBits3:
+      for (int p = 0; p < 8; ++p) {
+        byte[p / 4] |= (digit[p] & 3) << (2 * (p % 4));
+        byte[2] |= (digit[p] >> 2) << p;
+      }
+      return;
+    case Packing::kBits4:
+      byte[0] = digit[0] | digit[1] << 4;
+      return;
+    case Packing::kBits5:
+      for (int p = 0; p < 8; ++p) {
+        byte[p / 2] |= (digit[p] & 15) << (4 * (p % 2));
+        byte[4] |= (digit[p] >> 4) << p;
+      }
+      return;
+    case Packing::kBits8:
+      byte[0] = digit[0];
+      return;
+    case Packing::kQuints3: {
+      const int high = digit[1] / 2, low = digit[1] - high;  // each 0 to 2
+      byte[0] = static_cast<std::uint8_t>((digit[0] + 5 * high) << 4 | (digit[2] + 5 * low));
+      return;
+    }
+  }
+}
+
+}  // namespace subbyte

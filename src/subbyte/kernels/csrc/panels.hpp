@@ -1,0 +1,50 @@
+// A weight repacked for the kernels, and what turns integer sums back into values.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "memory.hpp"
+#include "packings.hpp"
+
+namespace subbyte {
+
+// Codes as they are stored: base-`levels` digits, `digits` to a 64-bit word (docs/format.md).
+struct RadixCodes {
+  const std::uint8_t* words;
+  std::size_t bytes;
+  unsigned levels, digits;
+};
+
+// A weight is (factor * code - center) * scale with integer factor and center: the grid's levels
+// (i + offset) / inverse, with both doubled where offset is half an integer.
+struct Affine {
+  int factor, center;
+};
+
+struct Panel {
+  std::int64_t rows = 0;  // output channels
+  std::int64_t k = 0;     // weights of a row as the kernels see it, padding included
+  Packing packing = Packing::kBits8;
+  Affine affine{1, 0};
+  std::vector<std::int32_t> padding;  // the k that hold no weight
+  std::vector<float> scale;           // [rows]; of factor * code - center
+  std::vector<std::int32_t> row_sum;  // [rows]; of factor * code - center, padding as 0
+  int max_abs = 0;                    // of factor * code - center
+  Buffer data;                        // [blocks][groups][vectors][32 rows][4]
+
+  Traits traits() const { return subbyte::traits(packing); }
+  std::int64_t blocks() const { return (rows + kBlockRows - 1) / kBlockRows; }
+  std::int64_t groups() const { return (k + traits().group() - 1) / traits().group(); }
+  std::int64_t block_bytes() const { return groups() * traits().vectors * kRunBytes; }
+  std::size_t bytes() const { return data.size(); }
+};
+
+// rows x order.size() of the weight as a panel. order[i]: where in a row of the stored weight k = i
+// comes from, -1 for padding. row_length: weights of a stored row; first_row: the first one taken.
+Panel make_panel(const RadixCodes& codes, std::int64_t first_row, std::int64_t rows,
+                 std::int64_t row_length, const std::vector<std::int32_t>& order,
+                 const float* scale, Affine affine);
+
+}  // namespace subbyte
