@@ -8,7 +8,8 @@ STAMP := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(wildcard src/subbyte/kernels/csrc/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all check format bench mutants reproduce clean
+# SUBBYTE_ISA=avx2 (avx512vnni, neon, portable) forces an instruction set in anything below.
+.PHONY: demo test test-all test-san test-avx512 test-neon check format bench mutants reproduce clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
@@ -26,16 +27,25 @@ test: $(STAMP)  ## The test suite (minutes)
 test-all: $(STAMP)  ## Everything, also what needs ../shared/data or takes long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
+test-san:  ## The C++ core under the address and undefined-behaviour sanitizers
+	tests/native/run.sh san
+
+test-avx512:  ## Its AVX-512 kernels, emulated (skipped without libsimde-dev)
+	tests/native/run.sh avx512
+
+test-neon:  ## Its ARM kernels, emulated (skipped without g++-aarch64-linux-gnu and qemu-user)
+	tests/native/run.sh neon
+
 check: $(STAMP)  ## Format, lint and types, Python and C++
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard src/subbyte/kernels/csrc/*.[chi]??)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard src/subbyte/kernels/csrc/*.[chi]??) tests/native/*.cpp
 
 format: $(STAMP)  ## Put everything into the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(wildcard src/subbyte/kernels/csrc/*.[chi]??)
+	$(BIN)/clang-format -i $(wildcard src/subbyte/kernels/csrc/*.[chi]??) tests/native/*.cpp
 
 bench: $(STAMP)  ## Measure what the documents claim; JSON lines go to benchmarks/results/
 	$(BIN)/python benchmarks/train_step.py

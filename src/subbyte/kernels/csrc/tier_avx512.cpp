@@ -1,0 +1,102 @@
+// AVX-512 with VNNI: 64 bytes, products of unsigned and signed bytes added up in int32.
+//
+// SUBBYTE_EMULATE compiles it against SIMDe, which computes every instruction in plain C++: the
+// tests run it so on machines without AVX-512.
+#include "tier.hpp"
+
+#if defined(SUBBYTE_EMULATE)
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#elif defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+#if defined(SUBBYTE_EMULATE) || defined(__x86_64__) || defined(_M_X64)
+
+#ifndef SUBBYTE_EMULATE
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,bmi2")
+#endif
+
+namespace subbyte {
+namespace avx512 {
+
+struct V {
+  static constexpr const char* kName = "avx512vnni";
+  static constexpr std::uint8_t kFlip = 0x80;
+  static constexpr int kBytes = 64, kRegisters = 32, kTileVectors = 2, kTileColumns = 12;
+  using Bytes = __m512i;
+  using Sums = __m512i;
+
+  template <class T>
+  static Bytes load(const T* p) {
+    return _mm512_loadu_si512(p);
+  }
+  template <class T>
+  static void store(T* p, __m512i v) {
+    _mm512_storeu_si512(p, v);
+  }
+  template <class T>
+  static Bytes splat(const T* p) {
+    std::int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+  }
+  static Bytes fill(std::uint8_t value) { return _mm512_set1_epi8(static_cast<char>(value)); }
+  // Of 16 bits: bits that cross into a neighbour are for the mask to drop.
+  template <int N>
+  static Bytes shift_right(Bytes v) {
+    return N ? _mm512_srli_epi16(v, N) : v;
+  }
+  template <int N>
+  static Bytes shift_left(Bytes v) {
+    return N ? _mm512_slli_epi16(v, N) : v;
+  }
+  static Bytes mask(Bytes v, int bits) {
+    return _mm512_and_si512(v, fill(static_cast<std::uint8_t>(bits)));
+  }
+  static Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+  static Bytes add(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+  static Bytes subtract(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
+  static Bytes lookup(const std::uint8_t* table, Bytes index) {
+    const auto quarter = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(quarter), index);
+  }
+  static Sums zero() { return _mm512_setzero_si512(); }
+
+  struct Narrow {
+    using Part = __m512i;
+    static Part zero() { return _mm512_setzero_si512(); }
+    static Part dot(Part part, Bytes u, Bytes s) { return _mm512_dpbusd_epi32(part, u, s); }
+    static Sums flush(Sums sums, Part part) { return _mm512_add_epi32(sums, part); }
+    static constexpr std::int64_t span(int, int) { return std::int64_t{1} << 40; }
+  };
+  using Wide = Narrow;
+};
+
+#include "kernels.inl"
+
+}  // namespace avx512
+}  // namespace subbyte
+
+#ifndef SUBBYTE_EMULATE
+#pragma GCC pop_options
+#endif
+
+namespace subbyte {
+const Kernels* avx512_kernels() {
+#ifdef SUBBYTE_EMULATE
+  return &avx512::kKernels;
+#else
+  const bool here = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  return here ? &avx512::kKernels : nullptr;
+#endif
+}
+}  // namespace subbyte
+
+#else
+namespace subbyte {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace subbyte
+#endif

@@ -1,0 +1,46 @@
+#!/bin/sh
+# Build tests/native/tiers.cpp with the C++ core and run it: run.sh host|san|avx512|neon.
+# What a machine lacks (Debian: libsimde-dev; g++-aarch64-linux-gnu and qemu-user) is skipped by name.
+set -eu
+cd "$(dirname "$0")/../.."
+core=src/subbyte/kernels/csrc
+out=build/native
+mkdir -p "$out"
+sources="tests/native/tiers.cpp"
+for file in "$core"/*.cpp; do
+  [ "$file" = "$core/bindings.cpp" ] || sources="$sources $file"
+done
+flags="-std=c++17 -O2 -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -ffp-contract=off -I$core"
+skip() {
+  echo "skipped: $1"
+  exit 0
+}
+case "$1" in
+  host)
+    ${CXX:-g++} $flags $sources -o "$out/host" -ldl
+    "$out/host"
+    ;;
+  san)
+    ${CXX:-g++} $flags -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
+      $sources -o "$out/san" -ldl
+    "$out/san"
+    ;;
+  avx512)
+    [ -e /usr/include/simde/x86/avx512.h ] || skip "no SIMDe headers to emulate AVX-512 with"
+    ${CXX:-g++} $flags -DSUBBYTE_EMULATE $sources -o "$out/avx512" -ldl
+    "$out/avx512"
+    ;;
+  neon)
+    command -v aarch64-linux-gnu-g++ > /dev/null || skip "no aarch64-linux-gnu-g++"
+    command -v qemu-aarch64 > /dev/null || skip "no qemu-aarch64"
+    aarch64-linux-gnu-g++ $flags $sources -static -o "$out/neon" -ldl 2> "$out/neon.log" || {
+      cat "$out/neon.log"
+      exit 1
+    }
+    qemu-aarch64 -cpu max "$out/neon"
+    ;;
+  *)
+    echo "run.sh $1: expected host, san, avx512 or neon" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,247 @@
+// Every tier of this binary against plain loops over the codes: integers, so equal or wrong.
+//
+// It needs no Python, so that it runs where only a compiler and an emulator are: AVX-512 under
+// SIMDe (make test-avx512), ARM under QEMU (make test-neon), any tier under sanitizers (make
+// test-san).
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "activations.hpp"
+#include "conv.hpp"
+#include "dispatch.hpp"
+#include "linear.hpp"
+#include "panels.hpp"
+#include "radix.hpp"
+
+using namespace subbyte;
+
+namespace {
+
+std::mt19937 generator(1);
+long checks = 0;
+
+int draw(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
+
+template <class... A>
+void require(bool holds, const char* format, A... arguments) {
+  ++checks;
+  if (holds) return;
+  std::fprintf(stderr, format, arguments...);
+  std::fputc('\n', stderr);
+  std::exit(1);
+}
+
+int digits_of(int levels) {
+  int digits = 0;
+  for (long double value = levels; value <= 18446744073709551616.0L; value *= levels) ++digits;
+  return digits;
+}
+
+struct Weight {
+  int levels, rows, k;
+  std::vector<std::uint8_t> codes, words;
+  std::vector<float> scale;
+  Affine affine;
+  std::vector<std::int32_t> order;
+
+  Weight(int levels, int rows, int k) : levels(levels), rows(rows), k(k), scale(rows) {
+    for (int i = 0; i < rows * k; ++i)
+      codes.push_back(static_cast<std::uint8_t>(draw(0, levels - 1)));
+    const int digits = digits_of(levels);
+    words.resize(8 * ((codes.size() + digits - 1) / digits));
+    radix_pack(codes.data(), codes.size(), levels, digits, words.data());
+    for (float& s : scale) s = 0.5f + static_cast<float>(draw(0, 100)) / 100;
+    affine = levels % 2 ? Affine{1, (levels - 1) / 2} : Affine{2, levels - 1};
+    for (int i = 0; i < k; ++i) order.push_back(i);
+  }
+  RadixCodes stored() const {
+    return {words.data(), words.size(), static_cast<unsigned>(levels),
+            static_cast<unsigned>(digits_of(levels))};
+  }
+  int value(int row, int i) const { return affine.factor * codes[row * k + i] - affine.center; }
+};
+
+std::vector<float> floats(std::size_t n) {
+  std::normal_distribution<float> normal;
+  std::vector<float> x(n);
+  for (float& value : x) value = normal(generator);
+  return x;
+}
+
+void check_quantize(const Kernels& tier) {
+  for (const int n : {1, 7, 64, 1000}) {
+    const std::vector<float> x = floats(n);
+    for (const int flip : {0, 0x80}) {
+      std::vector<std::int8_t> q(n + 32, 99);
+      const Quantized of = tier.quantize(x.data(), n, n + 32, flip, q.data());
+      float peak = 0;
+      for (const float value : x) peak = std::fmax(peak, std::fabs(value));
+      require(of.fits && of.scale == peak / 127.0f, "%s: scale of %d values", tier.name, n);
+      const float inverse = 127.0f / peak;
+      int sum = 0;
+      for (int i = 0; i < n; ++i) {
+        const int wanted = static_cast<int>(std::nearbyint(x[i] * inverse));
+        require(static_cast<std::int8_t>(q[i] ^ flip) == wanted, "%s: value %d", tier.name, i);
+        sum += wanted;
+      }
+      require(of.sum == sum, "%s: sum", tier.name);
+      for (int i = n; i < n + 32; ++i)
+        require(static_cast<std::uint8_t>(q[i]) == flip, "%s: padding", tier.name);
+    }
+  }
+  for (const float bad : {std::numeric_limits<float>::quiet_NaN(),
+                          std::numeric_limits<float>::infinity(), 1e-40f, 0.0f}) {
+    std::vector<float> x(40, std::fabs(bad) < 1 ? bad : 1.0f);
+    x[17] = bad;
+    std::vector<std::int8_t> q(64, 99);
+    const Quantized of = tier.quantize(x.data(), 40, 64, 0x80, q.data());
+    require(of.fits == (bad == 0.0f) && of.scale == 0.0f, "%s: %g has a scale", tier.name, bad);
+    for (const std::int8_t value : q)
+      require(static_cast<std::uint8_t>(value) == 0x80, "%s: %g is not 0", tier.name, bad);
+  }
+}
+
+void check_products(const Kernels& tier, int levels, int rows, int k) {
+  const Weight weight(levels, rows, k);
+  const Panel panel =
+      make_panel(weight.stored(), 0, rows, k, weight.order, weight.scale.data(), weight.affine);
+  const int length = static_cast<int>(panel.groups() * panel.traits().group());
+  std::vector<std::vector<std::int8_t>> q(kMaxTile, std::vector<std::int8_t>(length, 0));
+  for (auto& column : q)
+    for (int i = 0; i < k; ++i)
+      column[i] = static_cast<std::int8_t>(draw(0, 3) ? draw(-127, 127) : 127);
+  std::vector<std::int32_t> sums(kMaxTile * kBlockRows);
+  std::vector<std::int8_t> decoded(length * kBlockRows);
+  for (std::int64_t block = 0; block < panel.blocks(); ++block) {
+    const auto dot = [&](int row, const std::vector<std::int8_t>& x, bool codes) {
+      long sum = 0;
+      for (int i = 0; i < k; ++i)
+        sum += (codes ? weight.codes[row * k + i] : weight.value(row, i)) * x[i];
+      return sum;
+    };
+    for (int n = 1; n <= kMaxSmall; ++n) {
+      const std::int8_t* x[kMaxSmall];
+      for (int c = 0; c < n; ++c) x[c] = q[c].data();
+      tier.small(panel, block, x, n, sums.data());
+      for (int c = 0; c < n; ++c)
+        for (int r = 0; r < kBlockRows && block * kBlockRows + r < rows; ++r)
+          require(sums[c * kBlockRows + r] == dot(block * kBlockRows + r, q[c], true),
+                  "%s: small, %d levels, %d x %d, column %d of %d, row %d", tier.name, levels, rows,
+                  k, c, n, r);
+    }
+    tier.decode(panel, block, decoded.data());
+    for (int i = 0; i < length; ++i)
+      for (int r = 0; r < kBlockRows; ++r) {
+        const int row = static_cast<int>(block) * kBlockRows + r;
+        if (row >= rows) continue;
+        require(decoded[i / 4 * kRunBytes + 4 * r + i % 4] == (i < k ? weight.value(row, i) : 0),
+                "%s: decode, %d levels, row %d, k %d", tier.name, levels, row, i);
+      }
+    std::vector<std::vector<std::uint8_t>> flipped;
+    const std::uint8_t* x[kMaxTile];
+    for (auto& column : q) {
+      flipped.emplace_back(length);
+      for (int i = 0; i < length; ++i)
+        flipped.back()[i] = static_cast<std::uint8_t>(column[i] ^ tier.flip);
+    }
+    for (int c = 0; c < kMaxTile; ++c) x[c] = flipped[c].data();
+    const std::int32_t first = length / 8, lengths[2] = {first, length / 4 - first};
+    const std::int64_t offsets[2] = {0, 4 * first};
+    tier.multiply(decoded.data(), panel.max_abs, Runs{2, offsets, lengths}, x, sums.data());
+    for (int c = 0; c < tier.tile; ++c)
+      for (int r = 0; r < kBlockRows && block * kBlockRows + r < rows; ++r) {
+        const int row = static_cast<int>(block) * kBlockRows + r;
+        const long excess = tier.flip ? 128L * panel.row_sum[row] : 0;
+        require(sums[c * kBlockRows + r] - excess == dot(row, q[c], false),
+                "%s: multiply, %d levels, %d x %d, column %d, row %d", tier.name, levels, rows, k,
+                c, r);
+      }
+  }
+}
+
+// Whole layers: the drivers' indexing, against the same product of rounded activations.
+void check_linear(const Kernels& tier, int levels, int rows, int k, int n) {
+  const Weight weight(levels, rows, k);
+  const Panel panel =
+      make_panel(weight.stored(), 0, rows, k, weight.order, weight.scale.data(), weight.affine);
+  const std::vector<float> x = floats(n * k), bias = floats(rows);
+  std::vector<float> y(n * rows);
+  const auto odd = linear(tier, panel, x.data(), n, y.data(), bias.data(), Precision::kInt8, 2);
+  require(odd.empty(), "%s: linear found odd rows", tier.name);
+  std::vector<std::int8_t> q(k);
+  for (int i = 0; i < n; ++i) {
+    const Quantized of = tier.quantize(x.data() + i * k, k, k, 0, q.data());
+    for (int r = 0; r < rows; ++r) {
+      long sum = 0;
+      for (int j = 0; j < k; ++j) sum += static_cast<long>(weight.value(r, j)) * q[j];
+      const float value = static_cast<float>(sum) * (of.scale * weight.scale[r]) + bias[r];
+      require(y[i * rows + r] == value, "%s: linear, %d levels, %d x %d, row %d of %d", tier.name,
+              levels, rows, k, i, n);
+    }
+  }
+}
+
+void check_conv(const Kernels& tier, int levels, const ConvShape& s, int n, int h, int w) {
+  const int in = static_cast<int>(s.in_group()), rows = static_cast<int>(s.out_channels);
+  const int kh = static_cast<int>(s.kernel_h), kw = static_cast<int>(s.kernel_w);
+  const Weight weight(levels, rows, in * kh * kw);
+  const ConvPanels panels(s, weight.stored(), weight.scale.data(), weight.affine);
+  const int oh = static_cast<int>(s.out_h(h)), ow = static_cast<int>(s.out_w(w));
+  const int c_all = static_cast<int>(s.channels);
+  const std::vector<float> x = floats(n * c_all * h * w), bias = floats(rows);
+  std::vector<float> y(n * rows * oh * ow);
+  conv2d(tier, panels, x.data(), n, h, w, false, y.data(), false, bias.data(), Precision::kInt8, 2);
+  std::vector<std::int8_t> q(c_all * h * w);
+  for (int i = 0; i < n; ++i) {
+    const int size = c_all * h * w;
+    const Quantized of = tier.quantize(x.data() + i * size, size, size, 0, q.data());
+    for (int r = 0; r < rows; ++r)
+      for (int oy = 0; oy < oh; ++oy)
+        for (int ox = 0; ox < ow; ++ox) {
+          long sum = 0;
+          const int group = r / (rows / static_cast<int>(s.groups));
+          for (int c = 0; c < in; ++c)
+            for (int ky = 0; ky < kh; ++ky)
+              for (int kx = 0; kx < kw; ++kx) {
+                const int iy = oy * static_cast<int>(s.stride_h) +
+                               ky * static_cast<int>(s.dilation_h) - static_cast<int>(s.top);
+                const int ix = ox * static_cast<int>(s.stride_w) +
+                               kx * static_cast<int>(s.dilation_w) - static_cast<int>(s.left);
+                if (iy < 0 || ix < 0 || iy >= h || ix >= w) continue;
+                sum += static_cast<long>(weight.value(r, (c * kh + ky) * kw + kx)) *
+                       q[((group * in + c) * h + iy) * w + ix];
+              }
+          const float value = static_cast<float>(sum) * (of.scale * weight.scale[r]) + bias[r];
+          require(y[((i * rows + r) * oh + oy) * ow + ox] == value,
+                  "%s: conv, %d levels, image %d, channel %d, pixel %d %d", tier.name, levels, i, r,
+                  oy, ox);
+        }
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const Kernels* tier : tiers()) {
+    checks = 0;
+    check_quantize(*tier);
+    for (const int levels : {2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 18, 33, 127, 128, 255})
+      for (const int rows : {1, 32, 45})
+        for (const int k : {1, 31, 100, 700}) check_products(*tier, levels, rows, k);
+    for (const int levels : {2, 3, 5, 16, 17, 128})
+      for (const int n : {1, 5, 8, 9, 30}) check_linear(*tier, levels, 37, 90, n);
+    const ConvShape shapes[] = {
+        {3, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1}, {5, 9, 3, 2, 2, 1, 1, 1, 0, 2, 1, 3, 1},
+        {8, 40, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1}, {6, 10, 3, 3, 1, 2, 2, 2, 2, 2, 2, 2, 1},
+        {8, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 2}, {35, 35, 5, 3, 2, 2, 1, 2, 2, 2, 1, 1, 35},
+        {3, 10, 7, 7, 2, 2, 1, 1, 3, 3, 3, 3, 1},
+    };
+    for (const ConvShape& shape : shapes)
+      for (const int levels : {3, 5, 16, 17, 128}) check_conv(*tier, levels, shape, 2, 9, 8);
+    std::printf("%s: %ld checks passed\n", tier->name, checks);
+  }
+}
