@@ -247,6 +247,16 @@ void decode(const Panel& panel, std::int64_t block, std::int8_t* out) {
   for (std::int64_t k = panel.k; k < panel.groups() * panel.traits().group(); ++k) clear(k);
 }
 
+// Keeps the compiler from computing all products before it adds the first one up: it would run out
+// of registers.
+template <class T>
+inline T in_order(T value) {
+#if defined(__GNUC__) && defined(__x86_64__) && !defined(SUBBYTE_EMULATE)
+  if constexpr (sizeof(T) >= 32) asm volatile("" : "+x"(value));
+#endif
+  return value;
+}
+
 template <class Dots, int R, int N>
 void multiply_rows(const std::int8_t* weights, std::int64_t span, const Runs& runs,
                    const std::uint8_t* const* x, std::int32_t* sums, int row) {
@@ -267,7 +277,9 @@ void multiply_rows(const std::int8_t* weights, std::int64_t span, const Runs& ru
         for (int r = 0; r < R; ++r) weight[r] = V::load(w + r * V::kBytes);
         for (int n = 0; n < N; ++n) {
           const auto value = V::splat(column[n] + 4 * i);
-          for (int r = 0; r < R; ++r) part[r][n] = Dots::dot(part[r][n], value, weight[r]);
+          for (int r = 0; r < R; ++r) {
+            part[r][n] = in_order(Dots::dot(part[r][n], value, weight[r]));
+          }
         }
       }
       for (int r = 0; r < R; ++r)
