@@ -140,7 +140,7 @@ def test_train_leaves_a_file_that_inspect_and_evaluate_read(tmp_path, monkeypatc
     assert result["bytes"] == Path(result["file"]).stat().st_size
     assert len(result["history"]) == 1
     _, out, _ = in_process(monkeypatch, capsys, "evaluate", result["file"], "--data", "digits",
-                           "--json")  # fmt: skip
+                           "--precision", "float32", "--json")  # fmt: skip
     assert json.loads(out)["top1"] == result["top1"]
     assert size_report(result["file"]).layers[0].levels == 3
     again = ("--resume", "--set", f"out={tmp_path}/out", "--set", "train.epochs=2")

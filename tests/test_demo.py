@@ -30,8 +30,8 @@ def test_the_demo_compares_three_versions(short, tmp_path):
 def test_the_demo_fails_when_a_file_disagrees(short, tmp_path, monkeypatch):
     real = demo.artifact.load
 
-    def wrong(path):
-        net = real(path)
+    def wrong(path, precision):
+        net = real(path, precision=precision)
         net.classifier[1].packed.scale.mul_(1.01)
         return net
 

@@ -293,7 +293,7 @@ def test_norms_move_by_what_quantization_moved(net, images):
     model.load_state_dict(net.state_dict())
     model.eval()
     correct_norms(model, layers, images[0])
-    quantized = sb.pack(model, layers)
+    quantized = sb.pack(model, layers, precision="float32")
     seen = {}
 
     def remember(where):
@@ -316,7 +316,7 @@ def test_norms_move_by_what_quantization_moved(net, images):
     grown = (model.features[1].running_var / net.features[1].running_var).double()
     assert torch.allclose(grown, ratio, rtol=1e-4)
     target = net(images[0]).detach()
-    plain = float(divergence(sb.pack(net, layers)(images[0]), target))
+    plain = float(divergence(sb.pack(net, layers, precision="float32")(images[0]), target))
     assert float(divergence(quantized(images[0]), target)) < plain
 
 
@@ -354,7 +354,9 @@ def test_tuning_lowers_the_divergence_at_every_rank(net, images, rank):
         assert (layer.adapter is None) == (waist[name].adapter is None)
     target = net(images[0]).detach()
     before = float(divergence(start.model(images[0]), target))
-    after = float(divergence(sb.pack(done.model, done.layers)(images[0]), target))
+    after = float(
+        divergence(sb.pack(done.model, done.layers, precision="float32")(images[0]), target)
+    )
     assert after < 0.9 * before
 
 

@@ -98,7 +98,7 @@ def test_a_module_used_twice_is_no_tie():
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.ReLU(), shared)
     sb.prepare(model, FIVE)
-    net = sb.pack(model, sb.freeze(model))
+    net = sb.pack(model, sb.freeze(model), precision="float32")
     assert net[0] is net[2]
     x = torch.randn(3, 4)
     assert torch.equal(net(x), model(x))

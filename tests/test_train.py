@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -193,6 +194,21 @@ def test_the_loss_is_label_smoothed_cross_entropy(smoothing):
     loss, correct = update.update(state, X, Y, config, 0.0)
     assert loss == pytest.approx(-(target * log_p).sum(1).mean().item(), rel=1e-5)
     assert correct == (log_p.argmax(1) == Y).sum()
+
+
+def test_a_teacher_has_nine_tenths_of_the_loss_at_temperature_two():
+    torch.manual_seed(1)
+    teacher, (state, config) = Tiny(), tiny_state()
+    before = copy.deepcopy(teacher)
+    state = replace(state, teacher=teacher)
+    with torch.no_grad():
+        ours, theirs = (m.linear(flat(X)).double() for m in (state.model, teacher))
+    p, q = (theirs / 2).softmax(1), (ours / 2).softmax(1)
+    soft = 4 * (p * (p / q).log()).sum(1).mean()
+    hard = F.cross_entropy(ours, Y)
+    loss, _ = update.update(state, X, Y, config, 0.0)
+    assert loss == pytest.approx((0.1 * hard + 0.9 * soft).item(), rel=1e-5)
+    assert same(teacher, before)
 
 
 @pytest.mark.parametrize(("clip", "expected"), [(1e-3, 1e-3), (1e3, None), (0.0, None)])
@@ -529,6 +545,10 @@ def test_digits_in_float_and_on_from_the_saved_weights(tmp_path):
     assert all(torch.equal(continued[k], v) for k, v in saved.items() if k.endswith("weight"))
     with pytest.raises(SubbyteError, match=r"no weights file .*absent"):
         train(replace(config, model=ModelConfig("digitsnet", weights="absent")))
+    with pytest.raises(SubbyteError, match="absent"):
+        train(replace(config, train=replace(config.train, teacher="absent")))
+    taught = train(replace(config, train=replace(config.train, teacher=str(result.file))))
+    assert taught.history[-1].train_loss != result.history[-1].train_loss
 
 
 def test_digits_in_three_levels_and_the_file_scores_the_same(tmp_path, capfd):
@@ -548,7 +568,8 @@ def test_digits_in_three_levels_and_the_file_scores_the_same(tmp_path, capfd):
 
 
 def test_the_saved_score_is_of_the_file_that_was_read(tmp_path, monkeypatch):
-    def wiped(path):
+    def wiped(path, precision):
+        assert precision == "float32"
         assert path == tmp_path / "net.safetensors"
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 10).apply(zeroed))
 
