@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--images", type=int, default=1000)
     options = parser.parse_args()
-    net = artifact.load(options.file)
+    net = artifact.load(options.file, precision="float32")
     data = load_images(options.data, "test").head(options.images)
     versions = {
         "kept": net,
