@@ -116,15 +116,15 @@ template <>
 struct Format<Packing::kQuints3> {
   template <int P>
   static V::Bytes digit(const std::uint8_t* runs) {
-    // nibble n to n % 5 in the low half of a byte and n / 5 in the high one
-    alignas(16) static constexpr std::uint8_t kTable[16] = {0,  1,  2,  3,  4,  16, 17, 18,
-                                                            19, 20, 32, 33, 34, 35, 36, 48};
-    const auto v = V::load(runs);
-    const auto high = [&] { return V::lookup(kTable, field<4, 1>(runs)); };
-    const auto low = [&] { return V::lookup(kTable, V::mask(v, 15)); };
-    if constexpr (P == 0) return V::mask(high(), 15);
-    if constexpr (P == 1) return V::mask(V::template shift_right<4>(V::add(high(), low())), 15);
-    return V::mask(low(), 15);
+    // a nibble n is 5 times a part of the second digit and one of the others
+    alignas(16) static constexpr std::uint8_t kRest[16] = {0, 1, 2, 3, 4, 0, 1, 2,
+                                                           3, 4, 0, 1, 2, 3, 4, 0};
+    alignas(16) static constexpr std::uint8_t kFives[16] = {0, 0, 0, 0, 0, 1, 1, 1,
+                                                            1, 1, 2, 2, 2, 2, 2, 3};
+    const auto high = field<4, 1>(runs), low = field<4, 0>(runs);
+    if constexpr (P == 0) return V::lookup(kRest, high);
+    if constexpr (P == 1) return V::add(V::lookup(kFives, high), V::lookup(kFives, low));
+    return V::lookup(kRest, low);
   }
 };
 
@@ -139,6 +139,16 @@ inline void each(F&& f) {
 }
 
 // ---------------------------------------------------------------- few columns
+
+// Keeps the compiler from computing all products before it adds the first one up: it would run out
+// of registers.
+template <class T>
+inline T in_order(T value) {
+#if defined(__GNUC__) && defined(__x86_64__) && !defined(SUBBYTE_EMULATE)
+  if constexpr (sizeof(T) >= 32) asm volatile("" : "+x"(value));
+#endif
+  return value;
+}
 
 // V::kBytes / 4 * R rows from `row` on, N columns.
 template <Packing P, class Dots, int R, int N>
@@ -156,14 +166,25 @@ void small_rows(const std::uint8_t* runs, std::int64_t groups, const std::int8_t
     for (auto& line : part)
       for (auto& sum : line) sum = Dots::zero();
     for (; g < stop; ++g, run += t.vectors * kRunBytes)
-      each<t.positions>([&](auto position) {
-        typename V::Bytes column[N];
-        for (int n = 0; n < N; ++n) column[n] = V::splat(x[n] + g * t.group() + 4 * position);
-        for (int r = 0; r < R; ++r) {
-          const auto digit = Format<P>::template digit<position>(run + r * V::kBytes);
-          for (int n = 0; n < N; ++n) part[r][n] = Dots::dot(part[r][n], digit, column[n]);
-        }
-      });
+      if constexpr (N == 1) {  // a register a position; every run is read once
+        typename V::Bytes column[t.positions];
+        for (int p = 0; p < t.positions; ++p) column[p] = V::splat(x[0] + g * t.group() + 4 * p);
+        for (int r = 0; r < R; ++r)
+          each<t.positions>([&](auto position) {
+            const auto digit = Format<P>::template digit<position>(run + r * V::kBytes);
+            part[r][0] = in_order(Dots::dot(part[r][0], digit, column[position]));
+          });
+      } else {
+        each<t.positions>([&](auto position) {
+          typename V::Bytes column[N];
+          for (int n = 0; n < N; ++n) column[n] = V::splat(x[n] + g * t.group() + 4 * position);
+          for (int r = 0; r < R; ++r) {
+            const auto digit = Format<P>::template digit<position>(run + r * V::kBytes);
+            for (int n = 0; n < N; ++n)
+              part[r][n] = in_order(Dots::dot(part[r][n], digit, column[n]));
+          }
+        });
+      }
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < N; ++n) total[r][n] = Dots::flush(total[r][n], part[r][n]);
   }
@@ -245,16 +266,6 @@ void decode(const Panel& panel, std::int64_t block, std::int8_t* out) {
   };
   for (const std::int32_t k : panel.padding) clear(k);
   for (std::int64_t k = panel.k; k < panel.groups() * panel.traits().group(); ++k) clear(k);
-}
-
-// Keeps the compiler from computing all products before it adds the first one up: it would run out
-// of registers.
-template <class T>
-inline T in_order(T value) {
-#if defined(__GNUC__) && defined(__x86_64__) && !defined(SUBBYTE_EMULATE)
-  if constexpr (sizeof(T) >= 32) asm volatile("" : "+x"(value));
-#endif
-  return value;
 }
 
 template <class Dots, int R, int N>

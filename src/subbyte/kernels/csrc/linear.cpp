@@ -49,10 +49,10 @@ struct Sink {
       const Quantized& column = columns.of[first + c];
       float* out = y + (first + c) / columns.planes * panel.rows + row;
       const bool opens = (first + c) % columns.planes == 0;
-      for (int r = 0; r < rows; ++r) {
-        const float value = static_cast<float>(t(c, r)) * (column.scale * panel.scale[row + r]);
-        out[r] = value + (opens ? (bias ? bias[row + r] : 0.0f) : out[r]);
-      }
+      const float* start = opens ? (bias ? bias + row : nullptr) : out;
+      const float* scale = panel.scale.data() + row;
+      for (int r = 0; r < rows; ++r)
+        out[r] = static_cast<float>(t(c, r)) * (column.scale * scale[r]) + (start ? start[r] : 0.0f);
     }
   }
 };

@@ -58,7 +58,9 @@ struct V {
     using Part = __m256i;
     static Part zero() { return _mm256_setzero_si256(); }
     static Part dot(Part part, Bytes u, Bytes s) {
-      return _mm256_add_epi16(part, _mm256_maddubs_epi16(u, s));
+      const __m256i products = _mm256_maddubs_epi16(u, s);
+      asm volatile("vpaddw %1, %0, %0" : "+x"(part) : "x"(products));  // here and now: see in_order
+      return part;
     }
     static Sums flush(Sums sums, Part part) {
       return _mm256_add_epi32(sums, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));
