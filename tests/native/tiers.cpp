@@ -72,12 +72,19 @@ std::vector<float> floats(std::size_t n) {
   return x;
 }
 
+// One column, as the drivers round it; q is padded with the zero of `flip`.
+Quantized quantize(const Kernels& tier, const float* x, int n, std::uint8_t flip, std::int8_t* q) {
+  const Quantized of = scale_of(tier.peak(x, n));
+  round_planes(tier, x, n, of, flip, 1, q, 0);
+  return of;
+}
+
 void check_quantize(const Kernels& tier) {
   for (const int n : {1, 7, 64, 1000}) {
     const std::vector<float> x = floats(n);
     for (const int flip : {0, 0x80}) {
-      std::vector<std::int8_t> q(n + 32, 99);
-      const Quantized of = tier.quantize(x.data(), n, n + 32, flip, q.data());
+      std::vector<std::int8_t> q(n);
+      const Quantized of = quantize(tier, x.data(), n, flip, q.data());
       float peak = 0;
       for (const float value : x) peak = std::fmax(peak, std::fabs(value));
       require(of.fits && of.scale == peak / 127.0f, "%s: scale of %d values", tier.name, n);
@@ -88,20 +95,38 @@ void check_quantize(const Kernels& tier) {
         require(static_cast<std::int8_t>(q[i] ^ flip) == wanted, "%s: value %d", tier.name, i);
         sum += wanted;
       }
-      require(of.sum == sum, "%s: sum", tier.name);
-      for (int i = n; i < n + 32; ++i)
-        require(static_cast<std::uint8_t>(q[i]) == flip, "%s: padding", tier.name);
+      if (!flip) require(tier.sum(q.data(), n) == sum, "%s: sum", tier.name);
     }
   }
   for (const float bad : {std::numeric_limits<float>::quiet_NaN(),
                           std::numeric_limits<float>::infinity(), 1e-40f, 0.0f}) {
     std::vector<float> x(40, std::fabs(bad) < 1 ? bad : 1.0f);
     x[17] = bad;
-    std::vector<std::int8_t> q(64, 99);
-    const Quantized of = tier.quantize(x.data(), 40, 64, 0x80, q.data());
+    std::vector<std::int8_t> q(40, 99);
+    const Quantized of = quantize(tier, x.data(), 40, 0x80, q.data());
     require(of.fits == (bad == 0.0f) && of.scale == 0.0f, "%s: %g has a scale", tier.name, bad);
     for (const std::int8_t value : q)
       require(static_cast<std::uint8_t>(value) == 0x80, "%s: %g is not 0", tier.name, bad);
+  }
+}
+
+// The products of 8 bits that one 16-bit sum holds, at its fullest.
+void check_depthwise(const Kernels& tier) {
+  for (const int largest : {1, 8, 127}) {
+    const int taps = 25, span = 32767 / (127 * largest);
+    std::vector<std::int16_t> weights(taps * kBlockRows);
+    std::vector<std::int8_t> x(taps * 40 + kBlockRows);
+    for (auto& value : weights) value = static_cast<std::int16_t>(draw(0, 1) ? largest : -largest);
+    for (auto& value : x) value = static_cast<std::int8_t>(draw(0, 3) ? 127 : draw(-127, 127));
+    std::vector<std::int64_t> offset(taps);
+    for (int i = 0; i < taps; ++i) offset[i] = i * 40;
+    std::int32_t sums[kBlockRows];
+    tier.depthwise(weights.data(), span, x.data(), offset.data(), taps, sums);
+    for (int r = 0; r < kBlockRows; ++r) {
+      int sum = 0;
+      for (int i = 0; i < taps; ++i) sum += weights[i * kBlockRows + r] * x[offset[i] + r];
+      require(sums[r] == sum, "%s: depthwise, weights to %d, row %d", tier.name, largest, r);
+    }
   }
 }
 
@@ -155,7 +180,7 @@ void check_products(const Kernels& tier, int levels, int rows, int k) {
     for (int c = 0; c < tier.tile; ++c)
       for (int r = 0; r < kBlockRows && block * kBlockRows + r < rows; ++r) {
         const int row = static_cast<int>(block) * kBlockRows + r;
-        const long excess = tier.flip ? 128L * panel.row_sum[row] : 0;
+        const long excess = panel.excess(tier.flip, block)[r];
         require(sums[c * kBlockRows + r] - excess == dot(row, q[c], false),
                 "%s: multiply, %d levels, %d x %d, column %d, row %d", tier.name, levels, rows, k,
                 c, r);
@@ -174,7 +199,7 @@ void check_linear(const Kernels& tier, int levels, int rows, int k, int n) {
   require(odd.empty(), "%s: linear found odd rows", tier.name);
   std::vector<std::int8_t> q(k);
   for (int i = 0; i < n; ++i) {
-    const Quantized of = tier.quantize(x.data() + i * k, k, k, 0, q.data());
+    const Quantized of = quantize(tier, x.data() + i * k, k, 0, q.data());
     for (int r = 0; r < rows; ++r) {
       long sum = 0;
       for (int j = 0; j < k; ++j) sum += static_cast<long>(weight.value(r, j)) * q[j];
@@ -198,7 +223,7 @@ void check_conv(const Kernels& tier, int levels, const ConvShape& s, int n, int 
   std::vector<std::int8_t> q(c_all * h * w);
   for (int i = 0; i < n; ++i) {
     const int size = c_all * h * w;
-    const Quantized of = tier.quantize(x.data() + i * size, size, size, 0, q.data());
+    const Quantized of = quantize(tier, x.data() + i * size, size, 0, q.data());
     for (int r = 0; r < rows; ++r)
       for (int oy = 0; oy < oh; ++oy)
         for (int ox = 0; ox < ow; ++ox) {
@@ -229,6 +254,7 @@ int main() {
   for (const Kernels* tier : tiers()) {
     checks = 0;
     check_quantize(*tier);
+    check_depthwise(*tier);
     for (const int levels : {2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 18, 33, 127, 128, 255})
       for (const int rows : {1, 32, 45})
         for (const int k : {1, 31, 100, 700}) check_products(*tier, levels, rows, k);

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "kernels.hpp"
 
@@ -18,10 +17,19 @@ enum class Precision {
 
 constexpr int planes_of(Precision precision) { return precision == Precision::kInt16 ? 2 : 1; }
 
-// The planes of one column x [n]: plane p is q[p * stride ...], with of[p]. Bytes up to `padded`
-// are 0. Every byte is xored with `flip`.
-void quantize_column(const Kernels& kernels, const float* x, std::int64_t n, std::int64_t padded,
-                     std::uint8_t flip, int planes, std::int8_t* q, std::int64_t stride,
-                     Quantized* of);
+// x = scale * q with q in -127..127; a second plane has q / 128 of the same scale.
+struct Quantized {
+  float scale = 0.0f, inverse = 0.0f;  // 0 for zeros only and where nothing fits
+  bool fits = true;  // false: no scale suits x (NaN, infinity, only tiny values); q is 0
+
+  float of_plane(int plane) const { return plane ? scale / 128.0f : scale; }
+};
+
+// For a column whose largest magnitude has these bits (`Kernels::peak`).
+Quantized scale_of(std::int32_t peak);
+
+// The planes of x [n]: plane p is q[p * stride ...]. Every byte is xored with `flip`.
+void round_planes(const Kernels& kernels, const float* x, std::int64_t n, const Quantized& of,
+                  std::uint8_t flip, int planes, std::int8_t* q, std::int64_t stride);
 
 }  // namespace subbyte

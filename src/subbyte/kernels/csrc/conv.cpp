@@ -44,154 +44,219 @@ struct Window {
 // One plane of one image of 8-bit activations, padded: [groups][height][width][channels of a
 // group].
 struct Frame {
-  std::int64_t channels, height, width;  // of one group
+  std::int64_t groups, channels, height, width;  // channels of one group
   std::int64_t row() const { return width * channels; }
   std::int64_t group_bytes() const { return height * row(); }
+  std::int64_t bytes() const { return groups * group_bytes(); }
 };
-
-// Channels together: from [c][h * w] to rows of a frame.
-void interleave(const std::int8_t* q, std::int64_t h, std::int64_t w, std::int64_t channels,
-                std::int8_t* out, std::int64_t row) {
-  for (std::int64_t y = 0; y < h; ++y)
-    for (std::int64_t c0 = 0; c0 < channels; c0 += 16) {
-      const std::int64_t c1 = std::min(channels, c0 + 16);
-      for (std::int64_t x = 0; x < w; ++x)
-        for (std::int64_t c = c0; c < c1; ++c)
-          out[y * row + x * channels + c] = q[(c * h + y) * w + x];
-    }
-}
-
-// The channels of one group: from [h * w][all channels] to rows of a frame.
-void gather(const std::int8_t* q, std::int64_t h, std::int64_t w, std::int64_t all,
-            std::int64_t channels, std::int8_t* out, std::int64_t row) {
-  for (std::int64_t y = 0; y < h; ++y) {
-    if (all == channels) {
-      std::memcpy(out + y * row, q + y * w * all, w * all);
-      continue;
-    }
-    for (std::int64_t x = 0; x < w; ++x)
-      std::memcpy(out + y * row + x * channels, q + (y * w + x) * all, channels);
-  }
-}
 
 struct Call {
   const Kernels& kernels;
   const ConvPanels& weight;
   std::int64_t n, h, w;
   bool x_last, y_last;
-  int planes;
+  int planes, threads;
   Frame frame;
-  std::int64_t groups;  // as frames and panels see them: 1 for depthwise
   std::uint8_t flip;
 
-  std::int64_t plane_bytes() const { return groups * frame.group_bytes(); }
+  const ConvShape& shape() const { return weight.shape(); }
+  std::int64_t values() const { return shape().channels * h * w; }  // of an image
 };
 
-// All planes of one image. q: [planes][plane_bytes]; raw: scratch of h * w * channels * planes.
-void fill_frame(const Call& call, const float* image, std::int8_t* raw, std::int8_t* q,
-                Quantized* of) {
-  const ConvShape& s = call.weight.shape();
-  const std::int64_t values = s.channels * call.h * call.w;
-  const Frame& frame = call.frame;
-  quantize_column(call.kernels, image, values, values, call.flip, call.planes, raw, values, of);
-  if (s.top | s.bottom | s.left | s.right)
-    std::memset(q, call.flip, call.planes * call.plane_bytes());
-  for (int plane = 0; plane < call.planes; ++plane, raw += values)
-    for (std::int64_t g = 0; g < call.groups; ++g, q += frame.group_bytes()) {
-      std::int8_t* inside = q + s.top * frame.row() + s.left * frame.channels;
-      if (call.x_last)
-        gather(raw + g * frame.channels, call.h, call.w, s.channels, frame.channels, inside,
-               frame.row());
-      else
-        interleave(raw + g * frame.channels * call.h * call.w, call.h, call.w, frame.channels,
-                   inside, frame.row());
+// The scales of all images.
+std::vector<Quantized> scales(const Call& call, const float* x) {
+  const std::int64_t parts = (call.threads + call.n - 1) / call.n;
+  std::vector<std::int32_t> peaks(call.n * parts);
+  parallel(call.threads, call.n * parts, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t part = i % parts, first = call.values() * part / parts;
+      const std::int64_t count = call.values() * (part + 1) / parts - first;
+      peaks[i] = call.kernels.peak(x + i / parts * call.values() + first, count);
     }
+  });
+  std::vector<Quantized> of(call.n);
+  for (std::int64_t i = 0; i < call.n; ++i)
+    of[i] = scale_of(*std::max_element(&peaks[i * parts], &peaks[i * parts] + parts));
+  return of;
 }
 
-// ---------------------------------------------------------------- results
-
-// Where the values of one image go.
-struct Sink {
-  float* y;  // of the image
-  std::int64_t channels, pixels;
-  bool last;  // channels last
-  const float* bias;
-
-  // sums: [n][32] of pixels `first` on and rows `row` on, exact; planes after the first are added.
-  template <class T>
-  void write(std::int64_t row, int rows, std::int64_t first, std::int64_t n, float scale,
-             const float* row_scale, bool opens, T sum) const {
-    for (int r = 0; r < rows; ++r) {
-      const float factor = scale * row_scale[r];
-      const float start = bias ? bias[row + r] : 0.0f;
-      float* out = last ? y + first * channels + row + r : y + (row + r) * pixels + first;
-      const std::int64_t step = last ? channels : 1;
-      for (std::int64_t i = 0; i < n; ++i, out += step)
-        *out = static_cast<float>(sum(i, r)) * factor + (opens ? start : *out);
-    }
+// Channels together: from [channels][stride] to [n][channels].
+void interleave(const std::int8_t* q, std::int64_t stride, std::int64_t n, std::int64_t channels,
+                std::int8_t* out) {
+  constexpr std::int64_t kTile = 16;
+  for (std::int64_t c0 = 0; c0 < channels; c0 += kTile) {
+    const std::int64_t c1 = std::min(channels, c0 + kTile);
+    for (std::int64_t i = 0; i < n; ++i)
+      for (std::int64_t c = c0; c < c1; ++c) out[i * channels + c] = q[c * stride + i];
   }
-};
+}
+
+// Rows [first, last) of one image into its frame, all planes. q: of the image's first plane.
+void fill_rows(const Call& call, const float* image, const Quantized& of, std::int64_t first,
+               std::int64_t last, std::int8_t* q) {
+  thread_local Buffer scratch;
+  const ConvShape& s = call.shape();
+  const Frame& frame = call.frame;
+  const std::int64_t w = call.w, rows = last - first, count = s.channels * rows * w;
+  const std::int64_t before = s.left * frame.channels, after = s.right * frame.channels;
+  for (std::int64_t i = 0; i < call.planes * frame.groups; ++i)
+    for (std::int64_t y = s.top + first; y < s.top + last; ++y) {
+      std::int8_t* row = q + i * frame.group_bytes() + y * frame.row();
+      std::memset(row, call.flip, before);
+      std::memset(row + frame.row() - after, call.flip, after);
+    }
+  q += s.top * frame.row() + before;
+  if (call.x_last && frame.groups == 1) {
+    for (std::int64_t y = first; y < last; ++y)
+      round_planes(call.kernels, image + y * w * s.channels, w * s.channels, of, call.flip,
+                   call.planes, q + y * frame.row(), frame.bytes());
+    return;
+  }
+  auto* raw = reinterpret_cast<std::int8_t*>(scratch.reserve(call.planes * count));
+  if (call.x_last) {
+    round_planes(call.kernels, image + first * w * s.channels, count, of, call.flip, call.planes,
+                 raw, count);
+  } else {
+    for (std::int64_t c = 0; c < s.channels; ++c)
+      round_planes(call.kernels, image + (c * call.h + first) * w, rows * w, of, call.flip,
+                   call.planes, raw + c * rows * w, count);
+  }
+  for (int plane = 0; plane < call.planes; ++plane, raw += count)
+    for (std::int64_t g = 0; g < frame.groups; ++g, q += frame.group_bytes())
+      for (std::int64_t y = first; y < last; ++y) {
+        std::int8_t* out = q + y * frame.row();
+        if (!call.x_last)
+          interleave(raw + (g * frame.channels * rows + y - first) * w, rows * w, w, frame.channels,
+                     out);
+        else
+          for (std::int64_t x = 0; x < w; ++x)
+            std::memcpy(out + x * frame.channels,
+                        raw + ((y - first) * w + x) * s.channels + g * frame.channels,
+                        frame.channels);
+      }
+}
+
+// All images as frames [n][planes].
+void fill_frames(const Call& call, const float* x, const std::vector<Quantized>& of,
+                 std::int8_t* q) {
+  const std::int64_t frames = call.planes * call.frame.bytes();
+  const std::int64_t parts = std::min(call.h, (2 * call.threads + call.n - 1) / call.n);
+  parallel(call.threads, call.n * parts, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t image = i / parts, part = i % parts;
+      fill_rows(call, x + image * call.values(), of[image], call.h * part / parts,
+                call.h * (part + 1) / parts, q + image * frames);
+    }
+  });
+  const ConvShape& s = call.shape();
+  const std::int64_t above = s.top * call.frame.row(), below = s.bottom * call.frame.row();
+  for (std::int64_t i = 0; i < call.n * call.planes * call.frame.groups; ++i) {
+    std::int8_t* frame = q + i * call.frame.group_bytes();
+    std::memset(frame, call.flip, above);
+    std::memset(frame + call.frame.group_bytes() - below, call.flip, below);
+  }
+}
 
 // ---------------------------------------------------------------- products
 
 constexpr std::int64_t kChunk = 64;  // pixels of a task
 
-struct Decoded {
-  std::int64_t block_bytes;
-  const std::int8_t* data;
+// A task: pixels [first, first + n) of one image, for one block of rows of one group.
+struct Task {
+  std::int64_t block, row, rows;  // row: the first output channel, of all groups
+  const Panel& panel;
+  const std::int8_t* weights;  // decoded
+  std::int64_t first, n, out_w;
 };
 
-// Pixels [first, last) of one image and one block of rows, one plane.
-void convolve_block(const Call& call, const Panel& panel, const std::int8_t* weights,
-                    std::int64_t block, std::int64_t group, const Runs& runs, const std::uint8_t* q,
-                    std::int64_t first, std::int64_t last, std::int64_t out_w,
-                    const Quantized& quantized, bool opens, const Sink& sink) {
-  const ConvShape& s = call.weight.shape();
+// Calls use(pixel counted from task.first, its bytes in a frame) for every pixel of a task.
+template <class F>
+void each_pixel(const Call& call, const Task& task, F&& use) {
+  const ConvShape& s = call.shape();
+  std::int64_t y = task.first / task.out_w, x = task.first % task.out_w;
+  for (std::int64_t i = 0; i < task.n; ++i) {
+    use(i, y * s.stride_h * call.frame.row() + x * s.stride_w * call.frame.channels);
+    if (++x == task.out_w) x = 0, ++y;
+  }
+}
+
+// finish(pixel, sums [32]) for every pixel: a matrix product.
+template <class F>
+void multiply_pixels(const Call& call, const Task& task, const Runs& runs, const std::int8_t* q,
+                     F&& finish) {
   const int tile = call.kernels.tile;
   alignas(64) std::int32_t sums[kMaxTile * kBlockRows];
   const std::uint8_t* x[kMaxTile];
-  const std::int64_t row = block * kBlockRows;
-  const int rows = static_cast<int>(std::min<std::int64_t>(kBlockRows, panel.rows - row));
-  const std::int32_t excess = call.flip ? 128 : 0;
-  for (std::int64_t start = first; start < last; start += tile) {
-    const std::int64_t n = std::min<std::int64_t>(tile, last - start);
-    for (int i = 0; i < tile; ++i) {
-      const std::int64_t pixel = start + (i < n ? i : 0);
-      x[i] = q + pixel / out_w * s.stride_h * call.frame.row() +
-             pixel % out_w * s.stride_w * call.frame.channels;
-    }
-    call.kernels.multiply(weights, panel.max_abs, runs, x, sums);
-    sink.write(group * panel.rows + row, rows, start, n, quantized.scale, panel.scale.data() + row,
-               opens, [&](std::int64_t i, int r) {
-                 return sums[i * kBlockRows + r] - excess * panel.row_sum[row + r];
-               });
-  }
+  each_pixel(call, task, [&](std::int64_t i, std::int64_t offset) {
+    const std::int64_t filled = i % tile + 1;
+    x[filled - 1] = reinterpret_cast<const std::uint8_t*>(q + offset);
+    if (filled < tile && i + 1 < task.n) return;
+    for (std::int64_t rest = filled; rest < tile; ++rest) x[rest] = x[0];
+    call.kernels.multiply(task.weights, task.panel.max_abs, runs, x, sums);
+    for (std::int64_t j = 0; j < filled; ++j) finish(i - filled + 1 + j, sums + j * kBlockRows);
+  });
 }
 
-// The same for a depthwise convolution: 32 channels at a time, weights as [taps][32].
-void convolve_depthwise(const Call& call, const Panel& panel, const std::int8_t* weights,
-                        std::int64_t block, const std::int64_t* offset, std::int64_t taps,
-                        const std::int8_t* q, std::int64_t first, std::int64_t last,
-                        std::int64_t out_w, const Quantized& quantized, bool opens,
-                        const Sink& sink) {
-  const ConvShape& s = call.weight.shape();
-  const std::int64_t row = block * kBlockRows;
-  const int rows = static_cast<int>(std::min<std::int64_t>(kBlockRows, panel.rows - row));
+// The same for a depthwise convolution: weights are int16 [taps][32].
+template <class F>
+void multiply_channels(const Call& call, const Task& task, const std::vector<std::int64_t>& taps,
+                       const std::int8_t* q, F&& finish) {
   alignas(64) std::int32_t sums[kBlockRows];
-  for (std::int64_t pixel = first; pixel < last; ++pixel) {
-    const std::int8_t* x = q + pixel / out_w * s.stride_h * call.frame.row() +
-                           pixel % out_w * s.stride_w * call.frame.channels + row;
-    call.kernels.depthwise(weights, x, offset, taps, sums);
-    sink.write(row, rows, pixel, 1, quantized.scale, panel.scale.data() + row, opens,
-               [&](std::int64_t, int r) { return sums[r]; });
+  const std::int64_t span = 32767 / (127 * task.panel.max_abs);
+  const auto* weights = reinterpret_cast<const std::int16_t*>(task.weights);
+  each_pixel(call, task, [&](std::int64_t i, std::int64_t offset) {
+    call.kernels.depthwise(weights, span, q + offset + task.row, taps.data(),
+                           static_cast<std::int64_t>(taps.size()), sums);
+    finish(i, sums);
+  });
+}
+
+// Where an image's values go.
+struct Sink {
+  float* y;
+  std::int64_t channels, pixels;
+  bool last;  // channels last
+};
+
+void write(const Sink& sink, const Task& task, const float (*value)[kBlockRows]) {
+  if (sink.last) {
+    for (std::int64_t i = 0; i < task.n; ++i)
+      std::memcpy(sink.y + (task.first + i) * sink.channels + task.row, value[i],
+                  task.rows * sizeof(float));
+    return;
+  }
+  for (std::int64_t r = 0; r < task.rows; ++r) {
+    float* out = sink.y + (task.row + r) * sink.pixels + task.first;
+    for (std::int64_t i = 0; i < task.n; ++i) out[i] = value[i][r];
   }
 }
 
-// [k / 4][32][4] as [k][32].
-void by_tap(const std::int8_t* weights, std::int64_t taps, std::int8_t* out) {
+// [k / 4][32][4] as int16 [k][32].
+void by_tap(const std::int8_t* weights, std::int64_t taps, std::int16_t* out) {
   for (std::int64_t k = 0; k < taps; ++k)
     for (int r = 0; r < kBlockRows; ++r)
       out[k * kBlockRows + r] = weights[k / 4 * kRunBytes + 4 * r + k % 4];
+}
+
+// Every block of every group, once for all images.
+void decode_weights(const Call& call, std::int64_t block_bytes, std::int8_t* decoded) {
+  const std::vector<Panel>& panels = call.weight.panels();
+  const std::int64_t blocks = panels.front().blocks();
+  const std::int64_t total = blocks * static_cast<std::int64_t>(panels.size());
+  parallel(call.threads, total, [&](std::int64_t begin, std::int64_t end) {
+    thread_local Buffer scratch;
+    for (std::int64_t i = begin; i < end; ++i) {
+      const Panel& panel = panels[i / blocks];
+      std::int8_t* out = decoded + i * block_bytes;
+      if (!call.shape().depthwise()) {
+        call.kernels.decode(panel, i % blocks, out);
+        continue;
+      }
+      auto* grouped = reinterpret_cast<std::int8_t*>(scratch.reserve(block_bytes));
+      call.kernels.decode(panel, i, grouped);
+      by_tap(grouped, panel.k, reinterpret_cast<std::int16_t*>(out));
+    }
+  });
 }
 
 }  // namespace
@@ -225,94 +290,80 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
                                  int threads) {
   const ConvShape& s = weight.shape();
   const bool depthwise = s.depthwise();
-  const std::int64_t groups = depthwise ? 1 : s.groups;
-  const std::int64_t out_h = s.out_h(h), out_w = s.out_w(w), pixels = out_h * out_w;
-  const Frame frame{s.channels / groups, h + s.top + s.bottom, w + s.left + s.right};
-  const Call call{kernels,
-                  weight,
-                  n,
-                  h,
-                  w,
-                  x_last,
-                  y_last,
-                  planes_of(precision),
-                  frame,
-                  groups,
-                  static_cast<std::uint8_t>(depthwise ? 0 : kernels.flip)};
-  const Panel& panel = weight.panels().front();  // all have one shape
-  if (n * pixels * s.out_channels * panel.k * call.planes < kSerial) threads = 1;
+  const std::int64_t groups = depthwise ? 1 : s.groups;  // as frames and panels see them
+  const std::int64_t out_w = s.out_w(w), pixels = s.out_h(h) * out_w;
+  const Panel& first_panel = weight.panels().front();  // all have one shape
+  const int planes = planes_of(precision);
+  // A product of a depthwise convolution costs about as much as 8 of the others.
+  const std::int64_t products = n * pixels * s.out_channels * first_panel.k * planes;
+  if (products * (depthwise ? 8 : 1) < kSerial) threads = 1;
+  const Frame frame{groups, s.channels / groups, h + s.top + s.bottom, w + s.left + s.right};
+  const std::uint8_t flip = depthwise ? 0 : kernels.flip;
+  const Call call{kernels, weight, n, h, w, x_last, y_last, planes, threads, frame, flip};
 
-  // Weights: every block once for all images.
   thread_local Buffer decoded_scratch, frames_scratch;
-  const std::int64_t length = panel.groups() * panel.traits().group();
-  const std::int64_t blocks = panel.blocks(), block_bytes = length * kBlockRows;
+  const std::int64_t blocks = first_panel.blocks();
+  const std::int64_t length = first_panel.groups() * first_panel.traits().group();
+  const std::int64_t block_bytes = length * kBlockRows * (depthwise ? 2 : 1);
   auto* decoded =
       reinterpret_cast<std::int8_t*>(decoded_scratch.reserve(groups * blocks * block_bytes));
-  parallel(threads, groups * blocks, [&](std::int64_t begin, std::int64_t end) {
-    thread_local Buffer scratch;
-    for (std::int64_t i = begin; i < end; ++i) {
-      std::int8_t* out = decoded + i * block_bytes;
-      if (!depthwise) {
-        kernels.decode(weight.panels()[i / blocks], i % blocks, out);
-        continue;
-      }
-      auto* grouped = reinterpret_cast<std::int8_t*>(scratch.reserve(block_bytes));
-      kernels.decode(panel, i, grouped);
-      by_tap(grouped, panel.k, out);
-    }
-  });
+  decode_weights(call, block_bytes, decoded);
+  auto* q = reinterpret_cast<std::int8_t*>(frames_scratch.reserve(n * planes * frame.bytes()));
+  const std::vector<Quantized> of = scales(call, x);
+  fill_frames(call, x, of, q);
 
-  // Activations.
-  const std::int64_t image_bytes = call.planes * call.plane_bytes();
-  auto* q = reinterpret_cast<std::int8_t*>(frames_scratch.reserve(n * image_bytes));
-  std::vector<Quantized> of(n * call.planes);
-  const std::int64_t values = s.channels * h * w;
-  parallel(threads, n, [&](std::int64_t begin, std::int64_t end) {
-    thread_local Buffer scratch;
-    auto* raw = reinterpret_cast<std::int8_t*>(scratch.reserve(values * call.planes));
-    for (std::int64_t i = begin; i < end; ++i)
-      fill_frame(call, x + i * values, raw, q + i * image_bytes, &of[i * call.planes]);
-  });
-
-  // Products: an image's pixels in chunks, all blocks of a chunk one after another.
-  Window window(s);
+  const Window window(s);
   std::vector<std::int64_t> offset;
-  if (depthwise) {
-    for (std::int64_t ky = 0; ky < s.kernel_h; ++ky)
-      for (std::int64_t kx = 0; kx < s.kernel_w; ++kx)
-        offset.push_back(ky * s.dilation_h * frame.row() + kx * s.dilation_w * frame.channels);
-  } else {
-    for (std::size_t i = 0; i < window.run_y.size(); ++i)
-      offset.push_back(window.run_y[i] * frame.row() + window.run_x[i] * frame.channels);
-  }
+  for (std::size_t i = 0; i < window.run_y.size(); ++i)
+    offset.push_back(window.run_y[i] * frame.row() + window.run_x[i] * frame.channels);
   const Runs runs{static_cast<int>(offset.size()), offset.data(), window.run_length.data()};
+  std::vector<std::int64_t> taps;
+  for (std::int64_t ky = 0; depthwise && ky < s.kernel_h; ++ky)
+    for (std::int64_t kx = 0; kx < s.kernel_w; ++kx)
+      taps.push_back(ky * s.dilation_h * frame.row() + kx * s.dilation_w * frame.channels);
+
+  // An image's pixels in chunks, all blocks of a chunk one after another.
   const std::int64_t step = kChunk / kernels.tile * kernels.tile;
   const std::int64_t chunks = (pixels + step - 1) / step, per_chunk = groups * blocks;
   parallel(threads, n * chunks * per_chunk, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t task = begin; task < end; ++task) {
-      const std::int64_t block = task % per_chunk % blocks, group = task % per_chunk / blocks;
-      const std::int64_t chunk = task / per_chunk % chunks, image = task / per_chunk / chunks;
-      const std::int64_t first = chunk * step, last = std::min(pixels, first + step);
-      const Sink sink{y + image * s.out_channels * pixels, s.out_channels, pixels, y_last, bias};
-      const std::int8_t* weights = decoded + (group * blocks + block) * block_bytes;
-      for (int plane = 0; plane < call.planes; ++plane) {
-        const std::int8_t* frame_q =
-            q + image * image_bytes + plane * call.plane_bytes() + group * frame.group_bytes();
-        const Quantized& quantized = of[image * call.planes + plane];
+    alignas(64) float value[kChunk][kBlockRows], start[kBlockRows];
+    for (std::int64_t index = begin; index < end; ++index) {
+      const std::int64_t block = index % per_chunk % blocks, group = index % per_chunk / blocks;
+      const std::int64_t chunk = index / per_chunk % chunks, image = index / per_chunk / chunks;
+      const Panel& panel = weight.panels()[group];
+      const std::int64_t row = block * kBlockRows, channel = group * panel.rows + row;
+      const std::int64_t rows = std::min<std::int64_t>(kBlockRows, panel.rows - row);
+      const Task task{block,
+                      channel,
+                      rows,
+                      panel,
+                      decoded + (group * blocks + block) * block_bytes,
+                      chunk * step,
+                      std::min(step, pixels - chunk * step),
+                      out_w};
+      std::memset(start, 0, sizeof start);
+      if (bias) std::memcpy(start, bias + channel, rows * sizeof(float));
+      for (int plane = 0; plane < planes; ++plane) {
+        Scaling scaling{1, panel.excess(flip, block), of[image].of_plane(plane),
+                        panel.scale.data() + row, start};
+        const auto finish = [&](std::int64_t pixel, const std::int32_t* sums) {
+          if (plane) scaling.start = value[pixel];
+          kernels.values(sums, scaling, value[pixel]);
+        };
+        const std::int8_t* frames =
+            q + (image * planes + plane) * frame.bytes() + group * frame.group_bytes();
         if (depthwise)
-          convolve_depthwise(call, panel, weights, block, offset.data(), panel.k, frame_q, first,
-                             last, out_w, quantized, plane == 0, sink);
+          multiply_channels(call, task, taps, frames, finish);
         else
-          convolve_block(call, weight.panels()[group], weights, block, group, runs,
-                         reinterpret_cast<const std::uint8_t*>(frame_q), first, last, out_w,
-                         quantized, plane == 0, sink);
+          multiply_pixels(call, task, runs, frames, finish);
       }
+      write(Sink{y + image * s.out_channels * pixels, s.out_channels, pixels, y_last}, task, value);
     }
   });
 
   std::vector<std::int64_t> odd;
   for (std::int64_t i = 0; i < n; ++i)
-    if (!of[i * call.planes].fits) odd.push_back(i);
+    if (!of[i].fits) odd.push_back(i);
   return odd;
 }
 

@@ -10,11 +10,13 @@ namespace subbyte {
 constexpr int kMaxSmall = 8;  // columns that `small` takes at once
 constexpr int kMaxTile = 16;  // no tier's tile has more columns
 
-// x = scale * q with q in -127..127.
-struct Quantized {
+// How a block's integer sums become values: (factor * sum - excess) * (scale * row_scale) + start.
+struct Scaling {
+  int factor;
+  const std::int32_t* excess;  // [32]
   float scale;
-  std::int32_t sum;  // of q
-  bool fits;         // false: no scale suits x (NaN, infinity, only tiny values); q is 0
+  const float* row_scale;  // [32]
+  const float* start;      // [32]; may be where the values go
 };
 
 // Where the 4-byte groups of a column lie, relative to its pointer: runs of consecutive ones.
@@ -29,11 +31,12 @@ struct Kernels {
   std::uint8_t flip;  // tiles take q ^ flip: 0x80 where the dot product wants unsigned activations
   int tile;           // columns of a tile
 
-  // Round n floats to q ^ flip; the bytes up to `padded` become 0 ^ flip.
-  Quantized (*quantize)(const float* x, std::int64_t n, std::int64_t padded, std::uint8_t flip,
-                        std::int8_t* q);
-  // The same with a given 1 / scale, for values known to be finite.
+  // The bits of the largest magnitude: floats of one sign order as integers do, infinity and NaN
+  // on top.
+  std::int32_t (*peak)(const float* x, std::int64_t n);
+  // q = round(x * inverse) ^ flip, ties to even, for products within -127..127.
   void (*round)(const float* x, std::int64_t n, float inverse, std::uint8_t flip, std::int8_t* q);
+  std::int32_t (*sum)(const std::int8_t* q, std::int64_t n);
 
   // Codes times q, decoded in registers. x: n columns of panel.groups() * group bytes, n at most
   // kMaxSmall; sums: [n][32].
@@ -50,8 +53,12 @@ struct Kernels {
                    const std::uint8_t* const* x, std::int32_t* sums);
 
   // Sums over taps of weights [taps][32] times the 32 bytes of q at x + offset[tap]; sums: [32].
-  void (*depthwise)(const std::int8_t* weights, const std::int8_t* x, const std::int64_t* offset,
-                    std::int64_t taps, std::int32_t* sums);
+  // `span` products fit in 16 bits together.
+  void (*depthwise)(const std::int16_t* weights, std::int64_t span, const std::int8_t* x,
+                    const std::int64_t* offset, std::int64_t taps, std::int32_t* sums);
+
+  // sums [32] as values [32].
+  void (*values)(const std::int32_t* sums, const Scaling& scaling, float* y);
 };
 
 // Null where the tier is not compiled in or this CPU lacks it.

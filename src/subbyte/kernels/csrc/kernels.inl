@@ -13,33 +13,25 @@ inline std::int32_t bits_of(float x) {
   return bits;
 }
 
-// Round to nearest, ties to even: adding 1.5 * 2^23 leaves the integer in the low mantissa bits.
-inline std::int32_t to_int(float x) { return bits_of(x + 12582912.0f) - 0x4B400000; }
-
-void round(const float* x, std::int64_t n, float inverse, std::uint8_t flip, std::int8_t* q) {
-  for (std::int64_t i = 0; i < n; ++i)
-    q[i] = static_cast<std::int8_t>(to_int(x[i] * inverse) ^ flip);
-}
-
-Quantized quantize(const float* x, std::int64_t n, std::int64_t padded, std::uint8_t flip,
-                   std::int8_t* q) {
-  std::int32_t peak = 0;  // floats of one sign order as integers, infinity and NaN on top
+std::int32_t peak(const float* x, std::int64_t n) {
+  std::int32_t most = 0;
   for (std::int64_t i = 0; i < n; ++i) {
     const std::int32_t magnitude = bits_of(x[i]) & 0x7FFFFFFF;
-    peak = magnitude > peak ? magnitude : peak;
+    most = magnitude > most ? magnitude : most;
   }
-  std::memset(q + n, flip, padded - n);
-  if (peak == 0 || !is_scalable(peak)) {
-    std::memset(q, flip, n);
-    return {0.0f, 0, peak == 0};
-  }
-  const float largest = float_of(peak);
-  round(x, n, 127.0f / largest, 0, q);
-  std::int32_t sum = 0;
-  for (std::int64_t i = 0; i < n; ++i) sum += q[i];
-  if (flip)
-    for (std::int64_t i = 0; i < n; ++i) q[i] = static_cast<std::int8_t>(q[i] ^ flip);
-  return {largest / 127.0f, sum, true};
+  return most;
+}
+
+// Adding 1.5 * 2^23 rounds: it leaves the integer in the low mantissa bits.
+void round(const float* x, std::int64_t n, float inverse, std::uint8_t flip, std::int8_t* q) {
+  for (std::int64_t i = 0; i < n; ++i)
+    q[i] = static_cast<std::int8_t>((bits_of(x[i] * inverse + 12582912.0f) - 0x4B400000) ^ flip);
+}
+
+std::int32_t sum(const std::int8_t* q, std::int64_t n) {
+  std::int32_t total = 0;
+  for (std::int64_t i = 0; i < n; ++i) total += q[i];
+  return total;
 }
 
 // ---------------------------------------------------------------- packings
@@ -319,14 +311,36 @@ void multiply(const std::int8_t* weights, int max_abs, const Runs& runs,
     multiply_with<V::Wide>(weights, V::Wide::span(255, max_abs), runs, x, sums);
 }
 
-void depthwise(const std::int8_t* weights, const std::int8_t* x, const std::int64_t* offset,
-               std::int64_t taps, std::int32_t* sums) {
-  std::int32_t total[kBlockRows] = {};
-  for (std::int64_t tap = 0; tap < taps; ++tap, weights += kBlockRows)
-    for (int r = 0; r < kBlockRows; ++r)
-      total[r] += static_cast<std::int16_t>(weights[r]) * x[offset[tap] + r];
-  std::memcpy(sums, total, sizeof total);
+// As many rows as 16-bit numbers fit in a register.
+constexpr int kShorts = V::kBytes / 2;
+typedef std::int16_t Shorts __attribute__((vector_size(2 * kShorts)));
+
+void depthwise(const std::int16_t* weights, std::int64_t span, const std::int8_t* x,
+               const std::int64_t* offset, std::int64_t taps, std::int32_t* sums) {
+  for (int row = 0; row < kBlockRows; row += kShorts) {
+    std::int32_t total[kShorts] = {};
+    for (std::int64_t tap = 0; tap < taps;) {
+      const std::int64_t stop = std::min(taps, tap + span);
+      Shorts part = {};
+      for (; tap < stop; ++tap) {
+        Shorts weight;
+        std::memcpy(&weight, weights + tap * kBlockRows + row, sizeof weight);
+        part += weight * (Shorts)V::widen(x + offset[tap] + row);
+      }
+      for (int r = 0; r < kShorts; ++r) total[r] += part[r];
+    }
+    std::memcpy(sums + row, total, sizeof total);
+  }
 }
 
-constexpr Kernels kKernels{V::kName, V::kFlip, V::kTileColumns, &quantize, &round,
-                           &small,   &decode,  &multiply,       &depthwise};
+// ---------------------------------------------------------------- results
+
+void values(const std::int32_t* sums, const Scaling& scaling, float* y) {
+  for (int r = 0; r < kBlockRows; ++r) {
+    const std::int32_t exact = scaling.factor * sums[r] - scaling.excess[r];
+    y[r] = static_cast<float>(exact) * (scaling.scale * scaling.row_scale[r]) + scaling.start[r];
+  }
+}
+
+constexpr Kernels kKernels{V::kName, V::kFlip, V::kTileColumns, &peak,      &round, &sum,
+                           &small,   &decode,  &multiply,       &depthwise, &values};

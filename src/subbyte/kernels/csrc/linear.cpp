@@ -1,6 +1,7 @@
 #include "linear.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "memory.hpp"
@@ -13,62 +14,71 @@ namespace {
 struct Columns {
   std::int64_t n, length, stride;
   int planes;
+  std::uint8_t flip;
   std::int8_t* q;
-  std::vector<Quantized> of;
+  std::vector<Quantized> of;  // [n]
 
   std::int64_t count() const { return n * planes; }
   const std::int8_t* at(std::int64_t i) const { return q + i * stride; }
+  float scale(std::int64_t i) const {
+    return of[i / planes].of_plane(static_cast<int>(i % planes));
+  }
 };
 
-void quantize_rows(const Kernels& kernels, const float* x, std::uint8_t flip, int threads,
-                   Columns& columns) {
-  const std::int64_t k = columns.length;
+void quantize_rows(const Kernels& kernels, const float* x, int threads, Columns& columns) {
+  const std::int64_t k = columns.length, stride = columns.stride;
   parallel(columns.n * k < kSerial / 8 ? 1 : threads, columns.n,
            [&](std::int64_t begin, std::int64_t end) {
              for (std::int64_t i = begin; i < end; ++i) {
-               const std::int64_t c = i * columns.planes;
-               quantize_column(kernels, x + i * k, k, columns.stride, flip, columns.planes,
-                               columns.q + c * columns.stride, columns.stride, &columns.of[c]);
+               std::int8_t* q = columns.q + i * columns.planes * stride;
+               columns.of[i] = scale_of(kernels.peak(x + i * k, k));
+               round_planes(kernels, x + i * k, k, columns.of[i], columns.flip, columns.planes, q,
+                            stride);
+               for (int plane = 0; plane < columns.planes; ++plane)
+                 std::memset(q + plane * stride + k, columns.flip, stride - k);
              }
            });
 }
 
-// One block's integer sums of a range of columns, added to y as values.
+// Where the values of a block of rows go.
 struct Sink {
+  const Kernels& kernels;
   const Panel& panel;
   const Columns& columns;
   float* y;
   const float* bias;
 
-  // t(c, r): the exact integer sum of column c (counted from `first`) and row r of the block.
-  template <class T>
-  void write(std::int64_t block, std::int64_t first, std::int64_t n, T t) const {
-    const std::int64_t row = block * kBlockRows;
-    const int rows = static_cast<int>(std::min<std::int64_t>(kBlockRows, panel.rows - row));
-    for (std::int64_t c = 0; c < n; ++c) {
-      const Quantized& column = columns.of[first + c];
-      float* out = y + (first + c) / columns.planes * panel.rows + row;
-      const bool opens = (first + c) % columns.planes == 0;
-      const float* start = opens ? (bias ? bias + row : nullptr) : out;
-      const float* scale = panel.scale.data() + row;
-      for (int r = 0; r < rows; ++r)
-        out[r] = static_cast<float>(t(c, r)) * (column.scale * scale[r]) + (start ? start[r] : 0.0f);
-    }
+  // One column's sums [32]. The planes of a row of x add up.
+  void write(std::int64_t block, std::int64_t column, const std::int32_t* sums, int factor,
+             const std::int32_t* excess) const {
+    const std::int64_t row = block * kBlockRows,
+                       rows = std::min<std::int64_t>(kBlockRows, panel.rows - row);
+    float* out = y + column / columns.planes * panel.rows + row;
+    const float* from = column % columns.planes ? out : bias ? bias + row : nullptr;
+    alignas(64) float start[kBlockRows] = {}, value[kBlockRows];
+    if (from) std::memcpy(start, from, rows * sizeof(float));
+    kernels.values(sums,
+                   Scaling{factor, excess, columns.scale(column), panel.scale.data() + row, start},
+                   value);
+    std::memcpy(out, value, rows * sizeof(float));
   }
 };
 
 void few_columns(const Kernels& kernels, const Panel& panel, const Columns& columns,
                  const Sink& sink, int threads) {
-  const Affine affine = panel.affine;
+  const int n = static_cast<int>(columns.count());
+  std::int32_t excess[kMaxSmall][kBlockRows];
+  const std::int8_t* x[kMaxSmall];
+  for (int c = 0; c < n; ++c) {
+    x[c] = columns.at(c);
+    std::fill_n(excess[c], kBlockRows, panel.affine.center * kernels.sum(x[c], columns.length));
+  }
   parallel(threads, panel.blocks(), [&](std::int64_t begin, std::int64_t end) {
     alignas(64) std::int32_t sums[kMaxSmall * kBlockRows];
-    const std::int8_t* x[kMaxSmall];
-    for (std::int64_t c = 0; c < columns.count(); ++c) x[c] = columns.at(c);
     for (std::int64_t b = begin; b < end; ++b) {
-      kernels.small(panel, b, x, static_cast<int>(columns.count()), sums);
-      sink.write(b, 0, columns.count(), [&](std::int64_t c, int r) {
-        return affine.factor * sums[c * kBlockRows + r] - affine.center * columns.of[c].sum;
-      });
+      kernels.small(panel, b, x, n, sums);
+      for (int c = 0; c < n; ++c)
+        sink.write(b, c, sums + c * kBlockRows, panel.affine.factor, excess[c]);
     }
   });
 }
@@ -95,11 +105,8 @@ void many_columns(const Kernels& kernels, const Panel& panel, const Columns& col
         for (int c = 0; c < kernels.tile; ++c)
           x[c] = reinterpret_cast<const std::uint8_t*>(columns.at(first + (c < n ? c : 0)));
         kernels.multiply(weights, panel.max_abs, runs, x, sums);
-        const std::int32_t* row_sum = panel.row_sum.data() + block * kBlockRows;
-        const std::int32_t excess = kernels.flip ? 128 : 0;
-        sink.write(block, first, n, [&](std::int64_t c, int r) {
-          return sums[c * kBlockRows + r] - excess * row_sum[r];
-        });
+        for (std::int64_t c = 0; c < n; ++c)
+          sink.write(block, first + c, sums + c * kBlockRows, 1, panel.excess(kernels.flip, block));
       }
     }
   });
@@ -114,18 +121,19 @@ std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, con
   const int planes = planes_of(precision);
   const std::int64_t stride = panel.groups() * panel.traits().group();
   auto* q = reinterpret_cast<std::int8_t*>(scratch.reserve(n * planes * stride));
-  Columns columns{n, panel.k, stride, planes, q, std::vector<Quantized>(n * planes)};
-  const bool few = columns.count() <= kMaxSmall;
-  quantize_rows(kernels, x, few ? 0 : kernels.flip, threads, columns);
+  const bool few = n * planes <= kMaxSmall;
+  const std::uint8_t flip = few ? 0 : kernels.flip;
+  Columns columns{n, panel.k, stride, planes, flip, q, std::vector<Quantized>(n)};
+  quantize_rows(kernels, x, threads, columns);
   if (columns.count() * panel.rows * panel.k < kSerial) threads = 1;
-  const Sink sink{panel, columns, y, bias};
+  const Sink sink{kernels, panel, columns, y, bias};
   if (few)
     few_columns(kernels, panel, columns, sink, threads);
   else
     many_columns(kernels, panel, columns, sink, threads);
   std::vector<std::int64_t> odd;
   for (std::int64_t i = 0; i < n; ++i)
-    if (!columns.of[i * planes].fits) odd.push_back(i);
+    if (!columns.of[i].fits) odd.push_back(i);
   return odd;
 }
 

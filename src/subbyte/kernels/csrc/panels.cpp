@@ -38,12 +38,13 @@ Panel make_panel(const RadixCodes& codes, std::int64_t first_row, std::int64_t r
   panel.k = static_cast<std::int64_t>(order.size());
   panel.packing = packing_of(static_cast<int>(codes.levels));
   panel.affine = affine;
-  panel.scale.assign(scale, scale + rows);
+  panel.scale.resize(panel.blocks() * kBlockRows);
+  std::copy(scale, scale + rows, panel.scale.begin());
   const int top = affine.factor * static_cast<int>(codes.levels - 1) - affine.center;
   panel.max_abs = std::max(std::abs(affine.center), std::abs(top));
   for (std::size_t i = 0; i < order.size(); ++i)
     if (order[i] < 0) panel.padding.push_back(static_cast<std::int32_t>(i));
-  panel.row_sum.resize(rows);
+  panel.excess_of_flip.resize(panel.blocks() * kBlockRows);
   panel.data = Buffer(panel.blocks() * panel.block_bytes());
 
   std::vector<std::uint8_t> scratch(kBlockRows * row_length);
@@ -61,8 +62,8 @@ Panel make_panel(const RadixCodes& codes, std::int64_t first_row, std::int64_t r
         sum += scratch[r * row_length + from];
         ++count;
       }
-      panel.row_sum[b * kBlockRows + r] =
-          static_cast<std::int32_t>(affine.factor * sum - affine.center * count);
+      panel.excess_of_flip[b * kBlockRows + r] =
+          static_cast<std::int32_t>(128 * (affine.factor * sum - affine.center * count));
     }
     encode_block(scratch.data(), n, row_length, order, panel,
                  panel.data.data() + b * panel.block_bytes());

@@ -28,17 +28,23 @@ struct Panel {
   std::int64_t k = 0;     // weights of a row as the kernels see it, padding included
   Packing packing = Packing::kBits8;
   Affine affine{1, 0};
-  std::vector<std::int32_t> padding;  // the k that hold no weight
-  std::vector<float> scale;           // [rows]; of factor * code - center
-  std::vector<std::int32_t> row_sum;  // [rows]; of factor * code - center, padding as 0
-  int max_abs = 0;                    // of factor * code - center
-  Buffer data;                        // [blocks][groups][vectors][32 rows][4]
+  std::vector<std::int32_t> padding;         // the k that hold no weight
+  std::vector<float> scale;                  // [blocks * 32]; of factor * code - center
+  std::vector<std::int32_t> excess_of_flip;  // [blocks * 32]; 128 times the sum of a row's integers
+  int max_abs = 0;                           // of factor * code - center
+  Buffer data;                               // [blocks][groups][vectors][32 rows][4]
 
   Traits traits() const { return subbyte::traits(packing); }
   std::int64_t blocks() const { return (rows + kBlockRows - 1) / kBlockRows; }
   std::int64_t groups() const { return (k + traits().group() - 1) / traits().group(); }
   std::int64_t block_bytes() const { return groups() * traits().vectors * kRunBytes; }
   std::size_t bytes() const { return data.size(); }
+
+  // What sums [32] over q ^ flip have too much.
+  const std::int32_t* excess(std::uint8_t flip, std::int64_t block) const {
+    static constexpr std::int32_t kNothing[kBlockRows] = {};
+    return flip ? excess_of_flip.data() + block * kBlockRows : kNothing;
+  }
 };
 
 // rows x order.size() of the weight as a panel. order[i]: where in a row of the stored weight k = i

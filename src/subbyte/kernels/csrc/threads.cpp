@@ -64,14 +64,16 @@ bool has_openmp() { return openmp() != nullptr; }
 
 void parallel(int threads, std::int64_t n, void (*f)(void*, std::int64_t, std::int64_t),
               void* context) {
-  const int parts = static_cast<int>(std::min<std::int64_t>(threads, n));
-  const GompParallel call = parts > 1 ? openmp() : nullptr;
+  const int team = static_cast<int>(std::min<std::int64_t>(threads, n));
+  const GompParallel call = team > 1 ? openmp() : nullptr;
   if (!call) {
     if (n > 0) f(context, 0, n);
     return;
   }
-  Job job(f, context, n, parts);
-  call([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(parts), 0);
+  // More parts than threads: one that is held up leaves its share to the others.
+  constexpr int kPartsPerThread = 4;
+  Job job(f, context, n, static_cast<int>(std::min<std::int64_t>(kPartsPerThread * team, n)));
+  call([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(team), 0);
   if (job.error) std::rethrow_exception(job.error);
 }
 

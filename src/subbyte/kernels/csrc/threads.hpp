@@ -9,8 +9,8 @@
 
 namespace subbyte {
 
-// f(context, begin, end) over [0, n), cut into at most `threads` even parts. Without an OpenMP
-// runtime in the process everything runs on the caller's thread.
+// f(context, begin, end) over [0, n), cut into parts for at most `threads` threads. Without an
+// OpenMP runtime in the process everything runs on the caller's thread.
 void parallel(int threads, std::int64_t n, void (*f)(void*, std::int64_t, std::int64_t),
               void* context);
 

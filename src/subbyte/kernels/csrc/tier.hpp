@@ -10,16 +10,3 @@
 #include <utility>
 
 #include "kernels.hpp"
-
-namespace subbyte {
-
-inline float float_of(std::int32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
-// Whether 127 / x is finite and x / 127 normal, for a positive x given by its bits.
-inline bool is_scalable(std::int32_t bits) { return bits < 0x7F800000 && bits > 0x05000000; }
-
-}  // namespace subbyte
