@@ -106,6 +106,18 @@ def _decoded(self: Any) -> Tensor:
     return weight
 
 
+def _parts(layer: nn.Module) -> tuple[Any, Tensor | None, Tensor, Tensor, bool]:
+    """(packed, bias, words, scale, whether it has an adapter) of a packed layer.
+
+    From nn.Module's own dictionaries: its look-up by attribute takes a microsecond a name.
+    """
+    packed: Any = layer._modules["packed"]
+    buffers = packed._buffers
+    return packed, layer._buffers["bias"], buffers["words"], buffers["scale"], (
+        buffers["up"] is not None
+    )  # fmt: skip
+
+
 def _copy(tensor: Tensor | None) -> Tensor | None:
     """Frozen values are never written to, so a module gets its own."""
     return None if tensor is None else tensor.detach().clone()
@@ -126,14 +138,14 @@ class PackedLinear(nn.Module):
     weight = property(_decoded)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = self.packed
+        packed, bias, words, scale, adapted = _parts(self)
         if kernels.why_not(x, packed.grid, self.in_features, self.precision):
-            return F.linear(x, self.weight.to(x.dtype), self.bias)
-        y = kernels.linear(
-            x, packed.words, packed.scale, self.bias, packed.grid, packed.shape, self.precision
-        )
-        factors = packed.factors()
-        return y if factors is None else y + F.linear(F.linear(x, factors[1]), factors[0])
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        y = kernels.linear(x, words, scale, bias, packed.grid, packed.shape, self.precision)
+        if not adapted:
+            return y
+        up, down = packed.factors()
+        return y + F.linear(F.linear(x, down), up)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -187,19 +199,18 @@ class PackedConv2d(_PackedConv):
         self.geometry = (*strides, *dilations, top, bottom, left, right, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed, groups = self.packed, self.groups
+        packed, bias, words, scale, adapted = _parts(self)
+        groups = self.groups
         if kernels.why_not_conv(
             x, packed.grid, packed.shape, groups, self.padding_mode, self.precision
         ):
             return super().forward(x)
         y = kernels.conv2d(
-            x, packed.words, packed.scale, self.bias, packed.grid, packed.shape, self.geometry,
-            self.precision,
-        )  # fmt: skip
-        factors = packed.factors()
-        if factors is None:
+            x, words, scale, bias, packed.grid, packed.shape, self.geometry, self.precision
+        )
+        if not adapted:
             return y
-        up, down = factors
+        up, down = packed.factors()
         down = down.reshape(-1, *packed.shape[1:])
         inner = F.conv2d(x, down, None, self.stride, self.padding, self.dilation, groups)
         return y + F.conv2d(inner, up[:, :, None, None], groups=groups)

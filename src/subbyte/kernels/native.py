@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -70,9 +71,9 @@ def why_not(x: Tensor, grid: Grid, row_length: int, precision: str) -> str | Non
     """
     if precision == "float32":
         return "precision is float32"
-    if x.dtype != torch.float32:
+    if x.dtype is not torch.float32:
         return f"activations are {str(x.dtype).removeprefix('torch.')}, not float32"
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"activations are on {x.device}"
     return _why_not_grid(grid, row_length)
 
@@ -129,23 +130,38 @@ def _integers(grid: Grid) -> tuple[int, int] | None:
 
 # ---------------------------------------------------------------- panels
 
-# Repacked weights by the identity of their words: (the words, what the panel was made of, it).
-_PANELS: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], Any]] = {}
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A repacked weight, and what it was made of."""
+
+    words: weakref.ref[Tensor]
+    scale: weakref.ref[Tensor]
+    versions: tuple[int, int]
+    key: tuple[Any, ...]
+    panel: Any
+
+
+_PANELS: dict[int, _Entry] = {}  # by the identity of the words
 
 
 def _panel(words: Tensor, scale: Tensor, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
     """The panel of these words, made at the first call and again when they or the scales change.
 
-    It is dropped with the words.
+    It is dropped with the words. Asked at every call, so it looks at as little as will do.
     """
-    number = id(words)
-    key = (*key, scale.data_ptr(), _version(words), _version(scale))
-    entry = _PANELS.get(number)
-    if entry is not None and entry[0]() is words and entry[1] == key:
-        return entry[2]
-    panel = make()
+    entry = _PANELS.get(id(words))
+    versions = _version(words), _version(scale)
+    if (
+        entry is not None
+        and entry.words() is words
+        and entry.scale() is scale
+        and entry.versions == versions
+        and entry.key == key
+    ):
+        return entry.panel
+    panel, number = make(), id(words)
     reference = weakref.ref(words, lambda _: _PANELS.pop(number, None))
-    _PANELS[number] = (reference, key, panel)
+    _PANELS[number] = _Entry(reference, weakref.ref(scale), versions, key, panel)
     return panel
 
 
@@ -157,7 +173,7 @@ def _version(tensor: Tensor) -> int:
 def panel_bytes(words: Tensor) -> int:
     """Bytes of memory that the panel of these words takes now, 0 if it has none."""
     entry = _PANELS.get(id(words))
-    return 0 if entry is None or entry[0]() is not words else entry[2].bytes
+    return 0 if entry is None or entry.words() is not words else entry.panel.bytes
 
 
 def _scales(scale: Tensor, grid: Grid, rows: int, factor: int) -> Tensor:
@@ -176,7 +192,7 @@ def _linear_panel(words: Tensor, scale: Tensor, grid: Grid, shape: Sequence[int]
             torch.arange(k, dtype=torch.int32), _scales(scale, grid, rows, factor), factor, center,
         )  # fmt: skip
 
-    return _panel(words, scale, (grid, tuple(shape)), make)
+    return _panel(words, scale, (grid, shape), make)
 
 
 def _conv_panels(
@@ -192,7 +208,7 @@ def _conv_panels(
             _scales(scale, grid, shape[0], factor), factor, center,
         )  # fmt: skip
 
-    return _panel(words, scale, (grid, tuple(shape), geometry), make)
+    return _panel(words, scale, (grid, shape, geometry), make)
 
 
 # ---------------------------------------------------------------- products
@@ -228,7 +244,7 @@ def _linear(
 ) -> Tensor:
     panel = _linear_panel(words, scale, grid, shape)
     x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], shape[0]))
+    y = torch.empty((*x.shape[:-1], shape[0]))
     n = y.numel() // shape[0] if shape[0] else 0
     if not n:
         return y
@@ -383,7 +399,7 @@ def linear_op(
     precision: str,
 ) -> Tensor:
     """`linear` as one opaque operation, with a gradient to x."""
-    return _linear(x, words, scale, bias, _grid(levels, axis, domain), shape, precision)
+    return _linear(x, words, scale, bias, _grid(levels, axis, domain), tuple(shape), precision)
 
 
 @linear_op.register_fake
@@ -406,7 +422,7 @@ def conv2d_op(
 ) -> Tensor:
     """`conv2d` as one opaque operation, with a gradient to x."""
     return _conv2d(
-        x, words, scale, bias, _grid(levels, axis, domain), shape, tuple(geometry), precision
+        x, words, scale, bias, _grid(levels, axis, domain), tuple(shape), tuple(geometry), precision
     )
 
 
