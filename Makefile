@@ -9,7 +9,7 @@ NATIVE := CMakeLists.txt $(wildcard src/subbyte/kernels/csrc/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # SUBBYTE_ISA=avx2 (avx512vnni, neon, portable) forces an instruction set in anything below.
-.PHONY: demo test test-all test-san test-avx512 test-neon check format bench mutants reproduce clean
+.PHONY: demo test test-all test-san test-avx512 test-neon check format bench bench-peers mutants reproduce clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
@@ -50,6 +50,10 @@ format: $(STAMP)  ## Put everything into the project's format
 bench: $(STAMP)  ## Measure what the documents claim; JSON lines go to benchmarks/results/
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/file_size.py
+
+bench-peers: $(STAMP)  ## Products beside ONNX Runtime, OpenVINO and PyTorch (half an hour)
+	$(BIN)/python -m pip install -q -c constraints.txt -r benchmarks/requirements-peers.txt
+	$(BIN)/python benchmarks/kernels.py
 
 mutants: $(STAMP)  ## Plant the bugs of tests/mutants.toml one by one: the tests must catch each
 	$(BIN)/python tests/mutants.py

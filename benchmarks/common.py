@@ -5,39 +5,20 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from subbyte.bench.timing import Spread, spread
+
+__all__ = ["RESULTS", "ROOT", "Spread", "append", "machine", "spread"]
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Median and quartiles of repeated measurements."""
-
-    median: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.median:.3f} (quartiles {self.low:.3f} .. {self.high:.3f}, n = {self.n})"
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Of at least one value; quartiles by linear interpolation between the values themselves."""
-    if len(values) == 1:
-        return Spread(values[0], values[0], values[0], 1)
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, low, high, len(values))
 
 
 def machine() -> dict[str, Any]:

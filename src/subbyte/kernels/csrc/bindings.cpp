@@ -11,6 +11,7 @@
 #include "linear.hpp"
 #include "panels.hpp"
 #include "radix.hpp"
+#include "roofs.hpp"
 #include "threads.hpp"
 
 namespace nb = nanobind;
@@ -128,6 +129,15 @@ NB_MODULE(_native, module) {
   module.def("tier", [] { return std::string(subbyte::kernels().name); }, "The one in use.");
   module.def("select_tier", &subbyte::select_tier, nb::arg("name"), "Use this one from now on.");
   module.def("has_openmp", &subbyte::has_openmp, "Whether the process has an OpenMP runtime.");
+  module.def("spin_int8", &subbyte::spin_int8, nb::arg("tier"), nb::arg("rounds"),
+             nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>(),
+             "Multiply bytes in registers; the multiply-adds done.");
+  module.def("spin_float", &subbyte::spin_float, nb::arg("rounds"), nb::arg("threads"),
+             nb::call_guard<nb::gil_scoped_release>(), "The same in float32.");
+  nb::class_<subbyte::Stream>(module, "Stream", "Memory to read.")
+      .def(nb::init<std::size_t>(), nb::arg("bytes"))
+      .def("read", &subbyte::Stream::read, nb::arg("passes"), nb::arg("threads"),
+           nb::call_guard<nb::gil_scoped_release>(), "Read all of it; the bytes read.");
   nb::class_<subbyte::Panel>(module, "Panel", "A weight repacked for the kernels.")
       .def_ro("rows", &subbyte::Panel::rows)
       .def_ro("k", &subbyte::Panel::k)

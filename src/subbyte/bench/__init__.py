@@ -1,0 +1,1 @@
+"""How fast packed layers are on this machine, against float layers and against the machine."""
