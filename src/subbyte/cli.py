@@ -16,6 +16,9 @@ from rich.console import Console
 from torch import nn
 
 from subbyte import artifact
+from subbyte.bench import bench as measure
+from subbyte.bench import from_file, from_shapes, parse_numbers, parse_shapes
+from subbyte.bench import table as bench_table
 from subbyte.config import read_config
 from subbyte.convert import SAMPLES, Request, arguments_for, convert, method_of
 from subbyte.convert import table as conversion_table
@@ -179,6 +182,46 @@ def inspect_file(
         _print_json(report.to_dict())
         return
     _console().print(size_table(report))
+
+
+@app.command()
+def bench(
+    file: Annotated[Path | None, typer.Argument(help="A packed file.")] = None,
+    shapes: Annotated[
+        str | None, typer.Option(metavar="OUTxIN,...", help="Random Linear layers instead.")
+    ] = None,
+    levels: Annotated[int, typer.Option(help="Of --shapes, 2 to 256.")] = 3,
+    input_: Annotated[
+        str | None,
+        typer.Option("--input", metavar="C,H,W", help="Input size, where FILE leaves it open."),
+    ] = None,
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "1",
+    precision: Annotated[str, typer.Option(help="int8, int16 or float32.")] = "int8",
+    threads: Annotated[int | None, typer.Option(help="As PyTorch has them by default.")] = None,
+    seconds: Annotated[float, typer.Option(help="About how long to measure.")] = 20.0,
+    json_: Json = False,
+) -> None:
+    """Time packed layers on this machine, against float32 and against what the machine can do."""
+    if (file is None) == (shapes is None):
+        raise SubbyteError("bench takes a packed file or --shapes OUTxIN, one of the two")
+    batches = parse_numbers("--batch", batch)
+    kind: Any = precision
+    if shapes is not None:
+        if input_ is not None:
+            raise SubbyteError("--input goes with a packed file; --shapes says how wide layers are")
+        net, example = from_shapes(parse_shapes(shapes), levels, kind)
+        name = f"Linear layers of {levels} levels"
+    else:
+        assert file is not None
+        size = None if input_ is None else parse_numbers("--input", input_)
+        net, example = from_file(file, size, kind)
+        name = str(file)
+    report = measure(net, example, target=name, batches=batches, threads=threads, seconds=seconds,
+                     whole=shapes is None)  # fmt: skip
+    if json_:
+        _print_json(report.to_dict())
+        return
+    _console().print(bench_table(report))
 
 
 def _network(target: str, weights: Path | None, images: ImageSet, precision: Any) -> nn.Module:

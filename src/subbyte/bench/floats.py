@@ -1,0 +1,82 @@
+"""The float network that a packed one stands for: what speed is compared with."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subbyte.modules import PACKED, PackedMultiheadAttention
+
+_FLOAT: dict[Any, Any] = {packed: kind for kind, packed in PACKED.items()}
+PACKED_TYPES: tuple[type[nn.Module], ...] = (*_FLOAT, PackedMultiheadAttention)
+
+
+def float_twin(net: nn.Module) -> nn.Module:
+    """A copy with `torch.nn` layers of the decoded float32 weights; in eval mode."""
+    twin = copy.deepcopy(net)
+    if isinstance(twin, PACKED_TYPES):
+        return _float_layer(twin).eval()
+    for parent in list(twin.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, PACKED_TYPES):
+                setattr(parent, name, _float_layer(child))
+    return twin.eval().requires_grad_(False)
+
+
+def _float_layer(layer: Any) -> nn.Module:
+    if isinstance(layer, PackedMultiheadAttention):
+        return _attention(layer)
+    kind, weight = _FLOAT[type(layer)], layer.weight
+    twin: Any
+    with torch.device("meta"):
+        if kind is nn.Linear:
+            twin = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        elif kind is nn.Embedding:
+            twin = nn.Embedding(*weight.shape)
+        else:
+            twin = _convolution(kind, layer, weight)
+    twin.weight = _parameter(weight)
+    if kind is not nn.Embedding and layer.bias is not None:
+        twin.bias = _parameter(layer.bias)
+    return twin
+
+
+def _convolution(kind: Any, layer: Any, weight: Tensor) -> Any:
+    settings = {
+        name: getattr(layer, name)
+        for name in ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
+        if hasattr(layer, name)
+    }
+    ends = (weight.shape[1] * layer.groups, weight.shape[0])
+    if kind in (nn.ConvTranspose1d, nn.ConvTranspose2d):
+        ends = (weight.shape[0], weight.shape[1] * layer.groups)
+    return kind(*ends, tuple(weight.shape[2:]), bias=layer.bias is not None, **settings)
+
+
+def _attention(layer: PackedMultiheadAttention) -> nn.Module:
+    """Projections as `nn.MultiheadAttention` holds them."""
+    with torch.device("meta"):
+        twin: Any = nn.MultiheadAttention(
+            layer.embed_dim, layer.num_heads, layer.dropout, layer.in_proj_bias is not None,
+            layer.bias_k is not None, layer.add_zero_attn, batch_first=layer.batch_first,
+        )  # fmt: skip
+    if layer._qkv_same_embed_dim:
+        twin.in_proj_weight = _parameter(layer.in_proj())
+    else:
+        twin._qkv_same_embed_dim, twin.in_proj_weight = False, None
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(twin, f"{name}_weight", _parameter(getattr(layer, name)()))
+    for name in ("in_proj_bias", "bias_k", "bias_v"):
+        value = getattr(layer, name)
+        setattr(twin, name, None if value is None else _parameter(value))
+    out: Any = layer.out_proj
+    twin.out_proj.weight = _parameter(out.weight)
+    twin.out_proj.bias = None if out.bias is None else _parameter(out.bias)
+    return twin
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.detach().clone(), requires_grad=False)

@@ -1,0 +1,99 @@
+"""What to measure: a packed file with an input of the right size, or Linear layers by shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subbyte import artifact
+from subbyte.errors import SubbyteError
+from subbyte.grids import PerChannel, uniform
+from subbyte.kernels import Precision
+from subbyte.models import Network
+from subbyte.modules import pack
+from subbyte.tensors import QuantizedLayer, QuantizedTensor
+
+LARGEST = 1 << 31  # weights of a layer to make up
+
+
+class Shapes(nn.Module):
+    """Packed Linear layers of random codes, each on the first features of the input."""
+
+    def __init__(
+        self, shapes: Sequence[tuple[int, int]], levels: int, precision: Precision
+    ) -> None:
+        super().__init__()
+        layers = [_random_layer(shape, levels, precision) for shape in shapes]
+        self.linear = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """x [n, features of the widest layer]."""
+        return [layer(x[:, : layer.in_features].contiguous()) for layer in self.linear]
+
+
+def from_shapes(
+    shapes: Sequence[tuple[int, int]], levels: int, precision: Precision = "int8"
+) -> tuple[nn.Module, Tensor]:
+    """Linear layers (out, in), and an example that all of them take."""
+    net = Shapes(shapes, levels, precision)
+    return net, torch.randn(max(k for _, k in shapes))
+
+
+def _random_layer(shape: tuple[int, int], levels: int, precision: Precision) -> nn.Module:
+    if min(shape) < 1 or shape[0] * shape[1] > LARGEST:
+        raise SubbyteError(f"shape {shape[0]}x{shape[1]}; use 1 to {LARGEST} weights")
+    codes = torch.randint(0, uniform(levels).n_levels, shape, dtype=torch.uint8)
+    weight = QuantizedTensor(codes, torch.rand(shape[0]), uniform(levels, PerChannel(0)))
+    with torch.device("meta"):
+        like = nn.Linear(shape[1], shape[0], bias=False)
+    return pack(like, {"": QuantizedLayer(weight, None)}, precision=precision)
+
+
+def from_file(
+    path: str | Path, size: Sequence[int] | None = None, precision: Precision = "int8"
+) -> tuple[nn.Module, Tensor]:
+    """A packed file's network, and an example of its input.
+
+    size: of the input without its batch; by default as the network says. Raises SubbyteError if it
+    does not say.
+    """
+    net = artifact.load(path, precision=precision)
+    size = _input_size(net) if size is None else tuple(size)
+    if size is None:
+        raise SubbyteError(
+            f"{path}: network '{_name(net)}' takes images of any size; say which: --input 3,32,32"
+        )
+    return net, torch.randn(*size)
+
+
+def _input_size(net: nn.Module) -> tuple[int, ...] | None:
+    if not isinstance(net, Network) or net.preprocess.size is None:
+        return None
+    return (len(net.preprocess.mean), *net.preprocess.size)
+
+
+def _name(net: Any) -> str:
+    return net.spec.name if isinstance(net, Network) else type(net).__name__
+
+
+def parse_shapes(text: str) -> list[tuple[int, int]]:
+    """ "4096x4096,1024x1024" as (out, in) each."""
+    shapes = []
+    for part in text.split(","):
+        sides = part.strip().split("x")
+        if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+            raise SubbyteError(f"--shapes: '{part}' is no shape; write OUTxIN, such as 4096x4096")
+        shapes.append((int(sides[0]), int(sides[1])))
+    return shapes
+
+
+def parse_numbers(option: str, text: str) -> tuple[int, ...]:
+    """ "1,8,64" as whole numbers above 0."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise SubbyteError(f"{option} {text}: expected whole numbers above 0, such as 1,8,64")
+    return tuple(map(int, parts))
