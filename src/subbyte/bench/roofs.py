@@ -17,7 +17,7 @@ except ImportError:  # no compiler: no kernels, and no roofs either
 
 SIZES = tuple(1 << n for n in (18, 20, 22, 24, 28))  # bytes; the last one is beyond any cache
 _ROUNDS = 200_000  # of 12 vectors: milliseconds
-_PASS_BYTES = 1 << 28
+_PASS_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,9 @@ def measure_roofs(threads: int, seconds: float) -> Roofs | None:
         "float32": partial(_native.spin_float, _ROUNDS, threads),
     }
     for size in SIZES:
-        work[f"read {size}"] = partial(_native.Stream(size).read, _PASS_BYTES // size, threads)
+        work[f"read {size}"] = partial(
+            _native.Stream(size).read, max(1, _PASS_BYTES // size), threads
+        )
     amounts = {key: call() for key, call in work.items()}
     times = in_turn(work, seconds)
     rate = {key: amounts[key] / times[key].low / 1e9 for key in work}  # a roof is the best

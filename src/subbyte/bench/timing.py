@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 PAUSE = 0.003  # seconds before a burst: thread pools of whoever ran before stop spinning
-BURST = 0.01  # seconds of calls that make one sample
+BURST = 0.01  # seconds of calls that make one sample, at most
 ROUNDS = 5  # at least
 
 
@@ -44,7 +44,8 @@ def in_turn(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[s
     change of the machine's speed meets all of them. One sample is a pause, a call that is not
     counted, and the mean of a burst of calls. At least five rounds, however long they take.
     """
-    repeats = {name: _repeats(call) for name, call in calls.items()}
+    burst = min(BURST, seconds / (ROUNDS * len(calls)))
+    repeats = {name: _repeats(call, burst) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names, end, rounds = list(calls), time.perf_counter() + seconds, 0
     while rounds < ROUNDS or time.perf_counter() < end:
@@ -55,12 +56,12 @@ def in_turn(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[s
     return {name: spread(values) for name, values in samples.items()}
 
 
-def _repeats(call: Callable[[], object]) -> int:
-    """Calls in a burst, from the second call: the first one repacks and allocates."""
+def _repeats(call: Callable[[], object], burst: float) -> int:
+    """Calls in a burst of so many seconds. The first call repacks and allocates."""
     call()
     start = time.perf_counter()
     call()
-    return max(1, round(BURST / (time.perf_counter() - start)))
+    return max(1, round(burst / max(time.perf_counter() - start, 1e-9)))
 
 
 def _burst(call: Callable[[], object], repeats: int) -> float:

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
-from subbyte.artifact import WORDS, Artifact, LayerEntry, read
+from subbyte import kernels
+from subbyte.artifact import WORDS, Artifact, LayerEntry, load, packed_layers, read
 from subbyte.errors import SubbyteError
 from subbyte.functional import entropy, level_shares
 from subbyte.layers import join
+from subbyte.modules import PackedConv2d, PackedLinear, PackedMultiheadAttention
 from subbyte.packing import radix
 from subbyte.tensors import QuantizedLayer
 from subbyte.train.watch import far_from_levels
@@ -40,6 +43,7 @@ class LayerSize:
     memory_bytes: int
     rank: int  # of the low-rank adapter, 0 without
     adapter_bytes: int  # its factors and scales; part of disk_bytes and memory_bytes
+    panel_bytes: int | None  # repacked for the kernels, beside the words; 0: decoded at each call
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -56,6 +60,7 @@ class LayerSize:
             },
             "bytes": self.disk_bytes,
             "memory_bytes": self.memory_bytes,
+            "panel_bytes": self.panel_bytes,
             "entropy": self.entropy,
             "level_shares": list(self.level_shares),
             "rank": self.rank,
@@ -74,6 +79,16 @@ class SizeReport:
     float_tensors: tuple[tuple[str, int], ...]  # name, bytes: what stayed float, biases included
     file_bytes: int
     distance: float | None = None  # of the float weights to their levels, as the file says
+    tier: str | None = None  # the instruction set that the panels are for
+
+    @property
+    def panel_bytes(self) -> int | None:
+        """Of all layers; None where the network cannot be built from the file, or has no kernels.
+
+        Panels are made at the first product, beside the words.
+        """
+        known = [layer.panel_bytes for layer in self.layers if layer.panel_bytes is not None]
+        return sum(known) if known else None
 
     @property
     def n_weights(self) -> int:
@@ -118,6 +133,7 @@ class SizeReport:
             "bytes": self.file_bytes,
             "layer_bytes": self.disk_bytes,
             "memory_bytes": memory,
+            "panels": {"tier": self.tier, "bytes": self.panel_bytes},
             "float_bytes": self.float_bytes,
             "overhead_bytes": self.file_bytes - self.disk_bytes - self.float_bytes,
             "entropy": self.weighted(layer.entropy for layer in self.layers),
@@ -141,18 +157,51 @@ def size_report(path: str | Path) -> SizeReport:
         layers = artifact.layers()
     except SubbyteError as error:
         raise SubbyteError(f"{path}: {error}") from None
+    panels = _panels(path)
     sizes = tuple(
-        _layer_size(name, entry, layers[name], artifact) for name, entry in artifact.entries.items()
+        _layer_size(name, entry, layers[name], artifact, panels.get(name))
+        for name, entry in artifact.entries.items()
     )
     biases = [join(name, "bias") for name, entry in artifact.entries.items() if entry.bias]
     kept = [(name, _n_bytes(artifact.tensors[name])) for name in (*artifact.state_names, *biases)]
     return SizeReport(
-        str(path), artifact.network, sizes, tuple(kept), artifact.n_bytes, artifact.distance
-    )
+        str(path), artifact.network, sizes, tuple(kept), artifact.n_bytes, artifact.distance,
+        kernels.tier(),
+    )  # fmt: skip
+
+
+def _panels(path: str | Path) -> dict[str, int]:
+    """Bytes of each layer's panels; none where the file does not say its network.
+
+    Attention decodes the layers inside it.
+    """
+    try:
+        net = load(path)
+    except SubbyteError:
+        return {}
+    modules = dict(net.named_modules())
+    inside = [f"{n}." for n, m in modules.items() if isinstance(m, PackedMultiheadAttention)]
+    called = {n: m for n, m in modules.items() if not n.startswith(tuple(inside))}
+    return {
+        layer.name: _repacked(called.get(layer.name), layer.weight.words)
+        for layer in packed_layers(net)
+    }
+
+
+@torch.inference_mode()
+def _repacked(module: nn.Module | None, words: Tensor) -> int:
+    """Bytes after one product with zeros; 0 where the kernels do not serve the layer."""
+    if isinstance(module, PackedLinear):
+        module(torch.zeros(1, module.in_features))
+    elif isinstance(module, PackedConv2d):
+        kernel = zip(module.packed.shape[2:], module.dilation, strict=True)
+        field = (dilation * (side - 1) + 1 for side, dilation in kernel)
+        module(torch.zeros(1, module.packed.shape[1] * module.groups, *field))
+    return kernels.panel_bytes(words)
 
 
 def _layer_size(
-    name: str, entry: LayerEntry, layer: QuantizedLayer, artifact: Artifact
+    name: str, entry: LayerEntry, layer: QuantizedLayer, artifact: Artifact, panels: int | None
 ) -> LayerSize:
     codes, scale, grid = layer.weight.codes, layer.weight.scale, entry.grid
     beside = _n_bytes(artifact.tensors[join(name, "scale")])
@@ -175,6 +224,7 @@ def _layer_size(
         8 * radix.n_words(codes.numel(), grid.n_levels) + beside,
         0 if layer.adapter is None else layer.adapter.rank,
         adapter_bytes,
+        panels,
     )
 
 
@@ -190,7 +240,7 @@ def table(report: SizeReport) -> Table:
     adapted = any(layer.rank for layer in report.layers)
     for heading in ("layer", "type", "shape", "levels", *(("rank",) if adapted else ())):
         view.add_column(heading, overflow="fold")
-    for heading in ("bits", "memory", "disk", "entropy", "bytes", "scale"):
+    for heading in ("bits", "memory", "disk", "entropy", "bytes", "panels", "scale"):
         view.add_column(heading, justify="right", overflow="fold")
     view.add_column("share of each level, %", overflow="fold")
     for layer in report.layers:
@@ -201,7 +251,7 @@ def table(report: SizeReport) -> Table:
     view.add_section()
     blank = ("",) * (1 + adapted)
     view.add_row("total", "", f"{report.n_weights:,}", *blank, *(f"{f:.3f}" for f in figures),
-                 f"{report.disk_bytes:,}", "", "")  # fmt: skip
+                 f"{report.disk_bytes:,}", _count(report.panel_bytes), "", "")  # fmt: skip
     return view
 
 
@@ -220,9 +270,14 @@ def _row(layer: LayerSize, adapted: bool) -> tuple[str, ...]:
         f"{disk:.3f}",
         f"{layer.entropy:.3f}",
         f"{layer.disk_bytes:,}",
+        _count(layer.panel_bytes),
         low if layer.n_scales == 1 else f"{low} .. {high}",
         _shares(layer),
     )
+
+
+def _count(n_bytes: int | None) -> str:
+    return "" if n_bytes is None else f"{n_bytes:,}"
 
 
 def _shares(layer: LayerSize) -> str:
@@ -240,8 +295,20 @@ def _caption(report: SizeReport) -> str:
         f"file {report.file_bytes:,} bytes = layers {report.disk_bytes:,} + float "
         f"{report.float_bytes:,} + manifest and header {overhead:,}; quantized weights "
         f"{report.reduction:.1f}x smaller than float32\n"
+        f"{_panel_words(report)}\n"
         f"stayed float, bytes by layer: {', '.join(_float_layers(report))}"
         + (f"\nwarning: {report.warning}" if report.warning else "")
+    )
+
+
+def _panel_words(report: SizeReport) -> str:
+    if report.tier is None:
+        return "panels: none, the C++ core was not built; every layer decodes at each call"
+    if report.panel_bytes is None:
+        return "panels: not known, the file does not name a network of ours"
+    return (
+        f"panels: bytes repacked for {report.tier} at the first product, beside the words; 0: the "
+        "layer decodes at each call"
     )
 
 
