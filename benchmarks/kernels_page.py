@@ -234,11 +234,11 @@ def _how(lines: Lines) -> str:
         "ONNX Runtime's threads do not spin between calls: they would take a core from the next "
         f"engine, and at 4096² it is the faster for it.{priority} The machine's own rates take "
         "turns with the engines, so that a share is of what there was at the time:\n\n"
-        + _table(["case", "reading, GB/s", "int8, GOP/s", "float32, GFLOP/s"], rates)
+        + _table(["case", "memory, GB/s", "caches, GB/s", "int8, GOP/s", "float32, GFLOP/s"], rates)
     )
 
 
-_ROOFS = ("read_gb_s", "int8_gops", "float32_gflops")
+_ROOFS = ("read_gb_s", "cached_gb_s", "int8_gops", "float32_gflops")
 
 
 def _rate(line: dict[str, Any], name: str, roof: str) -> float:
@@ -264,23 +264,26 @@ MARKS = {
 
 def plot(lines: Lines) -> None:
     """Linear layers under the machine's roofs: how near each engine comes."""
-    cases = [case for case in CASES if case in lines and "shape" in lines[case]]
+    cases = [case for case in CASES if "shape" in lines.get(case, {})]
     if not cases:
         return
-    roofs = [lines[case]["roofs"] for case in cases]
-    read, int8, single = (max(r[key] for r in roofs) for key in _ROOFS)
+    read, cached, int8, single = (
+        max(lines[case]["roofs"][key] for case in cases) for key in _ROOFS
+    )
     figure = new_figure(8, 5)
     axes = figure.subplots()
     ends = (0.3, 4e3)
-    for peak, label, style in (
-        (int8, f"int8 products, {int8:.0f} GOP/s", "-"),
-        (single, f"float32 products, {single:.0f} GFLOP/s", "--"),
+    for peak, rate, label, style in (
+        (int8, read, f"int8 products, {int8:.0f} GOP/s", "-"),
+        (single, read, f"float32 products, {single:.0f} GFLOP/s", "--"),
+        (int8, cached, "", ":"),
     ):
-        x = (ends[0], peak / read, ends[1])
-        axes.plot(x, [min(peak, read * v) for v in x], style, color="#999999", lw=1)
+        x = (ends[0], peak / rate, ends[1])
+        axes.plot(x, [min(peak, rate * v) for v in x], style, color="#999999", lw=1)
         axes.annotate(label, (ends[1], peak), ha="right", va="bottom", fontsize="small")
-    axes.annotate(f"reading memory, {read:.0f} GB/s", (0.4, 0.45 * read), rotation=34,
-                  fontsize="small", color="#666666")  # fmt: skip
+    for rate, where in ((read, "memory"), (cached, "caches")):
+        axes.annotate(f"reading {where}, {rate:.0f} GB/s", (0.33, 0.48 * rate), rotation=36,
+                      fontsize="small", color="#666666")  # fmt: skip
     for name, (mark, color) in MARKS.items():
         points = [
             (lines[c]["operations"] / lines[c]["rows"][name]["bytes"],
@@ -289,11 +292,12 @@ def plot(lines: Lines) -> None:
         ]  # fmt: skip
         axes.plot([p[0] for p in points], [p[1] for p in points], mark, color=color, label=name,
                   ms=6, alpha=0.8)  # fmt: skip
-        if name == THREE:
-            for x, y, case in points:
-                text = case.removeprefix("linear-").replace("-", " ")
-                axes.annotate(text, (x, y), textcoords="offset points", xytext=(6, -10),
-                              fontsize="x-small", color=color)  # fmt: skip
+        named = [point for point in points if name == THREE and "cold" not in point[2]]
+        for x, y, case in named:
+            _, side, batch, *_ = case.split("-")
+            axes.annotate(f"{side}², {batch.replace('b', 'batch ')}", (x, y), ha="center",
+                          textcoords="offset points", xytext=(0, 8 if side == "4096" else -14),
+                          fontsize="x-small", color=color)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=(2, 2 * int8),
              xlabel="operations a byte of weights", ylabel="billion operations a second",
              title="Linear layers and what the machine can do")  # fmt: skip
