@@ -55,8 +55,11 @@ METHODS: dict[str, CoRa | PublishedCoRa] = {
     "published, 4 bits": PublishedCoRa(bits=4),
     "published, 3 bits": PublishedCoRa(bits=3),
     "3 levels + adapters, 2.45 bits": CoRa(levels=3, target_bits=2.45),
-    "4 levels, not tuned": CoRa(levels=4, tune=0, correct_norms=False),
-    "4 levels, norms only": CoRa(levels=4, tune=0),
+    "4.25 bits, not tuned": CoRa(target_bits=4.25, tune=0),
+    "3.45 bits, not tuned": CoRa(target_bits=3.45, tune=0),
+    "2.45 bits, not tuned": CoRa(target_bits=2.45, tune=0),
+    "4 levels, not tuned": CoRa(levels=4, tune=0),
+    "4 levels, neither tuned nor in order": CoRa(levels=4, tune=0, in_order=False),
 }
 
 

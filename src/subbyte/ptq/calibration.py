@@ -14,6 +14,8 @@ cross-entropy with labels drawn from the network's own softmax: real labels are 
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from subbyte.errors import SubbyteError
 from subbyte.layers import Site
 
 GRAM_BYTES = 3 * 2**29  # 1.5 GiB of sums at once; more layers take another pass over the images
+PATCHES = 2**17  # of a layer at least, where there are so many; more cost time and change little
 _PATCH_VALUES = 2**24  # float32 values of one chunk of patches
 MEASURED = ("Linear", "Conv1d", "Conv2d", "MultiheadAttention")
 
@@ -45,18 +48,21 @@ def input_statistics(
     batches: Sequence[Tensor],
     *,
     limit: int = GRAM_BYTES,
+    patches: int = PATCHES,
 ) -> dict[str, Statistics]:
     """Statistics of each layer's input, in the order in which the network runs the layers.
 
-    batches: inputs of the network, gone through once for every `limit` bytes of sums. Layers of a
-    type outside MEASURED, and those that the batches never reach, are left out. Raises SubbyteError
-    for no batches and for an input that is not finite, naming the layer.
+    batches: inputs of the network, gone through once for every `limit` bytes of sums. patches: a
+    layer with many more is seen at every 2nd, 3rd, ... position, so that about this many are left.
+    Layers of a type outside MEASURED, and those that the batches never reach, are left out. Raises
+    SubbyteError for no batches and for an input that is not finite, naming the layer.
     """
     if not len(batches):
         raise SubbyteError("no calibration batches; give at least one image")
     found: dict[str, Statistics] = {}
+    quota = max(1, patches // sum(len(x) for x in batches))
     for part in _passes(layers, limit):
-        found |= _one_pass(model, part, batches)
+        found |= _one_pass(model, part, batches, quota)
     return found
 
 
@@ -85,7 +91,7 @@ def _is_depthwise(site: Site) -> bool:
 
 @torch.no_grad()
 def _one_pass(
-    model: nn.Module, layers: Sequence[Site], batches: Sequence[Tensor]
+    model: nn.Module, layers: Sequence[Site], batches: Sequence[Tensor], quota: int
 ) -> dict[str, Statistics]:
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -102,8 +108,8 @@ def _one_pass(
             sums[name] = sums[name].add_(product) if name in sums else product
             counts[name] = counts.get(name, 0) + chunk.shape[2]
 
-    with inputs_of(model, layers, add):
-        for x in batches:
+    for x in batches:
+        with inputs_of(model, layers, add, quota * len(x)):
             model(x)
     return {name: Statistics(sums[name] / counts[name], counts[name]) for name in sums}
 
@@ -112,8 +118,13 @@ Receiver = Callable[[str, Iterator[Tensor]], None]
 
 
 @contextmanager
-def inputs_of(model: nn.Module, layers: Sequence[Site], receive: Receiver) -> Iterator[None]:
-    """While it is open, every forward pass hands each layer's input patches to `receive`."""
+def inputs_of(
+    model: nn.Module, layers: Sequence[Site], receive: Receiver, most: int
+) -> Iterator[None]:
+    """While it is open, every forward pass hands each layer's input patches to `receive`.
+
+    most: patches of a layer and pass from which on only every so many-th is taken.
+    """
     by_owner: dict[str, list[Site]] = {}
     for site in layers:
         by_owner.setdefault(site.owner, []).append(site)
@@ -122,11 +133,11 @@ def inputs_of(model: nn.Module, layers: Sequence[Site], receive: Receiver) -> It
         for owner, own in by_owner.items():
             module = model.get_submodule(owner)
             make = _attention_hook if isinstance(module, nn.MultiheadAttention) else _layer_hook
-            handles.append(module.register_forward_hook(make(own, receive), with_kwargs=True))
+            handles.append(module.register_forward_hook(make(own, receive, most), with_kwargs=True))
         for path, module in model.named_modules():
             inner = f"{path}.out_proj".lstrip(".")
             if isinstance(module, nn.MultiheadAttention) and inner in by_owner:
-                hook = _out_proj_hook(inner, receive)
+                hook = _out_proj_hook(inner, receive, most)
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield
     finally:
@@ -134,15 +145,15 @@ def inputs_of(model: nn.Module, layers: Sequence[Site], receive: Receiver) -> It
             handle.remove()
 
 
-def _layer_hook(own: list[Site], receive: Receiver) -> Callable[..., None]:
+def _layer_hook(own: list[Site], receive: Receiver, most: int) -> Callable[..., None]:
     def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], _: Any) -> None:
         x = args[0] if args else kwargs["input"]
-        receive(own[0].name, patches_of(module, x))
+        receive(own[0].name, patches_of(module, x, most))
 
     return hook
 
 
-def _attention_hook(own: list[Site], receive: Receiver) -> Callable[..., None]:
+def _attention_hook(own: list[Site], receive: Receiver, most: int) -> Callable[..., None]:
     """The projections see query, key and value; a joint one, which multiplies all, the three."""
 
     def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], _: Any) -> None:
@@ -152,12 +163,12 @@ def _attention_hook(own: list[Site], receive: Receiver) -> Callable[..., None]:
             names = streams.get(site.parameter.removesuffix("_weight"), ["query", "key", "value"])
             tensors = list({id(given[name]): given[name] for name in names}.values())
             for x in tensors:
-                receive(site.name, _rows(x))
+                receive(site.name, _rows(x, most))
 
     return hook
 
 
-def _out_proj_hook(name: str, receive: Receiver) -> Callable[..., None]:
+def _out_proj_hook(name: str, receive: Receiver, most: int) -> Callable[..., None]:
     """Attention reads out_proj's weight without calling it: run again with the identity there."""
 
     def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], _: Any) -> None:
@@ -166,28 +177,33 @@ def _out_proj_hook(name: str, receive: Receiver) -> Callable[..., None]:
         nn.init.eye_(identity.weight)
         nn.init.zeros_(identity.bias)
         twin._modules = {**module._modules, "out_proj": identity}
-        receive(name, _rows(type(module).forward(twin, *args, **kwargs)[0]))
+        receive(name, _rows(type(module).forward(twin, *args, **kwargs)[0], most))
 
     return hook
 
 
-def patches_of(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """Chunks [groups, width, n] of what the layer's weight rows are multiplied with."""
+def patches_of(module: nn.Module, x: Tensor, most: int) -> Iterator[Tensor]:
+    """Chunks [groups, width, n] of what the layer's weight rows are multiplied with.
+
+    Of more patches than `most`, every so many-th row of a linear layer, or position of a
+    convolution either way.
+    """
     if isinstance(module, nn.Linear):
-        yield from _rows(x)
+        yield from _rows(x, most)
     elif isinstance(module, nn.Conv1d | nn.Conv2d):
-        yield from _windows(module, x)
+        yield from _windows(module, x, most)
     else:
         raise TypeError(type(module))
 
 
-def _rows(x: Tensor) -> Iterator[Tensor]:
+def _rows(x: Tensor, most: int) -> Iterator[Tensor]:
     rows = x.detach().reshape(-1, x.shape[-1])
+    rows = rows[:: max(1, len(rows) // most)]
     for part in rows.split(max(1, _PATCH_VALUES // max(1, x.shape[-1]))):
         yield part.t()[None]
 
 
-def _windows(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Iterator[Tensor]:
+def _windows(module: nn.Conv1d | nn.Conv2d, x: Tensor, most: int) -> Iterator[Tensor]:
     """im2col, some images at a time; [groups, in / groups * kh * kw, images * positions]."""
     x = x.detach()
     one_dim = isinstance(module, nn.Conv1d)
@@ -198,12 +214,33 @@ def _windows(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Iterator[Tensor]:
     if one_dim:
         padded = padded[:, :, None]
         kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
+    every, axes = _thinning(padded, kernel, stride, dilation, most)
     width = padded.shape[1] * kernel[0] * kernel[1]
-    images = max(1, _PATCH_VALUES // max(1, width * padded.shape[2] * padded.shape[3]))
-    for part in padded.split(images):
-        columns = F.unfold(part, kernel, dilation=dilation, stride=stride)  # type: ignore[arg-type]
-        per_group = columns.shape[1] // module.groups
-        yield columns.transpose(0, 1).reshape(module.groups, per_group, -1)
+    for i, starts in enumerate(itertools.product(*(range(n) for n in axes))):
+        own = padded[i::every, :, starts[0] * stride[0] :, starts[1] * stride[1] :]
+        if not len(own):
+            break
+        step = tuple(s * n for s, n in zip(stride, axes, strict=True))
+        positions = math.prod(-(-n // s) for n, s in zip(own.shape[2:], step, strict=True))
+        for part in own.split(max(1, _PATCH_VALUES // max(1, width * positions))):
+            columns = F.unfold(part, kernel, dilation=dilation, stride=step)  # type: ignore[arg-type]
+            per_group = columns.shape[1] // module.groups
+            yield columns.transpose(0, 1).reshape(module.groups, per_group, -1)
+
+
+def _thinning(
+    padded: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], most: int
+) -> tuple[int, tuple[int, ...]]:
+    """Of every how many positions one is taken, as a product over the two dimensions.
+
+    Each image starts at another one of them, so that all positions, edges too, count alike.
+    """
+    sizes = zip(padded.shape[2:], kernel, stride, dilation, strict=True)
+    counts = [max(0, (size - d * (k - 1) - 1) // s + 1) for size, k, s, d in sizes]
+    spatial = max(1, sum(n > 1 for n in counts))
+    every = math.floor((len(padded) * math.prod(counts) / most) ** (1 / spatial) + 0.5)
+    axes = tuple(max(1, min(every, n)) for n in counts)
+    return math.prod(axes), axes
 
 
 def effects(

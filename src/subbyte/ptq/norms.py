@@ -35,10 +35,16 @@ def _corrects(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def correct_norms(model: nn.Module, layers: Mapping[str, QuantizedLayer], images: Tensor) -> None:
-    """In place: the running statistics of `model`, the float network, for its quantized layers.
+def correct_norms(
+    model: nn.Module,
+    teacher: nn.Module,
+    layers: Mapping[str, QuantizedLayer],
+    images: Tensor,
+) -> None:
+    """In place: the running statistics of `model`, whose layers are quantized.
 
-    images: one batch; it goes through both networks whole.
+    teacher: the float network, whose statistics are where they start from. images: one batch; it
+    goes through both networks whole.
     """
     before: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -48,10 +54,12 @@ def correct_norms(model: nn.Module, layers: Mapping[str, QuantizedLayer], images
     def correct(name: str, norm: Any, x: Tensor) -> None:
         (mean, variance), (old_mean, old_variance) = _moments(x), before[name]
         ratio = variance / old_variance.clamp(min=torch.finfo(torch.float32).tiny)
-        norm.running_mean += (mean - old_mean).to(norm.running_mean)
-        norm.running_var *= ratio.clamp(_LEAST, _MOST).to(norm.running_var)
+        start: Any = floats[name]
+        norm.running_mean.copy_(start.running_mean + (mean - old_mean))
+        norm.running_var.copy_(start.running_var * ratio.clamp(_LEAST, _MOST))
 
-    _run(model, images, measure)
+    floats = dict(teacher.named_modules())
+    _run(teacher, images, measure)
     quantized = pack(model, layers, precision="float32")
     _run(quantized, images, correct)
     fixed = dict(quantized.named_modules())
@@ -63,9 +71,9 @@ def correct_norms(model: nn.Module, layers: Mapping[str, QuantizedLayer], images
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel, float64."""
-    rows = x.double().transpose(0, 1).flatten(1)
-    return rows.mean(1), rows.var(1, correction=0)
+    """Mean and variance of each channel."""
+    variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+    return mean, variance
 
 
 def _run(model: nn.Module, images: Tensor, visit: Any) -> None:

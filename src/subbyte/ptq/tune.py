@@ -1,10 +1,14 @@
 """A few hundred steps without labels: scales, adapters, norms and biases learn, codes stay.
 
 The quantized network is brought closer to the float one: the Kullback-Leibler divergence of its
-softmax from the float network's, on flipped and shifted calibration images. Every value learns
-relative to its own size (value = start + size * theta, Adam on theta), so that factors of any scale
-and rank take steps of the same relative length; plain factors of rank 4 diverged. The best state on
-held-out images decides whether anything is kept (`subbyte.ptq.quantize`).
+softmax from the float network's at temperature 4, plus the mean relative squared error of the
+layers' inputs and the logits. A network is sure of the images that it was trained on, and there is
+little to learn from an answer that is 1: hence the temperature, and every other batch of blended
+pairs. All calibration images are flipped and shifted. Every value learns relative to its own size
+(value = start + size * theta, Adam on theta), so that factors of any scale and rank take steps of
+the same relative length; plain factors of rank 4 diverged. The steps are as long as there is
+something to repair: in proportion to the relative error of the start. Held-out
+images decide whether the outcome is kept (`subbyte.ptq.quantize`).
 """
 
 from __future__ import annotations
@@ -12,7 +16,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +31,9 @@ from subbyte.layers import Site
 from subbyte.ptq.lowrank import stored
 from subbyte.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_matrix, as_weight
 
-BATCH = 64
-LR = 2e-3
+BATCH = 32
+TEMPERATURE = 4.0
+LR = 0.01  # times the root of the relative error that the tuning starts with
 _CROP = 8  # a shift of at most 1/8 of the image's side
 
 
@@ -119,7 +126,6 @@ def tune(
     iterations: int,
     generator: torch.Generator,
     *,
-    lr: float = LR,
     step: Callable[[int, float], None] | None = None,
 ) -> Tuned:
     """Tune against the float network `teacher`; neither model is changed.
@@ -137,16 +143,22 @@ def tune(
         )
     _learn_vectors(student)
     parameters = [p for name, p in student.named_parameters() if not name.endswith("original")]
-    optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))
-    losses = []
+    optimizer = torch.optim.Adam(parameters, lr=LR, betas=(0.9, 0.99))
+    owners = sorted({sites[name].owner for name in layers})
+    losses, first = [], 0.0
     for i, x in enumerate(_draw(images, iterations, generator)):
-        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * i / iterations))
-        with torch.no_grad():
+        with torch.no_grad(), inputs_seen(teacher, owners) as wanted:
             target = teacher(x)
-        with torch.enable_grad(), parametrize.cached():
-            loss = divergence(student(x), target)
+        with torch.enable_grad(), parametrize.cached(), inputs_seen(student, owners) as seen:
+            logits = student(x)
+            apart = _relative_error([*seen, logits], [*wanted, target])
+            loss = divergence(logits, target, TEMPERATURE) + apart
             optimizer.zero_grad()
             loss.backward()
+        first = float(apart.detach().sqrt()) if i == 0 else first
+        optimizer.param_groups[0]["lr"] = (
+            LR * first * 0.5 * (1 + math.cos(math.pi * i / iterations))
+        )
         optimizer.step()
         losses.append(float(loss.detach()))
         if step is not None:
@@ -154,12 +166,42 @@ def tune(
     return _read(student, model, weights, sites, losses)
 
 
-def divergence(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean KL of softmax(logits) from softmax(target), nats an image (or token)."""
-    logits, target = logits.flatten(0, -2), target.flatten(0, -2)
-    return F.kl_div(
+def divergence(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean KL of softmax(logits / t) from softmax(target / t), times t^2; nats an image (or token).
+
+    The factor keeps the gradient's size, whatever the temperature t.
+    """
+    logits, target = (x.flatten(0, -2) / temperature for x in (logits, target))
+    return temperature**2 * F.kl_div(
         logits.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True
     )
+
+
+@contextmanager
+def inputs_seen(model: nn.Module, owners: Sequence[str]) -> Iterator[list[Tensor]]:
+    """A list that fills up with the first input of each of these modules, in order of execution."""
+    seen: list[Tensor] = []
+
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        seen.extend(x for x in found[:1] if x.is_floating_point())
+
+    modules = [model.get_submodule(owner) for owner in owners]
+    handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _relative_error(seen: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Mean over tensors of the squared error over the squared value."""
+    errors = [
+        (a - b).square().sum() / b.square().sum().clamp(min=torch.finfo(b.dtype).tiny)
+        for a, b in zip(seen, wanted, strict=True)
+    ]
+    return torch.stack(errors).mean() if errors else torch.zeros(())
 
 
 def _learn_vectors(student: nn.Module) -> None:
@@ -177,18 +219,26 @@ def _learn_vectors(student: nn.Module) -> None:
 
 
 def _draw(images: Tensor, iterations: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Batches in epochs without replacement, flipped and shifted."""
+    """Batches in epochs without replacement, flipped and shifted, every other one blended."""
     order = torch.empty(0, dtype=torch.long)
     batch = min(BATCH, len(images))
-    for _ in range(iterations):
+    for i in range(iterations):
         if len(order) < batch:
             order = torch.randperm(len(images), generator=generator)
         index, order = order[:batch], order[batch:]
         x = images[index]
         if x.ndim == 4:
             x = random_crop(x, x.shape[-1] // _CROP, generator)
-            x = random_flip(x, generator).contiguous(memory_format=torch.channels_last)
+            x = random_flip(x, generator)
+            x = _blended(x, generator) if i % 2 else x
+            x = x.contiguous(memory_format=torch.channels_last)
         yield x
+
+
+def _blended(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Every image with its neighbour in the batch, each pair in a share of its own."""
+    share = torch.rand(len(x), 1, 1, 1, generator=generator)
+    return share * x + (1 - share) * x.roll(1, 0)
 
 
 def _laid_out(model: nn.Module) -> nn.Module:

@@ -1,0 +1,195 @@
+"""Layers in the order of execution, each for what the quantized layers before it hand on.
+
+The float network's layer computes W x. In the quantized network the same layer sees z, which is x
+and all that was lost on the way, and computes W_hat z. With
+
+    H = mean of z z'        C = mean of x z'        T = W C H^-1
+
+the mean of |W x - W_hat z|^2 is that of (T - W_hat) H (T - W_hat)' and a constant: T is the float
+weight that undoes most of what came before, and the codes and the adapter are for T, in the metric
+of H. Where the layer has a bias, or a BatchNorm behind it, which stay float, the means of x and z
+are taken out of H and C first, and the bias, or the norm's mean, makes up for their difference.
+(The norm's variance stays: T shrinks what is noise, and to blow it up again was measured worse.)
+
+GPTQ (arXiv:2210.17323) takes z for the inputs of W itself; GPTAQ (Li et al., arXiv:2504.02692)
+brings x in, inside its loop over the columns. The closed form before any solver, convolutions,
+adapters, biases and norms are ours.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subbyte.layers import Site
+from subbyte.ptq.calibration import PATCHES, Statistics, inputs_of
+from subbyte.ptq.codes import damped
+from subbyte.ptq.equalize import norms_behind
+from subbyte.ptq.search import Layer
+from subbyte.tensors import QuantizedLayer, as_matrix, as_weight
+
+STAGES = 32  # of more layers, neighbours share a pass over the images
+_KEPT = 0.01  # of the means
+
+Solve = Callable[[Layer], QuantizedLayer]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solved:
+    """The float network with its norms and biases moved, and its layers."""
+
+    model: nn.Module
+    layers: dict[str, QuantizedLayer]
+
+
+@torch.no_grad()
+def solve_in_order(
+    teacher: nn.Module, known: Sequence[Layer], solve: Solve, batches: Sequence[Tensor]
+) -> Solved:
+    """Solve every layer of `known`, in the order in which the float network runs them.
+
+    known: layers to quantize, with the float network's statistics. solve: codes and adapter of a
+    layer, in the metric of the statistics it is given. batches: inputs of the network. Layers
+    without statistics are solved first, as they are.
+    """
+    work = _Work(teacher, batches)
+    for layer in known:
+        if layer.statistics is None:
+            work.take(layer, solve(layer), None)
+    measured = {layer.site.name: layer for layer in known if layer.statistics is not None}
+    for names in _stages(_order(teacher, [x.site for x in measured.values()], batches[0])):
+        paired = work.paired([measured[name].site for name in names])
+        for name in names:
+            layer = work.adapted(measured[name], paired[name])
+            work.take(measured[name], solve(layer), paired[name])
+    return Solved(work.model, work.layers)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Paired:
+    """Means over patches, float64: of z z', x z' [groups, width, width]; of z, x [.., 1]."""
+
+    zz: Tensor
+    xz: Tensor
+    z: Tensor
+    x: Tensor
+    patches: int
+
+    def centred(self) -> _Paired:
+        """With the means taken out, but for a share that keeps H positive when they are all."""
+        z = (1 - _KEPT) * self.z
+        return replace(self, zz=self.zz - z @ self.z.mT, xz=self.xz - self.x @ z.mT)
+
+
+class _Work:
+    """The float network, the one quantized so far (in float arithmetic), and its layers."""
+
+    def __init__(self, teacher: nn.Module, batches: Sequence[Tensor]) -> None:
+        self.teacher, self.batches = teacher, batches
+        self.model, self.student = copy.deepcopy(teacher), copy.deepcopy(teacher)
+        self.norms = norms_behind(teacher, batches[0][:1])
+        self.layers: dict[str, QuantizedLayer] = {}
+
+    def paired(self, stage: Sequence[Site]) -> dict[str, _Paired]:
+        quota = max(1, PATCHES // sum(len(x) for x in self.batches))
+        sums: dict[str, list[Tensor]] = {}
+        counts = dict.fromkeys((site.name for site in stage), 0)
+        for batch in self.batches:
+            x = _patches(self.teacher, stage, batch, quota * len(batch))
+            z = _patches(self.student, stage, batch, quota * len(batch))
+            for name, chunks in x.items():
+                for a, b in zip(chunks, z[name], strict=True):
+                    products = (b @ b.mT, a @ b.mT, b.sum(2, True), a.sum(2, True))
+                    own = sums.setdefault(name, [torch.zeros(()).double() for _ in products])
+                    sums[name] = [
+                        old + new.double() for old, new in zip(own, products, strict=True)
+                    ]
+                    counts[name] += a.shape[2]
+        means = {name: [s / counts[name] for s in own] for name, own in sums.items()}
+        return {n: _Paired(zz, xz, z, x, counts[n]) for n, (zz, xz, z, x) in means.items()}
+
+    def adapted(self, layer: Layer, paired: _Paired) -> Layer:
+        """The layer with T for its weight and H for its metric."""
+        if self.absorbs(layer.site):
+            paired = paired.centred()
+        h = damped(paired.zz)
+        change = torch.linalg.solve(h, (paired.xz - paired.zz).mT).mT  # C H^-1 - 1
+        rows = layer.matrix.double().reshape(len(h), -1, layer.matrix.shape[1])
+        target = (rows + rows @ change).reshape(layer.matrix.shape).float()
+        return replace(layer, matrix=target, statistics=Statistics(paired.zz, paired.patches))
+
+    def absorbs(self, site: Site) -> bool:
+        """Whether a norm or a bias takes what the means have moved."""
+        return site.name in self.norms or self._bias(self.model, site) is not None
+
+    def take(self, layer: Layer, solved: QuantizedLayer, paired: _Paired | None) -> None:
+        site = layer.site
+        matrix = as_matrix(solved.weight.dequantize(), site.channel_axis)
+        if solved.adapter is not None:
+            matrix = matrix + solved.adapter.product()
+        weight = getattr(self.student.get_submodule(site.owner), site.parameter)
+        weight.copy_(as_weight(matrix, site.shape, site.channel_axis))
+        if paired is not None and self.absorbs(site):
+            self._absorb(site, layer.matrix.double(), matrix.double(), paired)
+        bias = self._bias(self.model, site)
+        self.layers[site.name] = replace(solved, bias=None if bias is None else bias.clone())
+
+    def _absorb(self, site: Site, w: Tensor, w_hat: Tensor, paired: _Paired) -> None:
+        groups, width = len(paired.zz), w.shape[1]
+        got = (w_hat.reshape(groups, -1, width) @ paired.z).flatten()
+        wanted = (w.reshape(groups, -1, width) @ paired.x).flatten()
+        for net in (self.model, self.student):
+            if site.name in self.norms:
+                norm: Any = net.get_submodule(self.norms[site.name])
+                norm.running_mean += got - wanted
+            else:
+                bias = self._bias(net, site)
+                assert bias is not None
+                bias += wanted - got
+
+    @staticmethod
+    def _bias(net: nn.Module, site: Site) -> Tensor | None:
+        bias = getattr(net.get_submodule(site.owner), "bias", None)
+        return None if bias is None or site.parameter != "weight" else bias.detach()
+
+
+class _ReachedError(Exception):
+    """All layers of interest have been seen; the rest of the network need not run."""
+
+
+def _patches(
+    model: nn.Module, stage: Sequence[Site], x: Tensor, most: int
+) -> dict[str, list[Tensor]]:
+    """Chunks of patches [groups, width, n] of each layer, in a pass that ends with the last one."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def receive(name: str, patches: Iterator[Tensor]) -> None:
+        seen.setdefault(name, []).extend(patches)
+        if len(seen) == len(stage):
+            raise _ReachedError
+
+    try:
+        with inputs_of(model, stage, receive, most):
+            model(x)
+    except _ReachedError:
+        pass
+    return seen
+
+
+def _order(model: nn.Module, layers: Sequence[Site], x: Tensor) -> list[str]:
+    """Names of the layers in the order in which they first run."""
+    seen: dict[str, None] = {}
+    with inputs_of(model, layers, lambda name, _: seen.setdefault(name), 1):
+        model(x[:1])
+    return list(seen)
+
+
+def _stages(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    size = -(-len(names) // STAGES)
+    for i in range(0, len(names), max(1, size)):
+        yield names[i : i + size]
