@@ -43,6 +43,8 @@ CASES = {
                         f"{SHARED}/imagenet1000", "validation", 400),
     "squeezenet11": Case(f"{SHARED}/weights/squeezenet11_imagenet.safetensors",
                          f"{SHARED}/imagenet1000", "validation", 400),
+    # subbyte train examples/digits-vit1-float.toml --set out=runs/vit1-digits
+    "vit1": Case("runs/vit1-digits/weights.safetensors", "digits", "test", 1600),
 }  # fmt: skip
 METHODS: dict[str, CoRa | PublishedCoRa] = {
     "4.25 bits": CoRa(target_bits=4.25),

@@ -1,0 +1,88 @@
+"""Layers solved in order: what a later layer makes up for, and what norms and biases take."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import subbyte as sb
+from subbyte.layers import sites
+from subbyte.ptq.calibration import input_statistics
+from subbyte.ptq.codes import channel_grid, rtn
+from subbyte.ptq.in_order import _stages, solve_in_order
+from subbyte.ptq.search import Layer
+from subbyte.tensors import QuantizedLayer, QuantizedTensor, as_matrix, as_weight
+
+
+def known(net, x):
+    found = input_statistics(net, sites(net), [x])
+    return [
+        Layer(site, as_matrix(net.get_submodule(site.owner).weight.detach()),
+              len(found[site.name].gram), found[site.name], None)
+        for site in sites(net)
+    ]  # fmt: skip
+
+
+def nearly(layer, matrix=None):
+    """256 levels, of another matrix if there is one."""
+    codes = rtn(layer.matrix if matrix is None else matrix, None, channel_grid(256, 0))
+    return QuantizedLayer(
+        QuantizedTensor(as_weight(codes.codes, layer.site.shape), codes.scale, codes.grid)
+    )
+
+
+def test_thinned_patches_stand_for_all():
+    """Every position counts alike, those at the edges too: images start at different ones."""
+    x = torch.ones(64, 2, 12, 12)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1))
+    whole = input_statistics(net, sites(net), [x])["0"]
+    thin = input_statistics(net, sites(net), [x], patches=64 * 144 // 4)["0"]
+    assert (whole.patches, thin.patches) == (64 * 144, 64 * 36)
+    assert torch.allclose(whole.gram, thin.gram, atol=1e-6)
+    lines = nn.Sequential(nn.Conv1d(2, 3, 3, stride=2), nn.Linear(5, 2))
+    found = input_statistics(lines, sites(lines), [torch.randn(40, 2, 11)], patches=80)
+    assert [found[name].patches for name in "01"] == [67, 120]
+
+
+def test_a_layer_makes_up_for_the_layers_before_it():
+    """The second layer comes close to what least squares make of the damaged first one."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 6)).eval()
+    x = torch.randn(2000, 8) + 1
+    damaged = 0.7 * net[0].weight.detach() + 0.05 * torch.randn(16, 8)
+    done = solve_in_order(
+        net, known(net, x), lambda y: nearly(y, damaged if y.site.name == "0" else None),
+        x.split(500),
+    )  # fmt: skip
+    with torch.no_grad():
+        wanted = net(x)
+        got = sb.pack(done.model, done.layers, precision="float32")(x)
+        first = done.layers["0"]
+        z = F.linear(x, first.weight.dequantize(), first.bias).relu()
+        naive = net[2](z)
+        z = torch.cat([z, torch.ones(len(z), 1)], 1)
+        best = z @ torch.linalg.lstsq(z, wanted).solution
+    loss, worst, least = ((y - wanted).square().mean() for y in (got, naive, best))
+    assert loss < 0.5 * worst
+    assert loss < 1.1 * least
+    assert torch.allclose(got.mean(0), wanted.mean(0), atol=1e-3)
+    assert torch.equal(done.model[2].bias, done.layers["2"].bias)
+
+
+def test_the_norm_behind_takes_the_shift_of_the_mean():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2, bias=False), nn.BatchNorm2d(4)).eval()
+    x = torch.randn(50, 4, 6, 6) + 2
+    half = 0.5 * as_matrix(net[0].weight.detach())
+    done = solve_in_order(net, known(net, x), lambda layer: nearly(layer, half), [x])
+    with torch.no_grad():
+        mean = net[0](x).mean((0, 2, 3))
+    assert torch.allclose(done.model[1].running_mean, -0.5 * mean, atol=0.02)
+    assert torch.equal(done.model[1].running_var, net[1].running_var)
+    assert torch.equal(net[1].running_mean, torch.zeros(4))
+
+
+def test_many_layers_share_passes_in_their_order():
+    names = [str(i) for i in range(70)]
+    stages = list(_stages(names))
+    assert len(stages) <= 32
+    assert [name for stage in stages for name in stage] == names
