@@ -216,20 +216,28 @@ struct Sink {
   float* y;
   std::int64_t channels, pixels;
   bool last;  // channels last
-};
 
-void write(const Sink& sink, const Task& task, const float (*value)[kBlockRows]) {
-  if (sink.last) {
-    for (std::int64_t i = 0; i < task.n; ++i)
-      std::memcpy(sink.y + (task.first + i) * sink.channels + task.row, value[i],
-                  task.rows * sizeof(float));
-    return;
+  // The place of a pixel's 32 values if they lie together there, else null: they go to a buffer
+  // first, and by `write` from there.
+  float* place(const Task& task, std::int64_t pixel) const {
+    const bool together = last && task.rows == kBlockRows;
+    return together ? y + (task.first + pixel) * channels + task.row : nullptr;
   }
-  for (std::int64_t r = 0; r < task.rows; ++r) {
-    float* out = sink.y + (task.row + r) * sink.pixels + task.first;
-    for (std::int64_t i = 0; i < task.n; ++i) out[i] = value[i][r];
+
+  void write(const Task& task, const float (*value)[kBlockRows]) const {
+    if (place(task, 0)) return;
+    if (last) {
+      for (std::int64_t i = 0; i < task.n; ++i)
+        std::memcpy(y + (task.first + i) * channels + task.row, value[i],
+                    task.rows * sizeof(float));
+      return;
+    }
+    for (std::int64_t r = 0; r < task.rows; ++r) {
+      float* out = y + (task.row + r) * pixels + task.first;
+      for (std::int64_t i = 0; i < task.n; ++i) out[i] = value[i][r];
+    }
   }
-}
+};
 
 // [k / 4][32][4] as int16 [k][32].
 void by_tap(const std::int8_t* weights, std::int64_t taps, std::int16_t* out) {
@@ -341,14 +349,17 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
                       chunk * step,
                       std::min(step, pixels - chunk * step),
                       out_w};
+      const Sink sink{y + image * s.out_channels * pixels, s.out_channels, pixels, y_last};
       std::memset(start, 0, sizeof start);
       if (bias) std::memcpy(start, bias + channel, rows * sizeof(float));
       for (int plane = 0; plane < planes; ++plane) {
         Scaling scaling{1, panel.excess(flip, block), of[image].of_plane(plane),
                         panel.scale.data() + row, start};
         const auto finish = [&](std::int64_t pixel, const std::int32_t* sums) {
-          if (plane) scaling.start = value[pixel];
-          kernels.values(sums, scaling, value[pixel]);
+          float* out = sink.place(task, pixel);
+          if (!out) out = value[pixel];
+          if (plane) scaling.start = out;
+          kernels.values(sums, scaling, out);
         };
         const std::int8_t* frames =
             q + (image * planes + plane) * frame.bytes() + group * frame.group_bytes();
@@ -357,7 +368,7 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
         else
           multiply_pixels(call, task, runs, frames, finish);
       }
-      write(Sink{y + image * s.out_channels * pixels, s.out_channels, pixels, y_last}, task, value);
+      sink.write(task, value);
     }
   });
 

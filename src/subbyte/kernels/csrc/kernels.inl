@@ -264,17 +264,17 @@ template <class Dots, int R, int N>
 void multiply_rows(const std::int8_t* weights, std::int64_t span, const Runs& runs,
                    const std::uint8_t* const* x, std::int32_t* sums, int row) {
   typename V::Sums total[R][N];
-  for (auto& line : total)
-    for (auto& sum : line) sum = V::zero();
+  typename Dots::Part part[R][N];
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) total[r][n] = V::zero(), part[r][n] = Dots::zero();
   const std::int8_t* w = weights + 4 * row;
+  std::int64_t left = span;  // dots until the parts may overflow
   for (int run = 0; run < runs.count; ++run) {
     const std::uint8_t* column[N];
     for (int n = 0; n < N; ++n) column[n] = x[n] + runs.offset[run];
     for (std::int64_t i = 0, end = runs.length[run]; i < end;) {
-      const std::int64_t stop = std::min(end, i + span);
-      typename Dots::Part part[R][N];
-      for (auto& line : part)
-        for (auto& sum : line) sum = Dots::zero();
+      const std::int64_t stop = std::min(end, i + left);
+      left -= stop - i;
       for (; i < stop; ++i, w += kRunBytes) {
         typename V::Bytes weight[R];
         for (int r = 0; r < R; ++r) weight[r] = V::load(w + r * V::kBytes);
@@ -285,13 +285,19 @@ void multiply_rows(const std::int8_t* weights, std::int64_t span, const Runs& ru
           }
         }
       }
+      if (left) continue;
+      left = span;
       for (int r = 0; r < R; ++r)
-        for (int n = 0; n < N; ++n) total[r][n] = Dots::flush(total[r][n], part[r][n]);
+        for (int n = 0; n < N; ++n) {
+          total[r][n] = Dots::flush(total[r][n], part[r][n]);
+          part[r][n] = Dots::zero();
+        }
     }
   }
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n)
-      V::store(sums + n * kBlockRows + row + r * (V::kBytes / 4), total[r][n]);
+      V::store(sums + n * kBlockRows + row + r * (V::kBytes / 4),
+               Dots::flush(total[r][n], part[r][n]));
 }
 
 template <class Dots>
