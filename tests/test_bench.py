@@ -169,7 +169,7 @@ def test_layers_without_a_kernel_are_timed_and_named():
     report = bench(Net(), torch.randn(3, 9, 9), seconds=SHORT)
     reasons = report.fallbacks
     assert reasons["net.up"] == "there is no kernel for ConvTranspose2d"
-    assert reasons["net.attn"] == "there is no kernel for MultiheadAttention"
+    assert "net.attn" not in reasons
     assert "net.table" not in {row.name for row in report.layers}  # a table multiplies nothing
 
 

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 import subbyte as sb
 from nets import Mixed, mixed_input
 from oracle import U, assert_within, exact_weight, gamma
-from subbyte import LowRes, Recipe, Rule, SubbyteError
+from subbyte import LowRes, Recipe, Rule, SubbyteError, kernels
 from subbyte.layers import CHANNEL_AXIS
+from subbyte.packing import radix
 
 LEVELS = [2, 3, 4, 5, 7, 8, 9, 15, 16, 17]
 KINDS = ["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"]
@@ -130,21 +131,40 @@ def test_a_packed_embedding_equals_the_trained_one(levels):
     indices = torch.randint(0, 19, (4, 5))
     exact = exact_weight(layers["0"].weight)[indices]
     assert_within(net(indices), exact, U * exact.abs())  # one rounding: level times scale
+    for bad in (19, -1):
+        with pytest.raises(IndexError):
+            net(torch.tensor([0, bad]))
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("length", [1, 7, 64, 130])
+def test_rows_of_a_table_are_unpacked_alone(levels, length):
+    codes = torch.randint(0, levels, (9, length), dtype=torch.uint8)
+    rows = torch.tensor([8, 0, 3, 3, 7])
+    found = radix.unpack_rows(radix.pack(codes, levels), levels, rows, length)
+    assert torch.equal(found, codes[rows])
+    assert radix.unpack_rows(radix.pack(codes, levels), levels, rows[:0], length).shape == (
+        0, length,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------ attention
 
 
-def attention_with_bounds(query, key, wq, wk, wv, bias, w_out, b_out, heads):
+def attention_with_bounds(query, key, wq, wk, wv, bias, w_out, b_out, heads, steps=None):
     """Multi-head attention in float64 and a running bound of what float32 may differ by.
 
     Each step adds its own rounding (gamma_n times the sizes) to what its inputs bring; softmax
-    moves by at most exp(2 E) - 1 relatively when its scores move by E.
+    moves by at most exp(2 E) - 1 relatively when its scores move by E. steps: activations of a
+    product are rounded to max|x| / steps of a row (docs/kernels.md).
     """
 
     def linear(x, ex, w, b):
         size = x.abs() @ w.abs().T + b.abs()
-        return x @ w.T + b, ex @ w.abs().T + gamma(w.shape[1] + 2) * (size + ex @ w.abs().T)
+        error = ex @ w.abs().T + gamma(w.shape[1] + 2) * (size + ex @ w.abs().T)
+        if steps:
+            error = error + (x.abs() + ex).amax(-1, keepdim=True) / steps * w.abs().sum(1)
+        return x @ w.T + b, error
 
     def split(t):
         return t.reshape(*t.shape[:2], heads, -1).transpose(1, 2)
@@ -197,6 +217,54 @@ def test_packed_attention_equals_the_trained_one(levels, separate):
     with torch.no_grad():
         y, _ = net["attn"](query, key, key)
     assert_within(y, exact, bound)
+
+
+@pytest.mark.parametrize(("precision", "steps"), [("int8", 254), ("int16", 32512)])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_plain_self_attention_multiplies_by_the_kernels(precision, steps, batch_first):
+    pytest.importorskip("subbyte._native", reason="the C++ core was not built")
+    attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+    nn.init.normal_(attention.in_proj_bias)
+    model = nn.ModuleDict({"attn": attention})
+    sb.prepare(model, LowRes(levels=5))
+    layers = sb.freeze(model)
+    layer = sb.pack(model, layers, precision=precision)["attn"]
+    x = torch.randn(3, 4, 8)
+    given = x if batch_first else x.transpose(0, 1).contiguous()
+    assert layer.why_not(given, given, given, need_weights=False) is None
+    y, weights = layer(given, given, given, need_weights=False)
+    exact, bound = attention_with_bounds(
+        x.double(), x.double(), *exact_weight(layers["attn.in_proj"].weight).chunk(3),
+        attention.in_proj_bias.detach().double(), exact_weight(layers["attn.out_proj"].weight),
+        attention.out_proj.bias.detach().double(), 2, steps,
+    )  # fmt: skip
+    assert weights is None
+    assert kernels.panel_bytes(layer.in_proj.words) > 0
+    assert_within(y if batch_first else y.transpose(0, 1), exact, bound)
+
+
+def test_attention_says_why_it_decodes_its_weights():
+    layer = packed_attention(nn.MultiheadAttention(8, 2, batch_first=True, dropout=0.1))
+    x = torch.randn(1, 3, 8)
+    mask = torch.zeros(3, 3)
+    assert "not one tensor" in layer.why_not(x, x.clone(), x, need_weights=False)
+    assert "weights are asked for" in layer.why_not(x, x, x)
+    assert "masked" in layer.why_not(x, x, x, need_weights=False, attn_mask=mask)
+    flat = x[0]
+    assert "(3, 8)" in layer.why_not(flat, flat, flat, need_weights=False)
+    y = x.double()
+    assert "float64" in layer.why_not(y, y, y, need_weights=False)
+    assert "dropout" in layer.train().why_not(x, x, x, need_weights=False)
+    wide = packed_attention(nn.MultiheadAttention(8, 2, kdim=6, vdim=6))
+    assert "projections of their own" in wide.why_not(x, x, x, need_weights=False)
+    longer = packed_attention(nn.MultiheadAttention(8, 2, add_zero_attn=True))
+    assert "extended" in longer.why_not(x, x, x, need_weights=False)
+
+
+def packed_attention(attention):
+    model = nn.ModuleDict({"attn": attention})
+    sb.prepare(model, LowRes(levels=5))
+    return sb.pack(model, sb.freeze(model))["attn"]
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from subbyte import kernels
 from subbyte.batchnorm import BatchNormMode, absorb_batchnorm, check_mode
 from subbyte.errors import SubbyteError
 from subbyte.functional import decode, read_scale, store_scale
-from subbyte.grids import Grid
+from subbyte.grids import Grid, PerChannel
 from subbyte.kernels import Precision
 from subbyte.layers import Site, sites, supported_type
 from subbyte.packing import radix
@@ -106,16 +106,16 @@ def _decoded(self: Any) -> Tensor:
     return weight
 
 
-def _parts(layer: nn.Module) -> tuple[Any, Tensor | None, Tensor, Tensor, bool]:
-    """(packed, bias, words, scale, whether it has an adapter) of a packed layer.
-
-    From nn.Module's own dictionaries: its look-up by attribute takes a microsecond a name.
-    """
-    packed: Any = layer._modules["packed"]
-    buffers = packed._buffers
-    return packed, layer._buffers["bias"], buffers["words"], buffers["scale"], (
-        buffers["up"] is not None
-    )  # fmt: skip
+def _linear(x: Tensor, packed: PackedWeight, bias: Tensor | None, precision: Precision) -> Tensor:
+    """x [..., in] -> [..., out] by the kernels, the adapter included."""
+    buffers: Any = packed._buffers
+    y = kernels.linear(
+        x, buffers["words"], buffers["scale"], bias, packed.grid, packed.shape, precision
+    )
+    if buffers["up"] is None:
+        return y
+    up, down = packed.factors()  # type: ignore[misc]
+    return y + F.linear(F.linear(x, down), up)
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:
@@ -138,14 +138,16 @@ class PackedLinear(nn.Module):
     weight = property(_decoded)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed, bias, words, scale, adapted = _parts(self)
+        # nn.Module's look-up by attribute takes a microsecond a name
+        packed: Any = self._modules["packed"]
+        bias = self._buffers["bias"]
         if kernels.why_not(x, packed.grid, self.in_features, self.precision):
             return F.linear(x, self.weight.to(x.dtype), bias)
-        y = kernels.linear(x, words, scale, bias, packed.grid, packed.shape, self.precision)
-        if not adapted:
-            return y
-        up, down = packed.factors()
-        return y + F.linear(F.linear(x, down), up)
+        return _linear(x, packed, bias, self.precision)
+
+    def why_not(self, x: Tensor) -> str | None:
+        """Why the kernels do not multiply x, in words; None if they do."""
+        return kernels.why_not(x, self.packed.grid, self.in_features, self.precision)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -199,21 +201,28 @@ class PackedConv2d(_PackedConv):
         self.geometry = (*strides, *dilations, top, bottom, left, right, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed, bias, words, scale, adapted = _parts(self)
-        groups = self.groups
-        if kernels.why_not_conv(
-            x, packed.grid, packed.shape, groups, self.padding_mode, self.precision
-        ):
+        if self.why_not(x):
             return super().forward(x)
+        packed, groups = self.packed, self.groups
+        buffers: Any = packed._buffers
         y = kernels.conv2d(
-            x, words, scale, bias, packed.grid, packed.shape, self.geometry, self.precision
-        )
-        if not adapted:
+            x, buffers["words"], buffers["scale"], self._buffers["bias"], packed.grid,
+            packed.shape, self.geometry, self.precision,
+        )  # fmt: skip
+        factors = packed.factors()
+        if factors is None:
             return y
-        up, down = packed.factors()
+        up, down = factors
         down = down.reshape(-1, *packed.shape[1:])
         inner = F.conv2d(x, down, None, self.stride, self.padding, self.dilation, groups)
         return y + F.conv2d(inner, up[:, :, None, None], groups=groups)
+
+    def why_not(self, x: Tensor) -> str | None:
+        """Why the kernels do not convolve x, in words; None if they do."""
+        packed: Any = self._modules["packed"]
+        return kernels.why_not_conv(
+            x, packed.grid, packed.shape, self.groups, self.padding_mode, self.precision
+        )
 
 
 class PackedConv3d(_PackedConv):
@@ -281,7 +290,10 @@ class PackedConvTranspose2d(_PackedConvTranspose):
 
 
 class PackedEmbedding(nn.Module):
-    """`nn.Embedding` with a packed table [entries, features]; [...] -> [..., features]."""
+    """`nn.Embedding` with a packed table [entries, features]; [...] -> [..., features].
+
+    Only the rows that are looked up are decoded.
+    """
 
     dtype_of: Tensor
 
@@ -293,15 +305,30 @@ class PackedEmbedding(nn.Module):
     weight = property(_decoded)
 
     def forward(self, indices: Tensor) -> Tensor:
-        return F.embedding(indices, self.weight.to(self.dtype_of.dtype))
+        packed = self.packed
+        entries, features = packed.shape
+        nothing = self.dtype_of.new_zeros(1, 1).expand(entries, 1)
+        F.embedding(indices, nothing)  # raises what nn.Embedding raises for a bad index
+        rows = indices.flatten().long()
+        codes = radix.unpack_rows(packed.words, packed.grid.n_levels, rows, features)
+        scale = read_scale(packed.scale, packed.grid.scale_domain)
+        by_row = packed.grid.granularity == PerChannel(0)
+        found = decode(codes, scale[rows] if by_row else scale, packed.grid)
+        factors = packed.factors()
+        if factors is not None:
+            found = found + factors[0][rows] @ factors[1]
+        return found.to(self.dtype_of.dtype).reshape(*indices.shape, features)
 
 
 class PackedMultiheadAttention(nn.Module):
     """`nn.MultiheadAttention` with packed projections, same call and results.
 
     projections: one `in_proj`, or `q_proj`, `k_proj`, `v_proj` when their widths differ. A
-    projection that a recipe keeps in float stays a float tensor.
+    projection that a recipe keeps in float stays a float tensor. Plain self-attention multiplies
+    by the kernels; `why_not` says in words when a call does not.
     """
+
+    precision: Precision = "float32"
 
     in_proj: nn.Module
     in_proj_bias: Tensor | None
@@ -339,6 +366,10 @@ class PackedMultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if not self.why_not(
+            query, key, value, key_padding_mask, need_weights, attn_mask, is_causal=is_causal
+        ):
+            return self._attend(query), None
         swap = self.batch_first and query.dim() == 3
         if swap:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
@@ -354,6 +385,50 @@ class PackedMultiheadAttention(nn.Module):
             **self._separate_weights(query.dtype),
         )  # fmt: skip
         return (out.transpose(0, 1) if swap else out), weights
+
+    def why_not(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> str | None:
+        """Why this call decodes its weights instead of using the kernels; None if it does not."""
+        projection = self._modules.get("in_proj")
+        if not isinstance(projection, PackedWeight):
+            return "query, key and value have projections of their own, or float ones"
+        if not (query is key is value):
+            return "query, key and value are not one tensor"
+        if query.dim() != 3:
+            return f"queries are {tuple(query.shape)}, not [batch, tokens, width]"
+        if key_padding_mask is not None or attn_mask is not None or is_causal:
+            return "attention is masked"
+        if need_weights:
+            return "attention weights are asked for (need_weights)"
+        if self.bias_k is not None or self.bias_v is not None or self.add_zero_attn:
+            return "keys and values are extended (bias_k, bias_v or add_zero_attn)"
+        if self.training and self.dropout:
+            return "dropout is on"
+        return kernels.why_not(query, projection.grid, self.embed_dim, self.precision)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """Self-attention of x [batch, tokens, width], or [tokens, batch, width]."""
+        projected = _linear(x, cast(PackedWeight, self.in_proj), self.in_proj_bias, self.precision)
+        if not self.batch_first:
+            projected = projected.transpose(0, 1)
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in projected.chunk(3, dim=-1)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        if not self.batch_first:
+            mixed = mixed.transpose(0, 1)
+        out: Tensor = self.out_proj(mixed)
+        return out
 
     def _separate_weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         names = () if self._qkv_same_embed_dim else ("q_proj", "k_proj", "v_proj")
@@ -421,7 +496,7 @@ def pack(
     if id(net) in by_owner:
         net = _packed(net, by_owner[id(net)])
     for module in net.modules():
-        if isinstance(module, PackedLinear | PackedConv2d):
+        if isinstance(module, PackedLinear | PackedConv2d | PackedMultiheadAttention):
             module.precision = precision
     return net.eval()
 

@@ -18,7 +18,7 @@ from subbyte.bench.report import BenchReport, LayerBench, Times
 from subbyte.bench.roofs import Roofs, measure_roofs
 from subbyte.bench.timing import in_turn
 from subbyte.errors import SubbyteError
-from subbyte.modules import PackedConv2d, PackedEmbedding, PackedLinear, PackedWeight
+from subbyte.modules import PackedEmbedding, PackedWeight
 
 _ROOFS_SHARE, _NETWORK_SHARE = 0.1, 0.2  # of the time; layers get the rest
 
@@ -132,8 +132,9 @@ def _layer(call: _Call, batch: int, roofs: Roofs | None, seconds: float) -> Laye
     with FlopCounterMode(display=False) as counter:
         twin(*call.args, **call.kwargs)
     operations = int(counter.get_total_flops())
-    packed = next(m for m in layer.modules() if isinstance(m, PackedWeight))
-    n_bytes = 0 if reason else kernels.panel_bytes(packed.words)
+    weights = [m for m in layer.modules() if isinstance(m, PackedWeight)]
+    packed = weights[0]
+    n_bytes = 0 if reason else sum(kernels.panel_bytes(weight.words) for weight in weights)
     planes = 2 if getattr(layer, "precision", "") == "int16" else 1
     least = None if reason or roofs is None else roofs.seconds(n_bytes, planes * operations)
     return LayerBench(
@@ -144,15 +145,10 @@ def _layer(call: _Call, batch: int, roofs: Roofs | None, seconds: float) -> Laye
 
 def _why_not(call: _Call) -> str | None:
     """As the layer itself asks."""
-    layer = call.layer
-    if isinstance(layer, PackedLinear):
-        grid = layer.packed.grid
-        return kernels.why_not(call.args[0], grid, layer.in_features, layer.precision)
-    if isinstance(layer, PackedConv2d):
-        return kernels.why_not_conv(
-            call.args[0], layer.packed.grid, layer.packed.shape, layer.groups, layer.padding_mode,
-            layer.precision,
-        )  # fmt: skip
+    layer: Any = call.layer
+    if hasattr(layer, "why_not"):
+        reason: str | None = layer.why_not(*call.args, **call.kwargs)
+        return reason
     return f"there is no kernel for {type(layer).__name__.removeprefix('Packed')}"
 
 
@@ -187,5 +183,5 @@ def has_bfloat16() -> bool:
 
 def _precision(net: nn.Module) -> str:
     """Of the activations; several where layers differ."""
-    found = {m.precision for m in net.modules() if isinstance(m, PackedLinear | PackedConv2d)}
+    found: set[Any] = {m.precision for m in net.modules() if hasattr(m, "precision")}
     return "/".join(sorted(found)) or "float32"

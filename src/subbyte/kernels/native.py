@@ -130,6 +130,7 @@ def _integers(grid: Grid) -> tuple[int, int] | None:
 
 # ---------------------------------------------------------------- panels
 
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
     """A repacked weight, and what it was made of."""

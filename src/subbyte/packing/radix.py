@@ -75,6 +75,22 @@ def unpack(packed: Tensor, n_levels: int, count: int) -> Tensor:
     return radix_unpack(packed, n_levels, count)
 
 
+def unpack_rows(packed: Tensor, n_levels: int, rows: Tensor, length: int) -> Tensor:
+    """Codes, uint8 [n, length], of `rows` (int64 [n]) of a table whose rows hold `length` codes.
+
+    Only the words that hold them are read. Rows must be in the table.
+    """
+    digits = digits_per(n_levels, 64)
+    first = rows * length // digits  # the word in which a row starts
+    span = (length + digits - 2) // digits + 1  # words that a row touches at most
+    words = packed.reshape(-1, 8)
+    index = first[:, None] + torch.arange(span, device=rows.device)
+    found = words[index.clamp(max=len(words) - 1)].flatten()
+    codes = unpack(found, n_levels, len(rows) * span * digits).reshape(len(rows), span * digits)
+    start = (rows * length - first * digits)[:, None]
+    return codes.gather(1, start + torch.arange(length, device=rows.device))
+
+
 @torch.library.custom_op("subbyte::radix_unpack", mutates_args=())
 def radix_unpack(packed: Tensor, n_levels: int, count: int) -> Tensor:
     """The op behind `unpack`: opaque to torch.compile and torch.export, so digits stay packed."""
