@@ -21,6 +21,8 @@ from subbyte.train import run
 RUNS = {
     "sgm2": "SGM, 2 bits (3 levels)",
     "sgm3": "SGM, 3 bits (7 levels)",
+    "sgm2-long": "SGM, 2 bits, later gathering",
+    "sgm3-long": "SGM, 3 bits, later gathering",
     "lsq2": "LSQ, 3 levels",
     "twn": "TWN, 3 levels",
 }
