@@ -9,7 +9,7 @@ NATIVE := CMakeLists.txt $(wildcard src/subbyte/kernels/csrc/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # SUBBYTE_ISA=avx2 (avx512vnni, neon, portable) forces an instruction set in anything below.
-.PHONY: demo test test-all test-san test-avx512 test-neon check format bench bench-peers mutants reproduce clean
+.PHONY: demo test test-all test-san test-old test-avx512 test-neon wheel check format bench bench-peers mutants reproduce clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
@@ -30,11 +30,19 @@ test-all: $(STAMP)  ## Everything, also what needs ../shared/data or takes long
 test-san:  ## The C++ core under the address and undefined-behaviour sanitizers
 	tests/native/run.sh san
 
+test-old:  ## The same as on CPUs without AVX2, and with no more than it (skipped without qemu-user)
+	tests/native/run.sh old
+
 test-avx512:  ## Its AVX-512 kernels, emulated (skipped without libsimde-dev)
 	tests/native/run.sh avx512
 
 test-neon:  ## Its ARM kernels, emulated (skipped without g++-aarch64-linux-gnu and qemu-user)
 	tests/native/run.sh neon
+
+wheel: $(STAMP)  ## A wheel in dist/, tried on every instruction set of this machine
+	rm -rf dist
+	$(BIN)/pip wheel -q --no-deps -c constraints.txt -w dist .
+	$(BIN)/python tests/wheel.py dist/*.whl
 
 check: $(STAMP)  ## Format, lint and types, Python and C++
 	$(BIN)/ruff format --check .

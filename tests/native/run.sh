@@ -1,5 +1,5 @@
 #!/bin/sh
-# Build tests/native/tiers.cpp with the C++ core and run it: run.sh host|san|avx512|neon.
+# Build tests/native/tiers.cpp with the C++ core and run it: run.sh host|san|old|avx512|neon.
 # What a machine lacks (Debian: libsimde-dev; g++-aarch64-linux-gnu and qemu-user) is skipped by name.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -39,8 +39,17 @@ case "$1" in
     }
     qemu-aarch64 -cpu max "$out/neon"
     ;;
+  old)
+    [ "$(uname -m)" = x86_64 ] || skip "this is no x86-64 machine"
+    command -v qemu-x86_64 > /dev/null || skip "no qemu-x86_64"
+    ${CXX:-g++} $flags $sources -o "$out/host" -ldl
+    qemu-x86_64 -cpu Nehalem "$out/host" | tee "$out/old.log"
+    ! grep -q avx "$out/old.log"
+    qemu-x86_64 -cpu Haswell "$out/host" | tee "$out/old.log"
+    grep -q avx2 "$out/old.log" && ! grep -q avx512 "$out/old.log"
+    ;;
   *)
-    echo "run.sh $1: expected host, san, avx512 or neon" >&2
+    echo "run.sh $1: expected host, san, old, avx512 or neon" >&2
     exit 2
     ;;
 esac
