@@ -132,8 +132,8 @@ void check_depthwise(const Kernels& tier) {
 
 void check_products(const Kernels& tier, int levels, int rows, int k) {
   const Weight weight(levels, rows, k);
-  const Panel panel =
-      make_panel(weight.stored(), 0, rows, k, weight.order, weight.scale.data(), weight.affine);
+  const Panel panel = make_panel(weight.stored(), 0, rows, k, weight.order, weight.scale.data(),
+                                 weight.affine, tier.tables);
   const int length = static_cast<int>(panel.groups() * panel.traits().group());
   std::vector<std::vector<std::int8_t>> q(kMaxTile, std::vector<std::int8_t>(length, 0));
   for (auto& column : q)
@@ -191,8 +191,8 @@ void check_products(const Kernels& tier, int levels, int rows, int k) {
 // Whole layers: the drivers' indexing, against the same product of rounded activations.
 void check_linear(const Kernels& tier, int levels, int rows, int k, int n) {
   const Weight weight(levels, rows, k);
-  const Panel panel =
-      make_panel(weight.stored(), 0, rows, k, weight.order, weight.scale.data(), weight.affine);
+  const Panel panel = make_panel(weight.stored(), 0, rows, k, weight.order, weight.scale.data(),
+                                 weight.affine, tier.tables);
   const std::vector<float> x = floats(n * k), bias = floats(rows);
   std::vector<float> y(n * rows);
   const auto odd = linear(tier, panel, x.data(), n, y.data(), bias.data(), Precision::kInt8, 2);
@@ -214,7 +214,7 @@ void check_conv(const Kernels& tier, int levels, const ConvShape& s, int n, int 
   const int in = static_cast<int>(s.in_group()), rows = static_cast<int>(s.out_channels);
   const int kh = static_cast<int>(s.kernel_h), kw = static_cast<int>(s.kernel_w);
   const Weight weight(levels, rows, in * kh * kw);
-  const ConvPanels panels(s, weight.stored(), weight.scale.data(), weight.affine);
+  const ConvPanels panels(s, weight.stored(), weight.scale.data(), weight.affine, tier.tables);
   const int oh = static_cast<int>(s.out_h(h)), ow = static_cast<int>(s.out_w(w));
   const int c_all = static_cast<int>(s.channels);
   const std::vector<float> x = floats(n * c_all * h * w), bias = floats(rows);

@@ -193,7 +193,7 @@ def _linear_panel(words: Tensor, scale: Tensor, grid: Grid, shape: Sequence[int]
             torch.arange(k, dtype=torch.int32), _scales(scale, grid, rows, factor), factor, center,
         )  # fmt: skip
 
-    return _panel(words, scale, (grid, shape), make)
+    return _panel(words, scale, (grid, shape, _native.tier()), make)
 
 
 def _conv_panels(
@@ -209,7 +209,7 @@ def _conv_panels(
             _scales(scale, grid, shape[0], factor), factor, center,
         )  # fmt: skip
 
-    return _panel(words, scale, (grid, shape, geometry), make)
+    return _panel(words, scale, (grid, shape, geometry, _native.tier()), make)
 
 
 # ---------------------------------------------------------------- products

@@ -61,7 +61,7 @@ subbyte::Panel make_panel(InBytes words, unsigned levels, unsigned digits, std::
   nb::gil_scoped_release released;
   subbyte::Panel panel =
       subbyte::make_panel({words.data(), words.size(), levels, digits}, first_row, rows, row_length,
-                          where, scale.data(), {factor, center});
+                          where, scale.data(), {factor, center}, subbyte::kernels().tables);
   require_room(panel);
   return panel;
 }
@@ -94,7 +94,7 @@ subbyte::ConvPanels make_conv(InBytes words, unsigned levels, unsigned digits, c
     throw std::invalid_argument("sizes, scales and words do not fit together");
   nb::gil_scoped_release released;
   subbyte::ConvPanels panels(shape, {words.data(), words.size(), levels, digits}, scale.data(),
-                             {factor, center});
+                             {factor, center}, subbyte::kernels().tables);
   for (const subbyte::Panel& panel : panels.panels()) require_room(panel);
   return panels;
 }

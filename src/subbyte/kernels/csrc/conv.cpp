@@ -270,20 +270,21 @@ void decode_weights(const Call& call, std::int64_t block_bytes, std::int8_t* dec
 }  // namespace
 
 ConvPanels::ConvPanels(const ConvShape& shape, const RadixCodes& codes, const float* scale,
-                       Affine affine)
+                       Affine affine, bool tables)
     : shape_(shape) {
   const std::int64_t length = shape.in_group() * shape.kernel_h * shape.kernel_w;
   if (shape.depthwise()) {
     std::vector<std::int32_t> order(length);
     for (std::int64_t i = 0; i < length; ++i) order[i] = static_cast<std::int32_t>(i);
-    panels_.push_back(make_panel(codes, 0, shape.out_channels, length, order, scale, affine));
+    panels_.push_back(
+        make_panel(codes, 0, shape.out_channels, length, order, scale, affine, tables));
     return;
   }
   const Window window(shape);
   const std::int64_t rows = shape.out_channels / shape.groups;
   for (std::int64_t g = 0; g < shape.groups; ++g)
     panels_.push_back(
-        make_panel(codes, g * rows, rows, length, window.order, scale + g * rows, affine));
+        make_panel(codes, g * rows, rows, length, window.order, scale + g * rows, affine, tables));
 }
 
 std::size_t ConvPanels::bytes() const {

@@ -28,7 +28,8 @@ struct ConvShape {
 // A convolution's weight [out, in / groups, kh, kw], repacked.
 class ConvPanels {
  public:
-  ConvPanels(const ConvShape& shape, const RadixCodes& codes, const float* scale, Affine affine);
+  ConvPanels(const ConvShape& shape, const RadixCodes& codes, const float* scale, Affine affine,
+             bool tables);
   ConvPanels(ConvPanels&&) = default;
   ConvPanels(const ConvPanels&) = delete;
 

@@ -30,6 +30,7 @@ struct Kernels {
   const char* name;
   std::uint8_t flip;  // tiles take q ^ flip: 0x80 where the dot product wants unsigned activations
   int tile;           // columns of a tile
+  bool tables;        // has the packings that need tables of 128 (`packing_of`)
 
   // The bits of the largest magnitude: floats of one sign order as integers do, infinity and NaN
   // on top.
@@ -65,6 +66,7 @@ struct Kernels {
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* avx512vbmi_kernels();
 const Kernels* neon_kernels();
 
 }  // namespace subbyte

@@ -120,6 +120,51 @@ struct Format<Packing::kQuints3> {
   }
 };
 
+#ifdef SUBBYTE_TABLES  // the tier's V looks bytes up in tables of 64 and of 128
+
+struct Table {
+  alignas(64) std::uint8_t at[128] = {};
+};
+template <class F>
+constexpr Table table(int length, F&& entry) {
+  Table found;
+  for (int i = 0; i < length; ++i) found.at[i] = static_cast<std::uint8_t>(entry(i));
+  return found;
+}
+
+template <>
+struct Format<Packing::kTrits5> {
+  // A quarter of the byte tells its last digit.
+  static constexpr Table kLast = table(64, [](int i) { return i / 21; });
+  static constexpr Table kLast84 = table(64, [](int i) { return i / 21 * 84; });
+  static constexpr Table kRest =
+      table(81, [](int i) { return i % 3 | i / 3 % 3 << 2 | i / 9 % 3 << 4 | i / 27 % 3 << 6; });
+  template <int P>
+  static V::Bytes digit(const std::uint8_t* runs) {
+    const auto v = V::load(runs), quarter = V::template shift_right<2>(v);
+    if constexpr (P == 4) return V::lookup64(kLast.at, quarter);
+    const auto rest = V::lookup128(kRest.at, V::subtract(v, V::lookup64(kLast84.at, quarter)));
+    return V::mask(V::template shift_right<2 * (P % 4)>(rest), 3);
+  }
+};
+
+template <>
+struct Format<Packing::kQuints10> {
+  static constexpr Table kDigit[3] = {table(125, [](int i) { return i % 5; }),
+                                      table(125, [](int i) { return i / 5 % 5; }),
+                                      table(125, [](int i) { return i / 25; })};
+  template <int P>
+  static V::Bytes digit(const std::uint8_t* runs) {
+    if constexpr (P == 9)
+      return V::either(V::either(bit<7, 0>(runs), bit<7, 1>(runs + kRunBytes)),
+                       bit<7, 2>(runs + 2 * kRunBytes));
+    else
+      return V::lookup128(kDigit[P % 3].at, V::load(runs + P / 3 * kRunBytes));
+  }
+};
+
+#endif
+
 // f(integral_constant<int, 0>), f(integral_constant<int, 1>), ... in order.
 template <class F, int... I>
 inline void each(std::integer_sequence<int, I...>, F&& f) {
@@ -224,6 +269,15 @@ inline void with_packing(Packing packing, F&& f) {
       return f(std::integral_constant<Packing, Packing::kBits8>());
     case Packing::kQuints3:
       return f(std::integral_constant<Packing, Packing::kQuints3>());
+#ifdef SUBBYTE_TABLES
+    case Packing::kTrits5:
+      return f(std::integral_constant<Packing, Packing::kTrits5>());
+    case Packing::kQuints10:
+      return f(std::integral_constant<Packing, Packing::kQuints10>());
+#else
+    default:  // no panel of this tier
+      return;
+#endif
   }
 }
 
@@ -348,5 +402,10 @@ void values(const std::int32_t* sums, const Scaling& scaling, float* y) {
   }
 }
 
-constexpr Kernels kKernels{V::kName, V::kFlip, V::kTileColumns, &peak,      &round, &sum,
-                           &small,   &decode,  &multiply,       &depthwise, &values};
+#ifdef SUBBYTE_TABLES
+constexpr bool kTables = true;
+#else
+constexpr bool kTables = false;
+#endif
+constexpr Kernels kKernels{V::kName, V::kFlip, V::kTileColumns, kTables,   &peak,      &round,
+                           &sum,     &small,   &decode,         &multiply, &depthwise, &values};

@@ -22,6 +22,10 @@ enum class Packing : std::uint8_t {
   kBits5,    // 8 positions: nibbles in four runs, the fifth bit in another
   kBits8,    // 1 position
   kQuints3,  // 3 positions of 5 levels: nibbles a + 5 bh and c + 5 bl with b = bh + bl
+  // For tiers that look bytes up in tables of 128:
+  kTrits5,    // 5 positions of 3 levels: d0 + 3 d1 + 9 d2 + 27 d3 + 84 d4
+  kQuints10,  // 10 positions of 5 levels: three times d0 + 5 d1 + 25 d2 in the low 7 bits of a
+              // byte, the tenth digit in the three high bits
 };
 
 struct Traits {
@@ -46,12 +50,20 @@ constexpr Traits traits(Packing packing) {
       return {1, 1, 255};
     case Packing::kQuints3:
       return {3, 1, 4};
+    case Packing::kTrits5:
+      return {5, 1, 2};
+    case Packing::kQuints10:
+      return {10, 3, 4};
   }
   throw std::logic_error("no such packing");
 }
 
-// The smallest packing of this many levels.
-inline Packing packing_of(int levels) {
+constexpr int kMaxPositions = 10;
+
+// The smallest packing of this many levels. tables: for tiers with tables of 128.
+inline Packing packing_of(int levels, bool tables) {
+  if (tables && levels == 3) return Packing::kTrits5;
+  if (tables && levels == 5) return Packing::kQuints10;
   if (levels <= 2) return Packing::kBits1;
   if (levels <= 4) return Packing::kBits2;
   if (levels == 5) return Packing::kQuints3;
@@ -95,6 +107,15 @@ inline void encode(Packing packing, const std::uint8_t* digit, std::uint8_t* byt
       byte[0] = static_cast<std::uint8_t>((digit[0] + 5 * high) << 4 | (digit[2] + 5 * low));
       return;
     }
+    case Packing::kTrits5:
+      byte[0] = static_cast<std::uint8_t>(digit[0] + 3 * digit[1] + 9 * digit[2] + 27 * digit[3] +
+                                          84 * digit[4]);
+      return;
+    case Packing::kQuints10:
+      for (int v = 0; v < 3; ++v, digit += 3)
+        byte[v] = static_cast<std::uint8_t>(digit[0] + 5 * digit[1] + 25 * digit[2]);
+      for (int v = 0; v < 3; ++v) byte[v] |= (*digit >> v & 1) << 7;
+      return;
   }
 }
 

@@ -13,7 +13,7 @@ namespace {
 void encode_block(const std::uint8_t* codes, std::int64_t rows, std::int64_t row_length,
                   const std::vector<std::int32_t>& order, const Panel& panel, std::uint8_t* out) {
   const Traits t = panel.traits();
-  std::uint8_t digit[8], byte[8];
+  std::uint8_t digit[kMaxPositions], byte[8];
   for (std::int64_t g = 0; g < panel.groups(); ++g, out += t.vectors * kRunBytes) {
     for (int lane = 0; lane < kRunBytes; ++lane) {
       const std::int64_t row = lane / 4;
@@ -32,11 +32,11 @@ void encode_block(const std::uint8_t* codes, std::int64_t rows, std::int64_t row
 
 Panel make_panel(const RadixCodes& codes, std::int64_t first_row, std::int64_t rows,
                  std::int64_t row_length, const std::vector<std::int32_t>& order,
-                 const float* scale, Affine affine) {
+                 const float* scale, Affine affine, bool tables) {
   Panel panel;
   panel.rows = rows;
   panel.k = static_cast<std::int64_t>(order.size());
-  panel.packing = packing_of(static_cast<int>(codes.levels));
+  panel.packing = packing_of(static_cast<int>(codes.levels), tables);
   panel.affine = affine;
   panel.scale.resize(panel.blocks() * kBlockRows);
   std::copy(scale, scale + rows, panel.scale.begin());

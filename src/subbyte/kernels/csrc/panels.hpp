@@ -48,9 +48,10 @@ struct Panel {
 };
 
 // rows x order.size() of the weight as a panel. order[i]: where in a row of the stored weight k = i
-// comes from, -1 for padding. row_length: weights of a stored row; first_row: the first one taken.
+// comes from, -1 for padding. row_length: weights of a stored row; first_row: the first one taken;
+// tables: of the tier that will use it (`Kernels`).
 Panel make_panel(const RadixCodes& codes, std::int64_t first_row, std::int64_t rows,
                  std::int64_t row_length, const std::vector<std::int32_t>& order,
-                 const float* scale, Affine affine);
+                 const float* scale, Affine affine, bool tables);
 
 }  // namespace subbyte

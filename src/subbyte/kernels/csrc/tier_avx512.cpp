@@ -21,60 +21,10 @@
 namespace subbyte {
 namespace avx512 {
 
-struct V {
+#include "avx512.inl"
+
+struct V : Avx512 {
   static constexpr const char* kName = "avx512vnni";
-  static constexpr std::uint8_t kFlip = 0x80;
-  static constexpr int kBytes = 64, kRegisters = 32, kTileVectors = 2, kTileColumns = 12;
-  using Bytes = __m512i;
-  using Sums = __m512i;
-
-  template <class T>
-  static Bytes load(const T* p) {
-    return _mm512_loadu_si512(p);
-  }
-  template <class T>
-  static void store(T* p, __m512i v) {
-    _mm512_storeu_si512(p, v);
-  }
-  template <class T>
-  static Bytes splat(const T* p) {
-    std::int32_t four;
-    std::memcpy(&four, p, 4);
-    return _mm512_set1_epi32(four);
-  }
-  static Bytes fill(std::uint8_t value) { return _mm512_set1_epi8(static_cast<char>(value)); }
-  // Of 16 bits: bits that cross into a neighbour are for the mask to drop.
-  template <int N>
-  static Bytes shift_right(Bytes v) {
-    return N ? _mm512_srli_epi16(v, N) : v;
-  }
-  template <int N>
-  static Bytes shift_left(Bytes v) {
-    return N ? _mm512_slli_epi16(v, N) : v;
-  }
-  static Bytes mask(Bytes v, int bits) {
-    return _mm512_and_si512(v, fill(static_cast<std::uint8_t>(bits)));
-  }
-  static Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
-  static Bytes add(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
-  static Bytes subtract(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
-  static Bytes lookup(const std::uint8_t* table, Bytes index) {
-    const auto quarter = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(quarter), index);
-  }
-  static Sums zero() { return _mm512_setzero_si512(); }
-  static __m512i widen(const std::int8_t* p) {  // to 16 bits each
-    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
-
-  struct Narrow {
-    using Part = __m512i;
-    static Part zero() { return _mm512_setzero_si512(); }
-    static Part dot(Part part, Bytes u, Bytes s) { return _mm512_dpbusd_epi32(part, u, s); }
-    static Sums flush(Sums sums, Part part) { return _mm512_add_epi32(sums, part); }
-    static constexpr std::int64_t span(int, int) { return std::int64_t{1} << 40; }
-  };
-  using Wide = Narrow;
 };
 
 #include "kernels.inl"
