@@ -99,7 +99,7 @@ void plain(std::int64_t rounds) {
   }
 }
 
-Spin bytes_of(const std::string& tier) {
+Spin bytes_of([[maybe_unused]] const std::string& tier) {
 #if defined(SUBBYTE_X86)
   if (tier == "avx512vnni" || tier == "avx512vbmi") return {64 * kSums, &bytes_avx512};
   if (tier == "avx2") return {32 * kSums, &bytes_avx2};
