@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from subbyte import kernels
 from subbyte.artifact import WORDS, Artifact, LayerEntry, load, packed_layers, read
@@ -170,34 +170,26 @@ def size_report(path: str | Path) -> SizeReport:
     )  # fmt: skip
 
 
+@torch.inference_mode()
 def _panels(path: str | Path) -> dict[str, int]:
-    """Bytes of each layer's panels; none where the file does not say its network.
-
-    Attention decodes the layers inside it.
-    """
+    """Bytes of each layer's panels, made by one product with zeros; none where the kernels do not
+    serve a layer, or the file does not say its network."""
     try:
         net = load(path)
     except SubbyteError:
         return {}
-    modules = dict(net.named_modules())
-    inside = [f"{n}." for n, m in modules.items() if isinstance(m, PackedMultiheadAttention)]
-    called = {n: m for n, m in modules.items() if not n.startswith(tuple(inside))}
-    return {
-        layer.name: _repacked(called.get(layer.name), layer.weight.words)
-        for layer in packed_layers(net)
-    }
-
-
-@torch.inference_mode()
-def _repacked(module: nn.Module | None, words: Tensor) -> int:
-    """Bytes after one product with zeros; 0 where the kernels do not serve the layer."""
-    if isinstance(module, PackedLinear):
-        module(torch.zeros(1, module.in_features))
-    elif isinstance(module, PackedConv2d):
-        kernel = zip(module.packed.shape[2:], module.dilation, strict=True)
-        field = (dilation * (side - 1) + 1 for side, dilation in kernel)
-        module(torch.zeros(1, module.packed.shape[1] * module.groups, *field))
-    return kernels.panel_bytes(words)
+    for module in net.modules():
+        if isinstance(module, PackedLinear):
+            module(torch.zeros(1, module.in_features))
+        elif isinstance(module, PackedConv2d):
+            kernel = zip(module.packed.shape[2:], module.dilation, strict=True)
+            field = (dilation * (side - 1) + 1 for side, dilation in kernel)
+            module(torch.zeros(1, module.packed.shape[1] * module.groups, *field))
+        elif isinstance(module, PackedMultiheadAttention):
+            token = torch.zeros(1, 1, module.embed_dim)
+            if not module.why_not(token, token, token, need_weights=False):
+                module(token, token, token, need_weights=False)
+    return {layer.name: kernels.panel_bytes(layer.weight.words) for layer in packed_layers(net)}
 
 
 def _layer_size(
