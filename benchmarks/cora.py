@@ -6,7 +6,7 @@
 
 Calibrates on images of the training split, drawn with each seed (labels for the published CoRa
 only), scores on the whole test split and appends to benchmarks/results/cora.jsonl. `--table` prints
-the medians of that file. Needs the weights and data that `CASES` names.
+the means of that file. Needs the weights and data that `CASES` names.
 """
 
 import argparse
@@ -85,11 +85,12 @@ def measure(network: str, name: str, seed: int) -> dict[str, object]:
 
 
 def table(network: str) -> str:
-    """Medians over the seeds of the newest run of each (method, seed)."""
+    """Means over the seeds of the newest run of each (method, seed) with today's options."""
     newest: dict[tuple[str, int], dict[str, float]] = {}
     for text in (RESULTS / "cora.jsonl").read_text().splitlines():
         line = json.loads(text)
-        if line["network"] == network:
+        current = str(METHODS.get(line["method"])) == line["options"]
+        if line["network"] == network and current:
             newest[line["method"], line["seed"]] = line
     rows = ["| method | real bits | top-1 %, mean (spread) | each seed | seconds, median |",
             "|---|---|---|---|---|"]  # fmt: skip

@@ -47,8 +47,9 @@ class CoRa:
 
     levels or bits (2^bits levels): of every layer; neither: searched a layer, with the ranks.
     target_bits: the budget in real bits a weight (codes, scales, adapters); None: no adapters.
-    codes: "gptq" or "rtn". in_order: each layer for what the quantized ones before it hand on, if
-    held-out images agree. adapter_bits: 8 or 16. tune: iterations, at most 250, 0 for none.
+    codes: "gptq" or "rtn". in_order: with gptq, each layer makes up for the quantized ones before
+    it, if held-out images agree; then correct_norms has nothing left to do. adapter_bits: 8 or 16.
+    tune: iterations, at most 250, 0 for none.
     """
 
     levels: int | None = None
@@ -284,7 +285,11 @@ class _Work:
 
     def solve_in_order(self, plan: RankPlan, method: CoRa) -> bool:
         """Whether it helped; if so, the norms behind the layers have moved as well."""
-        if not method.in_order or not any(layer.statistics for layer in self.known):
+        if (
+            not method.in_order
+            or method.codes != "gptq"
+            or not any(x.statistics for x in self.known)
+        ):
             return False
         self.tell("solving again, layer by layer, for the inputs of the quantized network")
         planned = {layer.name: layer for layer in plan.quantized}
