@@ -68,6 +68,22 @@ def test_a_layer_makes_up_for_the_layers_before_it():
     assert torch.equal(done.model[2].bias, done.layers["2"].bias)
 
 
+def test_few_images_change_no_weight():
+    """Fewer than four vectors for each input: what undoes the damage would be learnt by heart."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 6)).eval()
+    seen = {}
+
+    def look(layer):
+        seen[layer.site.name] = layer.matrix
+        return nearly(layer, 0.5 * layer.matrix)
+
+    for n, same in ((63, True), (64, False)):
+        x = torch.randn(n, 8)
+        solve_in_order(net, known(net, x), look, [x])
+        assert torch.equal(seen["2"], net[2].weight) is same
+
+
 def test_the_norm_behind_takes_the_shift_of_the_mean():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2, bias=False), nn.BatchNorm2d(4)).eval()

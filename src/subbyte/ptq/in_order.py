@@ -34,6 +34,7 @@ from subbyte.ptq.search import Layer
 from subbyte.tensors import QuantizedLayer, as_matrix, as_weight
 
 STAGES = 32  # of more layers, neighbours share a pass over the images
+_ENOUGH = 4  # patches for each input of a layer, to tell what came before from noise
 _KEPT = 0.01  # of the means
 
 Solve = Callable[[Layer], QuantizedLayer]
@@ -114,7 +115,12 @@ class _Work:
         return {n: _Paired(zz, xz, z, x, counts[n]) for n, (zz, xz, z, x) in means.items()}
 
     def adapted(self, layer: Layer, paired: _Paired) -> Layer:
-        """The layer with T for its weight and H for its metric."""
+        """The layer with T for its weight and H for its metric; as it was, if too little is known.
+
+        A classifier that sees one vector an image, of as many values, would learn those by heart.
+        """
+        if paired.patches < _ENOUGH * layer.matrix.shape[1]:
+            return layer
         if self.absorbs(layer.site):
             paired = paired.centred()
         h = damped(paired.zz)
