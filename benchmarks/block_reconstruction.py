@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/block_reconstruction.py --iterations 200
     .venv/bin/python benchmarks/block_reconstruction.py --iterations 20000      # hours
+    .venv/bin/python benchmarks/block_reconstruction.py --iterations 20 --samples 160 --cost-only
 
 ResNet-20 on CIFAR-10, 8 levels a weight, the same 1600 images for both. Each residual block (and
 the first and the last layer) is reconstructed in order: its input from the network quantized so
@@ -9,6 +10,7 @@ far, its target the float network's output; the rounding of every weight learns 
 rounding (Nagel et al., arXiv:2004.10568; in blocks: Li et al., arXiv:2102.05426), Adam, lr 1e-3,
 batch 32. BRECQ takes 20 000 iterations a block. With fewer, the line also has the time for 20 000,
 multiplied out from the measured time of a step and called so; the accuracy is of what was run.
+--cost-only times the steps (which do not depend on the number of images) and nothing else.
 Written for this comparison only. Appends to benchmarks/results/block-reconstruction.jsonl.
 """
 
@@ -113,12 +115,14 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--levels", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=1600)
+    parser.add_argument("--cost-only", action="store_true", help="no accuracy, no CoRa beside it")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     net = build("resnet20")
     load_weights(net, SHARED / "weights" / "resnet20_cifar10.safetensors")
     net.eval()
-    images = drawn(load_images(str(SHARED / "cifar10"), "train"), 1600, options.seed)
+    images = drawn(load_images(str(SHARED / "cifar10"), "train"), options.samples, options.seed)
     test = load_images(str(SHARED / "cifar10"), "test")
     x = net.preprocess(images.images[:])
     student, seconds, a_step = copy.deepcopy(net), 0.0, 0.0
@@ -133,14 +137,21 @@ def main() -> None:
         seconds += time.perf_counter() - started
         a_step += sum(steps) / len(steps)
         print(f"{name}: {1000 * sum(steps) / len(steps):.1f} ms a step", flush=True)
-    ours = quantize(net, CoRa(levels=options.levels), calibration=[x], seed=options.seed)
     published = a_step * PUBLISHED_ITERATIONS
-    line = {
+    line: dict[str, object] = {
         "iterations": options.iterations,
         "levels": options.levels,
+        "samples": options.samples,
         "seconds": seconds,
-        "top1": evaluate(student, test).top1,
         "seconds_of_20000_multiplied_out": published,
+    }
+    if options.cost_only:
+        append("block-reconstruction", line)
+        print(line)
+        return
+    ours = quantize(net, CoRa(levels=options.levels), calibration=[x], seed=options.seed)
+    line |= {
+        "top1": evaluate(student, test).top1,
         "cora_seconds": ours.seconds,
         "cora_top1": evaluate(ours.model, test, preprocess=net.preprocess).top1,
         "cora_bits": ours.bits_per_weight,
