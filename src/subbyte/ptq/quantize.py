@@ -1,12 +1,13 @@
-"""Post-training quantization: calibrate, plan, solve, correct, tune; labels are never needed.
+"""Post-training quantization: calibrate, plan, solve in order, tune; labels are never needed.
 
     result = sb.quantize(model, sb.CoRa(bits=3), calibration=batches)
     sb.save(result.model, "net.safetensors")
 
 CoRa: "Reclaiming Residual Knowledge", arXiv:2408.00923; the paper's form is in
 `subbyte.ptq.published`. The default departs from it, because rounding noise is nearly white and a
-plain SVD of it reclaims little: codes by GPTQ, adapters in the metric of the inputs and the loss,
-ranks and levels in closed form, then a short tuning.
+plain SVD of it reclaims little: codes by GPTQ, layer by layer for what the quantized layers before
+hand on, adapters in the metric of the inputs and the loss, ranks and levels in closed form, then a
+short tuning.
 """
 
 from __future__ import annotations
