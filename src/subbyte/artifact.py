@@ -268,11 +268,18 @@ def load(
     """
     artifact = read(path)
     try:
-        net = pack(_skeleton(artifact, model), artifact.layers(), precision=precision)
-        restore(net, artifact.affine)
-        _load_state(net, artifact)
+        return assemble(artifact, model, precision=precision)
     except SubbyteError as error:
         raise SubbyteError(f"{path}: {error}") from None
+
+
+def assemble(
+    artifact: Artifact, model: nn.Module | None = None, *, precision: Precision = "int8"
+) -> nn.Module:
+    """The packed model of what was read from a file; as `load`, whose errors name the file too."""
+    net = pack(_skeleton(artifact, model), artifact.layers(), precision=precision)
+    restore(net, artifact.affine)
+    _load_state(net, artifact)
     return net
 
 

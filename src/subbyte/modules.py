@@ -138,16 +138,16 @@ class PackedLinear(nn.Module):
     weight = property(_decoded)
 
     def forward(self, x: Tensor) -> Tensor:
-        # nn.Module's look-up by attribute takes a microsecond a name
+        if self.why_not(x):
+            return F.linear(x, self.weight.to(x.dtype), self.bias)
+        # From the dictionaries: nn.Module's look-up by attribute takes a microsecond a name.
         packed: Any = self._modules["packed"]
-        bias = self._buffers["bias"]
-        if kernels.why_not(x, packed.grid, self.in_features, self.precision):
-            return F.linear(x, self.weight.to(x.dtype), bias)
-        return _linear(x, packed, bias, self.precision)
+        return _linear(x, packed, self._buffers["bias"], self.precision)
 
     def why_not(self, x: Tensor) -> str | None:
         """Why the kernels do not multiply x, in words; None if they do."""
-        return kernels.why_not(x, self.packed.grid, self.in_features, self.precision)
+        packed: Any = self._modules["packed"]
+        return kernels.why_not(x, packed.grid, self.in_features, self.precision)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

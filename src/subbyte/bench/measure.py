@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,9 +33,6 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def run(self) -> Any:
-        return self.layer(*self.args, **self.kwargs)
-
 
 def bench(
     net: nn.Module,
@@ -60,11 +58,12 @@ def bench(
         roofs = measure_roofs(torch.get_num_threads(), _ROOFS_SHARE * seconds)
         share = (1 - _ROOFS_SHARE - (_NETWORK_SHARE if whole else 0)) * seconds / n_rows
         layers = [_layer(call, n, roofs, share) for n in batches for call in calls[n]]
-        share = _NETWORK_SHARE * seconds / len(batches)
-        networks = [
-            (n, _times(net, float_twin(net), (_batch_of(example, n),), {}, share))
-            for n in (batches if whole else ())
-        ]
+        networks: list[tuple[int, Times]] = []
+        if whole:
+            share, twin = _NETWORK_SHARE * seconds / len(batches), float_twin(net)
+            networks = [
+                (n, _times(net, twin, (_batch_of(example, n),), {}, share)) for n in batches
+            ]
         return BenchReport(
             target, kernels.tier(), torch.get_num_threads(), _precision(net), roofs,
             tuple(layers), tuple(networks),
@@ -165,7 +164,7 @@ def _times(
         "float32": partial(twin, *args, **kwargs),
     }
     if has_bfloat16():
-        narrow = float_twin(twin).to(torch.bfloat16)
+        narrow = copy.deepcopy(twin).to(torch.bfloat16)
         calls["bfloat16"] = partial(narrow, *map(_to_bfloat16, args), **kwargs)
     found = in_turn(calls, seconds)
     return Times(found["packed"], found["float32"], found.get("bfloat16"))

@@ -46,8 +46,9 @@ def from_shapes(
 def _random_layer(shape: tuple[int, int], levels: int, precision: Precision) -> nn.Module:
     if min(shape) < 1 or shape[0] * shape[1] > LARGEST:
         raise SubbyteError(f"shape {shape[0]}x{shape[1]}; use 1 to {LARGEST} weights")
-    codes = torch.randint(0, uniform(levels).n_levels, shape, dtype=torch.uint8)
-    weight = QuantizedTensor(codes, torch.rand(shape[0]), uniform(levels, PerChannel(0)))
+    grid = uniform(levels, PerChannel(0))
+    codes = torch.randint(0, grid.n_levels, shape, dtype=torch.uint8)
+    weight = QuantizedTensor(codes, torch.rand(shape[0]), grid)
     with torch.device("meta"):
         like = nn.Linear(shape[1], shape[0], bias=False)
     return pack(like, {"": QuantizedLayer(weight, None)}, precision=precision)

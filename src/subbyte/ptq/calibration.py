@@ -60,10 +60,15 @@ def input_statistics(
     if not len(batches):
         raise SubbyteError("no calibration batches; give at least one image")
     found: dict[str, Statistics] = {}
-    quota = max(1, patches // sum(len(x) for x in batches))
+    quota = patches_an_image(batches, patches)
     for part in _passes(layers, limit):
         found |= _one_pass(model, part, batches, quota)
     return found
+
+
+def patches_an_image(batches: Sequence[Tensor], patches: int) -> int:
+    """How many of a layer's patches each image gives, for about `patches` of all."""
+    return max(1, patches // sum(len(x) for x in batches))
 
 
 def _passes(layers: Sequence[Site], limit: int) -> Iterator[list[Site]]:

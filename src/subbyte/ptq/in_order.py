@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.layers import Site
-from subbyte.ptq.calibration import PATCHES, Statistics, inputs_of
+from subbyte.ptq.calibration import PATCHES, Statistics, inputs_of, patches_an_image
 from subbyte.ptq.codes import damped
 from subbyte.ptq.equalize import norms_behind
 from subbyte.ptq.search import Layer
@@ -97,7 +98,7 @@ class _Work:
         self.layers: dict[str, QuantizedLayer] = {}
 
     def paired(self, stage: Sequence[Site]) -> dict[str, _Paired]:
-        quota = max(1, PATCHES // sum(len(x) for x in self.batches))
+        quota = patches_an_image(self.batches, PATCHES)
         sums: dict[str, list[Tensor]] = {}
         counts = dict.fromkeys((site.name for site in stage), 0)
         for batch in self.batches:
@@ -179,11 +180,8 @@ def _patches(
         if len(seen) == len(stage):
             raise _ReachedError
 
-    try:
-        with inputs_of(model, stage, receive, most):
-            model(x)
-    except _ReachedError:
-        pass
+    with suppress(_ReachedError), inputs_of(model, stage, receive, most):
+        model(x)
     return seen
 
 

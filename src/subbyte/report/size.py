@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from subbyte import kernels
-from subbyte.artifact import WORDS, Artifact, LayerEntry, load, packed_layers, read
+from subbyte.artifact import WORDS, Artifact, LayerEntry, assemble, packed_layers, read
 from subbyte.errors import SubbyteError
 from subbyte.functional import entropy, level_shares
 from subbyte.layers import join
@@ -157,7 +157,7 @@ def size_report(path: str | Path) -> SizeReport:
         layers = artifact.layers()
     except SubbyteError as error:
         raise SubbyteError(f"{path}: {error}") from None
-    panels = _panels(path)
+    panels = _panels(artifact)
     sizes = tuple(
         _layer_size(name, entry, layers[name], artifact, panels.get(name))
         for name, entry in artifact.entries.items()
@@ -171,11 +171,11 @@ def size_report(path: str | Path) -> SizeReport:
 
 
 @torch.inference_mode()
-def _panels(path: str | Path) -> dict[str, int]:
+def _panels(artifact: Artifact) -> dict[str, int]:
     """Bytes of each layer's panels, made by one product with zeros; none where the kernels do not
     serve a layer, or the file does not say its network."""
     try:
-        net = load(path)
+        net = assemble(artifact)
     except SubbyteError:
         return {}
     for module in net.modules():

@@ -54,7 +54,7 @@ struct Call {
   const Kernels& kernels;
   const ConvPanels& weight;
   std::int64_t n, h, w;
-  bool x_last, y_last;
+  bool x_last;
   int planes, threads;
   Frame frame;
   std::uint8_t flip;
@@ -163,7 +163,7 @@ constexpr std::int64_t kChunk = 64;  // pixels of a task
 
 // A task: pixels [first, first + n) of one image, for one block of rows of one group.
 struct Task {
-  std::int64_t block, row, rows;  // row: the first output channel, of all groups
+  std::int64_t row, rows;  // row: the first output channel, of all groups
   const Panel& panel;
   const std::int8_t* weights;  // decoded
   std::int64_t first, n, out_w;
@@ -308,7 +308,7 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
   if (products * (depthwise ? 8 : 1) < kSerial) threads = 1;
   const Frame frame{groups, s.channels / groups, h + s.top + s.bottom, w + s.left + s.right};
   const std::uint8_t flip = depthwise ? 0 : kernels.flip;
-  const Call call{kernels, weight, n, h, w, x_last, y_last, planes, threads, frame, flip};
+  const Call call{kernels, weight, n, h, w, x_last, planes, threads, frame, flip};
 
   thread_local Buffer decoded_scratch, frames_scratch;
   const std::int64_t blocks = first_panel.blocks();
@@ -342,13 +342,9 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
       const Panel& panel = weight.panels()[group];
       const std::int64_t row = block * kBlockRows, channel = group * panel.rows + row;
       const std::int64_t rows = std::min<std::int64_t>(kBlockRows, panel.rows - row);
-      const Task task{block,
-                      channel,
-                      rows,
-                      panel,
-                      decoded + (group * blocks + block) * block_bytes,
-                      chunk * step,
-                      std::min(step, pixels - chunk * step),
+      const Task task{channel,      rows,
+                      panel,        decoded + (group * blocks + block) * block_bytes,
+                      chunk * step, std::min(step, pixels - chunk * step),
                       out_w};
       const Sink sink{y + image * s.out_channels * pixels, s.out_channels, pixels, y_last};
       std::memset(start, 0, sizeof start);

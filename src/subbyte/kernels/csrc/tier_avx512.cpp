@@ -1,17 +1,7 @@
 // AVX-512 with VNNI: 64 bytes, products of unsigned and signed bytes added up in int32.
-//
-// SUBBYTE_EMULATE compiles it against SIMDe, which computes every instruction in plain C++: the
-// tests run it so on machines without AVX-512.
-#include "tier.hpp"
+#include "avx512.hpp"
 
-#if defined(SUBBYTE_EMULATE)
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#elif defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
-#endif
-
-#if defined(SUBBYTE_EMULATE) || defined(__x86_64__) || defined(_M_X64)
+#if defined(SUBBYTE_AVX512)
 
 #ifndef SUBBYTE_EMULATE
 #pragma GCC push_options
@@ -37,15 +27,7 @@ struct V : Avx512 {
 #endif
 
 namespace subbyte {
-const Kernels* avx512_kernels() {
-#ifdef SUBBYTE_EMULATE
-  return &avx512::kKernels;
-#else
-  const bool here = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-  return here ? &avx512::kKernels : nullptr;
-#endif
-}
+const Kernels* avx512_kernels() { return has_avx512(false) ? &avx512::kKernels : nullptr; }
 }  // namespace subbyte
 
 #else

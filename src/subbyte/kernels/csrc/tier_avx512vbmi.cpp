@@ -1,15 +1,8 @@
 // AVX-512 with VNNI and VBMI, whose permutes look bytes up in tables of 64 and 128: 3 levels at 1.6
 // bits, 5 at 2.4. Otherwise as tier_avx512.cpp.
-#include "tier.hpp"
+#include "avx512.hpp"
 
-#if defined(SUBBYTE_EMULATE)
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#elif defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
-#endif
-
-#if defined(SUBBYTE_EMULATE) || defined(__x86_64__) || defined(_M_X64)
+#if defined(SUBBYTE_AVX512)
 
 #ifndef SUBBYTE_EMULATE
 #pragma GCC push_options
@@ -44,16 +37,7 @@ struct V : Avx512 {
 #endif
 
 namespace subbyte {
-const Kernels* avx512vbmi_kernels() {
-#ifdef SUBBYTE_EMULATE
-  return &avx512vbmi::kKernels;
-#else
-  const bool here = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
-                    __builtin_cpu_supports("avx512vbmi");
-  return here ? &avx512vbmi::kKernels : nullptr;
-#endif
-}
+const Kernels* avx512vbmi_kernels() { return has_avx512(true) ? &avx512vbmi::kKernels : nullptr; }
 }  // namespace subbyte
 
 #else
