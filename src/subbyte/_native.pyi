@@ -24,7 +24,18 @@ class Panel:
     def bytes(self) -> int: ...
     @property
     def bits(self) -> float: ...
-    def linear(self, x: int, n: int, y: int, bias: int, planes: int, threads: int) -> list[int]: ...
+    def linear(
+        self,
+        x: int,
+        n: int,
+        y: int,
+        bias: int,
+        plus: int,
+        low: float,
+        high: float,
+        planes: int,
+        threads: int,
+    ) -> list[int]: ...
 
 class ConvPanels:
     @property
@@ -41,6 +52,9 @@ class ConvPanels:
         y: int,
         y_last: bool,
         bias: int,
+        plus: int,
+        low: float,
+        high: float,
         planes: int,
         threads: int,
     ) -> list[int]: ...

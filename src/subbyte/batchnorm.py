@@ -52,22 +52,25 @@ def absorb_batchnorm(net: nn.Module, *, rounded: bool = False) -> nn.Module:
     """
     net = copy.deepcopy(net)
     if isinstance(net, _BATCHNORMS):
-        return _affine("", net, rounded)
+        return as_affine("", net, rounded)
     made: dict[int, Affine] = {}
     for path, parent in list(net.named_modules()):
         for name, child in list(parent._modules.items()):
             if isinstance(child, _BATCHNORMS):
                 if id(child) not in made:
-                    made[id(child)] = _affine(f"{path}.{name}".lstrip("."), child, rounded)
+                    made[id(child)] = as_affine(f"{path}.{name}".lstrip("."), child, rounded)
                 setattr(parent, name, made[id(child)])
     return net.eval()
 
 
 @torch.no_grad()
-def _affine(
-    name: str, norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, rounded: bool
+def as_affine(
+    name: str, norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, rounded: bool = False
 ) -> Affine:
-    """In float64, so that the only rounding is the last."""
+    """What a norm does in eval mode; in float64, so that the only rounding is the last.
+
+    name: for the error, SubbyteError, of a norm without running statistics.
+    """
     if norm.running_mean is None or norm.running_var is None:
         raise SubbyteError(
             f"BatchNorm '{name}' has no running statistics, so it has no fixed scale to absorb; "

@@ -21,7 +21,7 @@ from subbyte.batchnorm import BatchNormMode, absorb_batchnorm, check_mode
 from subbyte.errors import SubbyteError
 from subbyte.functional import decode, read_scale, store_scale
 from subbyte.grids import Grid, PerChannel
-from subbyte.kernels import Precision
+from subbyte.kernels import Activation, Precision
 from subbyte.layers import Site, sites, supported_type
 from subbyte.packing import radix
 from subbyte.tensors import (
@@ -106,16 +106,29 @@ def _decoded(self: Any) -> Tensor:
     return weight
 
 
-def _linear(x: Tensor, packed: PackedWeight, bias: Tensor | None, precision: Precision) -> Tensor:
-    """x [..., in] -> [..., out] by the kernels, the adapter included."""
+def _linear(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    precision: Precision,
+    plus: Tensor | None = None,
+    activation: Activation = "none",
+) -> Tensor:
+    """x [..., in] -> activation(x W' + bias + plus) [..., out], the adapter included."""
     buffers: Any = packed._buffers
-    y = kernels.linear(
-        x, buffers["words"], buffers["scale"], bias, packed.grid, packed.shape, precision
-    )
-    if buffers["up"] is None:
-        return y
-    up, down = packed.factors()  # type: ignore[misc]
-    return y + F.linear(F.linear(x, down), up)
+    if buffers["up"] is not None:
+        up, down = packed.factors()  # type: ignore[misc]
+        extra = F.linear(F.linear(x, down), up)
+        plus = extra if plus is None else extra + plus
+    return kernels.linear(
+        x, buffers["words"], buffers["scale"], bias, packed.grid, packed.shape, precision, plus,
+        activation,
+    )  # fmt: skip
+
+
+def _then(layer: PackedLinear | PackedConv2d) -> str:
+    """For a layer's repr: what it does with its products."""
+    return "" if layer.activation == "none" else f", then {layer.activation}"
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:
@@ -124,10 +137,14 @@ def _copy(tensor: Tensor | None) -> Tensor | None:
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` with a packed weight [out, in]; x [..., in] -> [..., out] in x's dtype."""
+    """`nn.Linear` with a packed weight [out, in]; x [..., in] -> [..., out] in x's dtype.
+
+    activation, and `plus` [..., out] added before it: what `fuse` moves into the layer.
+    """
 
     bias: Tensor | None
     precision: Precision = "float32"
+    activation: Activation = "none"
 
     def __init__(self, like: nn.Linear, layer: QuantizedLayer) -> None:
         super().__init__()
@@ -137,12 +154,13 @@ class PackedLinear(nn.Module):
 
     weight = property(_decoded)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if self.why_not(x):
-            return F.linear(x, self.weight.to(x.dtype), self.bias)
+            y = F.linear(x, self.weight.to(x.dtype), self.bias)
+            return kernels.finish(y, plus, self.activation)
         # From the dictionaries: nn.Module's look-up by attribute takes a microsecond a name.
         packed: Any = self._modules["packed"]
-        return _linear(x, packed, self._buffers["bias"], self.precision)
+        return _linear(x, packed, self._buffers["bias"], self.precision, plus, self.activation)
 
     def why_not(self, x: Tensor) -> str | None:
         """Why the kernels do not multiply x, in words; None if they do."""
@@ -150,7 +168,7 @@ class PackedLinear(nn.Module):
         return kernels.why_not(x, packed.grid, self.in_features, self.precision)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"in_features={self.in_features}, out_features={self.out_features}{_then(self)}"
 
 
 class _PackedConv(nn.Module):
@@ -189,10 +207,14 @@ class PackedConv1d(_PackedConv):
 
 
 class PackedConv2d(_PackedConv):
-    """`nn.Conv2d` with a packed weight [out, in / groups, kh, kw]."""
+    """`nn.Conv2d` with a packed weight [out, in / groups, kh, kw].
+
+    activation, and `plus` added before it: what `fuse` moves into the layer.
+    """
 
     function = staticmethod(F.conv2d)
     precision: Precision = "float32"
+    activation: Activation = "none"
 
     def __init__(self, like: nn.Conv2d, layer: QuantizedLayer) -> None:
         super().__init__(like, layer)
@@ -200,22 +222,22 @@ class PackedConv2d(_PackedConv):
         strides, dilations = tuple(self.stride), tuple(self.dilation)
         self.geometry = (*strides, *dilations, top, bottom, left, right, self.groups)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if self.why_not(x):
-            return super().forward(x)
+            return kernels.finish(super().forward(x), plus, self.activation)
         packed, groups = self.packed, self.groups
         buffers: Any = packed._buffers
-        y = kernels.conv2d(
-            x, buffers["words"], buffers["scale"], self._buffers["bias"], packed.grid,
-            packed.shape, self.geometry, self.precision,
-        )  # fmt: skip
         factors = packed.factors()
-        if factors is None:
-            return y
-        up, down = factors
-        down = down.reshape(-1, *packed.shape[1:])
-        inner = F.conv2d(x, down, None, self.stride, self.padding, self.dilation, groups)
-        return y + F.conv2d(inner, up[:, :, None, None], groups=groups)
+        if factors is not None:
+            up, down = factors
+            down = down.reshape(-1, *packed.shape[1:])
+            inner = F.conv2d(x, down, None, self.stride, self.padding, self.dilation, groups)
+            extra = F.conv2d(inner, up[:, :, None, None], groups=groups)
+            plus = extra if plus is None else extra + plus
+        return kernels.conv2d(
+            x, buffers["words"], buffers["scale"], self._buffers["bias"], packed.grid,
+            packed.shape, self.geometry, self.precision, plus, self.activation,
+        )  # fmt: skip
 
     def why_not(self, x: Tensor) -> str | None:
         """Why the kernels do not convolve x, in words; None if they do."""
@@ -223,6 +245,9 @@ class PackedConv2d(_PackedConv):
         return kernels.why_not_conv(
             x, packed.grid, packed.shape, self.groups, self.padding_mode, self.precision
         )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _then(self)
 
 
 class PackedConv3d(_PackedConv):

@@ -195,7 +195,7 @@ void check_linear(const Kernels& tier, int levels, int rows, int k, int n) {
                                  weight.affine, tier.tables);
   const std::vector<float> x = floats(n * k), bias = floats(rows);
   std::vector<float> y(n * rows);
-  const auto odd = linear(tier, panel, x.data(), n, y.data(), bias.data(), Precision::kInt8, 2);
+  const auto odd = linear(tier, panel, x.data(), n, y.data(), {bias.data()}, Precision::kInt8, 2);
   require(odd.empty(), "%s: linear found odd rows", tier.name);
   std::vector<std::int8_t> q(k);
   for (int i = 0; i < n; ++i) {
@@ -219,7 +219,7 @@ void check_conv(const Kernels& tier, int levels, const ConvShape& s, int n, int 
   const int c_all = static_cast<int>(s.channels);
   const std::vector<float> x = floats(n * c_all * h * w), bias = floats(rows);
   std::vector<float> y(n * rows * oh * ow);
-  conv2d(tier, panels, x.data(), n, h, w, false, y.data(), false, bias.data(), Precision::kInt8, 2);
+  conv2d(tier, panels, x.data(), n, h, w, false, y.data(), false, {bias.data()}, Precision::kInt8, 2);
   std::vector<std::int8_t> q(c_all * h * w);
   for (int i = 0; i < n; ++i) {
     const int size = c_all * h * w;

@@ -1,9 +1,11 @@
 """How bytes multiply: packed products on the CPU, and why one would not run."""
 
 from subbyte.kernels.native import (
+    Activation,
     Precision,
     check_precision,
     conv2d,
+    finish,
     linear,
     panel_bytes,
     tier,
@@ -12,9 +14,11 @@ from subbyte.kernels.native import (
 )
 
 __all__ = [
+    "Activation",
     "Precision",
     "check_precision",
     "conv2d",
+    "finish",
     "linear",
     "panel_bytes",
     "tier",

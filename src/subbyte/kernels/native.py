@@ -14,6 +14,7 @@ the reference, so that it behaves as in float and nothing else in the batch noti
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ except ImportError:  # a source tree without a compiler: the reference does ever
     _native = None  # type: ignore[assignment]
 
 Precision = Literal["int8", "int16", "float32"]
+Activation = Literal["none", "relu", "relu6"]
 
 _LARGEST = 127  # integer weights are signed bytes
 _SUMS = 2**31
@@ -223,15 +225,18 @@ def linear(
     grid: Grid,
     shape: Sequence[int],
     precision: str,
+    plus: Tensor | None = None,
+    activation: Activation = "none",
 ) -> Tensor:
-    """x [..., in] -> [..., out] for a weight `shape` [out, in] in radix words.
+    """activation(x W' + bias + plus): x [..., in] -> [..., out], W `shape` [out, in] in words.
 
     scale: as the grid's domain stores it, one or one a row. Ask `why_not` first.
     """
     _check_width(x, -1, shape[1])
-    if _by_op(x):
-        return linear_op(x, words, scale, bias, *_plain(grid), list(shape), precision)
-    return _linear(x, words, scale, bias, grid, shape, precision)
+    if _by_op(x, plus):
+        y = linear_op(x, words, scale, bias, *_plain(grid), list(shape), precision)
+        return finish(y, plus, activation)
+    return _linear(x, words, scale, bias, grid, shape, precision, plus, activation)
 
 
 def _linear(
@@ -242,21 +247,36 @@ def _linear(
     grid: Grid,
     shape: Sequence[int],
     precision: str,
+    plus: Tensor | None = None,
+    activation: Activation = "none",
 ) -> Tensor:
     panel = _linear_panel(words, scale, grid, shape)
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], shape[0]))
+    if plus is not None and not _lies_like(plus, y):
+        return finish(_linear(x, words, scale, bias, grid, shape, precision), plus, activation)
     n = y.numel() // shape[0] if shape[0] else 0
     if not n:
         return y
     odd = panel.linear(
-        x.data_ptr(), n, y.data_ptr(), _address(bias), _PLANES[precision], torch.get_num_threads()
-    )
+        x.data_ptr(), n, y.data_ptr(), _address(bias), _address(plus), *_RANGES[activation],
+        _PLANES[precision], torch.get_num_threads(),
+    )  # fmt: skip
     if odd:
         weight = _decode(words, scale, grid, shape)
-        rows = x.reshape(-1, shape[1])[odd]
-        y.view(-1, shape[0])[odd] = F.linear(rows, weight, bias)
+        rows = F.linear(x.reshape(-1, shape[1])[odd], weight, bias)
+        more = None if plus is None else plus.reshape(-1, shape[0])[odd]
+        y.view(-1, shape[0])[odd] = finish(rows, more, activation)
     return y
+
+
+def finish(y: Tensor, plus: Tensor | None, activation: Activation) -> Tensor:
+    """activation(y + plus): what follows a product where the core does not do it."""
+    if plus is not None:
+        y = y + plus
+    if activation == "none":
+        return y
+    return F.relu(y) if activation == "relu" else F.relu6(y)
 
 
 def conv2d(
@@ -268,14 +288,17 @@ def conv2d(
     shape: Sequence[int],
     geometry: tuple[int, ...],
     precision: str,
+    plus: Tensor | None = None,
+    activation: Activation = "none",
 ) -> Tensor:
-    """x [n, c, h, w] or [c, h, w] -> the convolution's result, for a weight in radix words.
+    """activation(conv(x) + bias + plus): x [n, c, h, w] or [c, h, w], a weight in radix words.
 
     geometry: stride (2), dilation (2), padding (top, bottom, left, right), groups. The result has
     x's memory format. Ask `why_not_conv` first.
     """
     if x.ndim == 3:
-        return conv2d(x[None], words, scale, bias, grid, shape, geometry, precision)[0]
+        y = conv2d(x[None], words, scale, bias, grid, shape, geometry, precision)[0]
+        return finish(y, plus, activation)
     if x.ndim != 4:
         raise SubbyteError(f"activations are {tuple(x.shape)}; expected [n, c, h, w] or [c, h, w]")
     _check_width(x, 1, shape[1] * geometry[-1])
@@ -283,11 +306,10 @@ def conv2d(
         raise SubbyteError(
             f"images of {x.shape[2]} x {x.shape[3]} are smaller than the kernel {tuple(shape[2:])}"
         )
-    if _by_op(x):
-        return conv2d_op(
-            x, words, scale, bias, *_plain(grid), list(shape), list(geometry), precision
-        )
-    return _conv2d(x, words, scale, bias, grid, shape, geometry, precision)
+    if _by_op(x, plus):
+        y = conv2d_op(x, words, scale, bias, *_plain(grid), list(shape), list(geometry), precision)
+        return finish(y, plus, activation)
+    return _conv2d(x, words, scale, bias, grid, shape, geometry, precision, plus, activation)
 
 
 def _conv2d(
@@ -299,19 +321,26 @@ def _conv2d(
     shape: Sequence[int],
     geometry: tuple[int, ...],
     precision: str,
+    plus: Tensor | None = None,
+    activation: Activation = "none",
 ) -> Tensor:
     panels = _conv_panels(words, scale, grid, shape, geometry)
     x, last = _laid_out(x)
     y = _new_images(x, shape, geometry, last)
+    if plus is not None and not (last and _lies_like(plus, y)):
+        y = _conv2d(x, words, scale, bias, grid, shape, geometry, precision)
+        return finish(y, plus, activation)
     if not y.numel():
         return y
     n, _, height, width = x.shape
     odd = panels.conv2d(
-        x.data_ptr(), n, height, width, last, y.data_ptr(), last, _address(bias),
-        _PLANES[precision], torch.get_num_threads(),
+        x.data_ptr(), n, height, width, last, y.data_ptr(), last, _address(bias), _address(plus),
+        *_RANGES[activation], _PLANES[precision], torch.get_num_threads(),
     )  # fmt: skip
     if odd:
-        y[odd] = _reference_conv2d(x[odd], _decode(words, scale, grid, shape), bias, geometry)
+        weight = _decode(words, scale, grid, shape)
+        images = _reference_conv2d(x[odd], weight, bias, geometry)
+        y[odd] = finish(images, None if plus is None else plus[odd], activation)
     return y
 
 
@@ -353,17 +382,25 @@ def _decode(words: Tensor, scale: Tensor, grid: Grid, shape: Sequence[int]) -> T
 
 
 _PLANES = {"int8": 1, "int16": 2}
+_RANGES = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
-def _address(bias: Tensor | None) -> int:
-    return 0 if bias is None else bias.data_ptr()
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
-def _by_op(x: Tensor) -> bool:
+def _lies_like(plus: Tensor, y: Tensor) -> bool:
+    """Whether two tensors have their values in the same places."""
+    return plus.shape == y.shape and plus.stride() == y.stride() and plus.dtype is y.dtype
+
+
+def _by_op(x: Tensor, plus: Tensor | None = None) -> bool:
     """Whether the call must be seen by autograd or by a tracer."""
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return True
-    return x.requires_grad and torch.is_grad_enabled()
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or (plus is not None and plus.requires_grad)
 
 
 def _check_width(x: Tensor, axis: int, width: int) -> None:

@@ -66,13 +66,18 @@ subbyte::Panel make_panel(InBytes words, unsigned levels, unsigned digits, std::
   return panel;
 }
 
-// Pointers are the caller's word: float32 x [n, panel.k], y [n, panel.rows], bias [panel.rows] or
-// 0.
+// Pointers are the caller's word, 0 for none.
+subbyte::Finish finish(std::uintptr_t bias, std::uintptr_t plus, float low, float high) {
+  return {reinterpret_cast<const float*>(bias), reinterpret_cast<const float*>(plus), low, high};
+}
+
+// float32 x [n, panel.k], y and plus [n, panel.rows], bias [panel.rows].
 std::vector<std::int64_t> linear(const subbyte::Panel& panel, std::uintptr_t x, std::int64_t n,
-                                 std::uintptr_t y, std::uintptr_t bias, int planes, int threads) {
+                                 std::uintptr_t y, std::uintptr_t bias, std::uintptr_t plus,
+                                 float low, float high, int planes, int threads) {
   nb::gil_scoped_release released;
   return subbyte::linear(subbyte::kernels(), panel, reinterpret_cast<const float*>(x), n,
-                         reinterpret_cast<float*>(y), reinterpret_cast<const float*>(bias),
+                         reinterpret_cast<float*>(y), finish(bias, plus, low, high),
                          planes == 2 ? subbyte::Precision::kInt16 : subbyte::Precision::kInt8,
                          threads);
 }
@@ -99,15 +104,15 @@ subbyte::ConvPanels make_conv(InBytes words, unsigned levels, unsigned digits, c
   return panels;
 }
 
-// Pointers are the caller's word: float32 x [n, channels, h, w], y [n, out_channels, ...].
+// float32 x [n, channels, h, w], y and plus [n, out_channels, ...].
 Sizes conv2d(const subbyte::ConvPanels& weight, std::uintptr_t x, std::int64_t n, std::int64_t h,
              std::int64_t w, bool x_last, std::uintptr_t y, bool y_last, std::uintptr_t bias,
-             int planes, int threads) {
+             std::uintptr_t plus, float low, float high, int planes, int threads) {
   nb::gil_scoped_release released;
-  return subbyte::conv2d(
-      subbyte::kernels(), weight, reinterpret_cast<const float*>(x), n, h, w, x_last,
-      reinterpret_cast<float*>(y), y_last, reinterpret_cast<const float*>(bias),
-      planes == 2 ? subbyte::Precision::kInt16 : subbyte::Precision::kInt8, threads);
+  return subbyte::conv2d(subbyte::kernels(), weight, reinterpret_cast<const float*>(x), n, h, w,
+                         x_last, reinterpret_cast<float*>(y), y_last, finish(bias, plus, low, high),
+                         planes == 2 ? subbyte::Precision::kInt16 : subbyte::Precision::kInt8,
+                         threads);
 }
 
 std::vector<std::string> tier_names() {
@@ -144,12 +149,12 @@ NB_MODULE(_native, module) {
       .def_prop_ro("bytes", &subbyte::Panel::bytes)
       .def_prop_ro("bits", [](const subbyte::Panel& panel) { return panel.traits().bits(); })
       .def("linear", &linear, nb::arg("x"), nb::arg("n"), nb::arg("y"), nb::arg("bias"),
-           nb::arg("planes"), nb::arg("threads"));
+           nb::arg("plus"), nb::arg("low"), nb::arg("high"), nb::arg("planes"), nb::arg("threads"));
   nb::class_<subbyte::ConvPanels>(module, "ConvPanels", "A convolution's weight, repacked.")
       .def_prop_ro("bytes", &subbyte::ConvPanels::bytes)
       .def("conv2d", &conv2d, nb::arg("x"), nb::arg("n"), nb::arg("h"), nb::arg("w"),
-           nb::arg("x_last"), nb::arg("y"), nb::arg("y_last"), nb::arg("bias"), nb::arg("planes"),
-           nb::arg("threads"));
+           nb::arg("x_last"), nb::arg("y"), nb::arg("y_last"), nb::arg("bias"), nb::arg("plus"),
+           nb::arg("low"), nb::arg("high"), nb::arg("planes"), nb::arg("threads"));
   module.def("make_conv", &make_conv, nb::arg("words"), nb::arg("levels"), nb::arg("digits"),
              nb::arg("sizes"), nb::arg("scale"), nb::arg("factor"), nb::arg("center"));
   module.def("make_panel", &make_panel, nb::arg("words"), nb::arg("levels"), nb::arg("digits"),

@@ -295,7 +295,7 @@ std::size_t ConvPanels::bytes() const {
 
 std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weight, const float* x,
                                  std::int64_t n, std::int64_t h, std::int64_t w, bool x_last,
-                                 float* y, bool y_last, const float* bias, Precision precision,
+                                 float* y, bool y_last, const Finish& finish, Precision precision,
                                  int threads) {
   const ConvShape& s = weight.shape();
   const bool depthwise = s.depthwise();
@@ -335,7 +335,7 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
   const std::int64_t step = kChunk / kernels.tile * kernels.tile;
   const std::int64_t chunks = (pixels + step - 1) / step, per_chunk = groups * blocks;
   parallel(threads, n * chunks * per_chunk, [&](std::int64_t begin, std::int64_t end) {
-    alignas(64) float value[kChunk][kBlockRows], start[kBlockRows];
+    alignas(64) float value[kChunk][kBlockRows], bias[kBlockRows], start[kBlockRows];
     for (std::int64_t index = begin; index < end; ++index) {
       const std::int64_t block = index % per_chunk % blocks, group = index % per_chunk / blocks;
       const std::int64_t chunk = index / per_chunk % chunks, image = index / per_chunk / chunks;
@@ -347,23 +347,36 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
                       chunk * step, std::min(step, pixels - chunk * step),
                       out_w};
       const Sink sink{y + image * s.out_channels * pixels, s.out_channels, pixels, y_last};
-      std::memset(start, 0, sizeof start);
-      if (bias) std::memcpy(start, bias + channel, rows * sizeof(float));
+      const float* plus = finish.plus ? finish.plus + (sink.y - y) : nullptr;
+      std::memset(bias, 0, sizeof bias);
+      if (finish.bias) std::memcpy(bias, finish.bias + channel, rows * sizeof(float));
       for (int plane = 0; plane < planes; ++plane) {
-        Scaling scaling{1, panel.excess(flip, block), of[image].of_plane(plane),
-                        panel.scale.data() + row, start};
-        const auto finish = [&](std::int64_t pixel, const std::int32_t* sums) {
+        const bool last = plane == planes - 1;
+        Scaling scaling{1,
+                        panel.excess(flip, block),
+                        of[image].of_plane(plane),
+                        panel.scale.data() + row,
+                        bias,
+                        last ? finish.low : -Finish::kInfinity,
+                        last ? finish.high : Finish::kInfinity};
+        const auto store = [&](std::int64_t pixel, const std::int32_t* sums) {
           float* out = sink.place(task, pixel);
           if (!out) out = value[pixel];
-          if (plane) scaling.start = out;
+          if (plane) {
+            scaling.start = out;
+          } else if (plus) {
+            const float* more = plus + (task.first + pixel) * s.out_channels + channel;
+            for (std::int64_t r = 0; r < rows; ++r) start[r] = bias[r] + more[r];
+            scaling.start = start;
+          }
           kernels.values(sums, scaling, out);
         };
         const std::int8_t* frames =
             q + (image * planes + plane) * frame.bytes() + group * frame.group_bytes();
         if (depthwise)
-          multiply_channels(call, task, taps, frames, finish);
+          multiply_channels(call, task, taps, frames, store);
         else
-          multiply_pixels(call, task, runs, frames, finish);
+          multiply_pixels(call, task, runs, frames, store);
       }
       sink.write(task, value);
     }

@@ -42,12 +42,12 @@ class ConvPanels {
   std::vector<Panel> panels_;  // of each group; one for all of a depthwise convolution
 };
 
-// y = conv(x, weight) + bias for x [n, channels, h, w], float32; bias may be null. x and y lie as
-// N H W C (`x_last`, `y_last`) or as N C H W. Each image has a scale of its own. Returns the images
-// that have none, as `linear` does its rows.
+// y = conv(x, weight), finished, for x [n, channels, h, w], float32. x and y lie as N H W C
+// (`x_last`, `y_last`) or as N C H W; finish.plus goes with N H W C only. Each image has a scale of
+// its own. Returns the images that have none, as `linear` does its rows.
 std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weight, const float* x,
                                  std::int64_t n, std::int64_t h, std::int64_t w, bool x_last,
-                                 float* y, bool y_last, const float* bias, Precision precision,
+                                 float* y, bool y_last, const Finish& finish, Precision precision,
                                  int threads);
 
 }  // namespace subbyte

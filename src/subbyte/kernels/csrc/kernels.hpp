@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "panels.hpp"
 
@@ -10,13 +11,23 @@ namespace subbyte {
 constexpr int kMaxSmall = 8;  // columns that `small` takes at once
 constexpr int kMaxTile = 16;  // no tier's tile has more columns
 
-// How a block's integer sums become values: (factor * sum - excess) * (scale * row_scale) + start.
+// How a block's integer sums become values: (factor * sum - excess) * (scale * row_scale) + start,
+// moved into [low, high].
 struct Scaling {
   int factor;
   const std::int32_t* excess;  // [32]
   float scale;
   const float* row_scale;  // [32]
   const float* start;      // [32]; may be where the values go
+  float low, high;
+};
+
+// What becomes of a layer's products: y = min(max(product + bias + plus, low), high); NaN stays.
+struct Finish {
+  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const float* bias = nullptr;  // [rows], or null
+  const float* plus = nullptr;  // as y lies in memory, or null
+  float low = -kInfinity, high = kInfinity;
 };
 
 // Where the 4-byte groups of a column lie, relative to its pointer: runs of consecutive ones.

@@ -398,7 +398,10 @@ void depthwise(const std::int16_t* weights, std::int64_t span, const std::int8_t
 void values(const std::int32_t* sums, const Scaling& scaling, float* y) {
   for (int r = 0; r < kBlockRows; ++r) {
     const std::int32_t exact = scaling.factor * sums[r] - scaling.excess[r];
-    y[r] = static_cast<float>(exact) * (scaling.scale * scaling.row_scale[r]) + scaling.start[r];
+    const float value =
+        static_cast<float>(exact) * (scaling.scale * scaling.row_scale[r]) + scaling.start[r];
+    const float above = value < scaling.low ? scaling.low : value;  // NaN stays
+    y[r] = above > scaling.high ? scaling.high : above;
   }
 }
 

@@ -46,20 +46,27 @@ struct Sink {
   const Panel& panel;
   const Columns& columns;
   float* y;
-  const float* bias;
+  const Finish& finish;
 
   // One column's sums [32]. The planes of a row of x add up.
   void write(std::int64_t block, std::int64_t column, const std::int32_t* sums, int factor,
              const std::int32_t* excess) const {
     const std::int64_t row = block * kBlockRows,
                        rows = std::min<std::int64_t>(kBlockRows, panel.rows - row);
-    float* out = y + column / columns.planes * panel.rows + row;
-    const float* from = column % columns.planes ? out : bias ? bias + row : nullptr;
+    const std::int64_t place = column / columns.planes * panel.rows + row;
+    const int plane = static_cast<int>(column % columns.planes);
+    float* out = y + place;
+    const float* from = plane ? out : finish.bias ? finish.bias + row : nullptr;
     alignas(64) float start[kBlockRows] = {}, value[kBlockRows];
     if (from) std::memcpy(start, from, rows * sizeof(float));
-    kernels.values(sums,
-                   Scaling{factor, excess, columns.scale(column), panel.scale.data() + row, start},
-                   value);
+    for (std::int64_t r = 0; !plane && finish.plus && r < rows; ++r)
+      start[r] += finish.plus[place + r];
+    const bool last = plane == columns.planes - 1;
+    kernels.values(
+        sums,
+        Scaling{factor, excess, columns.scale(column), panel.scale.data() + row, start,
+                last ? finish.low : -Finish::kInfinity, last ? finish.high : Finish::kInfinity},
+        value);
     std::memcpy(out, value, rows * sizeof(float));
   }
 };
@@ -115,8 +122,8 @@ void many_columns(const Kernels& kernels, const Panel& panel, const Columns& col
 }  // namespace
 
 std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, const float* x,
-                                 std::int64_t n, float* y, const float* bias, Precision precision,
-                                 int threads) {
+                                 std::int64_t n, float* y, const Finish& finish,
+                                 Precision precision, int threads) {
   thread_local Buffer scratch;
   const int planes = planes_of(precision);
   const std::int64_t stride = panel.groups() * panel.traits().group();
@@ -126,7 +133,7 @@ std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, con
   Columns columns{n, panel.k, stride, planes, flip, q, std::vector<Quantized>(n)};
   quantize_rows(kernels, x, threads, columns);
   if (columns.count() * panel.rows * panel.k < kSerial) threads = 1;
-  const Sink sink{kernels, panel, columns, y, bias};
+  const Sink sink{kernels, panel, columns, y, finish};
   if (few)
     few_columns(kernels, panel, columns, sink, threads);
   else
