@@ -4,6 +4,7 @@ plan = sb.prepare(model, sb.LowRes(levels=5))     # in place; then train as you 
 layers = sb.freeze(model)                         # codes and scales, by layer name
 net = sb.pack(model, layers)                      # a new model with packed layers
 sb.save(net, "net.safetensors"); net = sb.load("net.safetensors")
+fast = sb.fuse(net)                               # norms, sums and ReLUs done with the products
 
 result = sb.quantize(model, sb.CoRa(bits=3), calibration=batches)    # without training
 sb.save(result.model, "net.safetensors")
@@ -11,6 +12,7 @@ sb.save(result.model, "net.safetensors")
 
 from subbyte.artifact import load, save
 from subbyte.errors import SubbyteError
+from subbyte.fuse import fuse
 from subbyte.grids import Grid, PerChannel, PerTensor, ScaleDomain, fixed_point, uniform
 from subbyte.methods import (
     LSQ,
@@ -52,6 +54,7 @@ __all__ = [
     "fixed_point",
     "float_state_dict",
     "freeze",
+    "fuse",
     "load",
     "pack",
     "penalty",

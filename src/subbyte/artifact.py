@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from subbyte.batchnorm import Affine, restore
 from subbyte.errors import SubbyteError
@@ -123,6 +123,8 @@ def save(
     packed = packed_layers(net)
     if not packed:
         raise SubbyteError("the model has no packed layer; save takes the result of pack()")
+    if any(isinstance(module, fx.GraphModule) for module in net.modules()):
+        raise SubbyteError("the model is traced (by fuse?); save the packed model it was made of")
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     grids = list(dict.fromkeys(layer.weight.grid for layer in packed))

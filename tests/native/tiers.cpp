@@ -110,26 +110,6 @@ void check_quantize(const Kernels& tier) {
   }
 }
 
-// The products of 8 bits that one 16-bit sum holds, at its fullest.
-void check_depthwise(const Kernels& tier) {
-  for (const int largest : {1, 8, 127}) {
-    const int taps = 25, span = 32767 / (127 * largest);
-    std::vector<std::int16_t> weights(taps * kBlockRows);
-    std::vector<std::int8_t> x(taps * 40 + kBlockRows);
-    for (auto& value : weights) value = static_cast<std::int16_t>(draw(0, 1) ? largest : -largest);
-    for (auto& value : x) value = static_cast<std::int8_t>(draw(0, 3) ? 127 : draw(-127, 127));
-    std::vector<std::int64_t> offset(taps);
-    for (int i = 0; i < taps; ++i) offset[i] = i * 40;
-    std::int32_t sums[kBlockRows];
-    tier.depthwise(weights.data(), span, x.data(), offset.data(), taps, sums);
-    for (int r = 0; r < kBlockRows; ++r) {
-      int sum = 0;
-      for (int i = 0; i < taps; ++i) sum += weights[i * kBlockRows + r] * x[offset[i] + r];
-      require(sums[r] == sum, "%s: depthwise, weights to %d, row %d", tier.name, largest, r);
-    }
-  }
-}
-
 void check_products(const Kernels& tier, int levels, int rows, int k) {
   const Weight weight(levels, rows, k);
   const Panel panel = make_panel(weight.stored(), 0, rows, k, weight.order, weight.scale.data(),
@@ -194,18 +174,26 @@ void check_linear(const Kernels& tier, int levels, int rows, int k, int n) {
   const Panel panel = make_panel(weight.stored(), 0, rows, k, weight.order, weight.scale.data(),
                                  weight.affine, tier.tables);
   const std::vector<float> x = floats(n * k), bias = floats(rows);
-  std::vector<float> y(n * rows);
-  const auto odd = linear(tier, panel, x.data(), n, y.data(), {bias.data()}, Precision::kInt8, 2);
+  const std::vector<float> plus = floats(n * rows);
+  std::vector<float> y(n * rows), more(n * rows);
+  Finish finish{bias.data()};
+  const auto odd = linear(tier, panel, x.data(), n, y.data(), finish, Precision::kInt8, 2);
   require(odd.empty(), "%s: linear found odd rows", tier.name);
+  finish.plus = plus.data(), finish.low = -0.5f, finish.high = 0.25f;
+  linear(tier, panel, x.data(), n, more.data(), finish, Precision::kInt8, 2);
   std::vector<std::int8_t> q(k);
   for (int i = 0; i < n; ++i) {
     const Quantized of = quantize(tier, x.data() + i * k, k, 0, q.data());
     for (int r = 0; r < rows; ++r) {
       long sum = 0;
       for (int j = 0; j < k; ++j) sum += static_cast<long>(weight.value(r, j)) * q[j];
-      const float value = static_cast<float>(sum) * (of.scale * weight.scale[r]) + bias[r];
-      require(y[i * rows + r] == value, "%s: linear, %d levels, %d x %d, row %d of %d", tier.name,
-              levels, rows, k, i, n);
+      const float product = static_cast<float>(sum) * (of.scale * weight.scale[r]);
+      require(y[i * rows + r] == product + bias[r], "%s: linear, %d levels, %d x %d, row %d of %d",
+              tier.name, levels, rows, k, i, n);
+      const float sums = product + (bias[r] + plus[i * rows + r]);
+      require(more[i * rows + r] == std::min(std::max(sums, finish.low), finish.high),
+              "%s: finished linear, %d levels, %d x %d, row %d of %d", tier.name, levels, rows, k,
+              i, n);
     }
   }
 }
@@ -218,8 +206,16 @@ void check_conv(const Kernels& tier, int levels, const ConvShape& s, int n, int 
   const int oh = static_cast<int>(s.out_h(h)), ow = static_cast<int>(s.out_w(w));
   const int c_all = static_cast<int>(s.channels);
   const std::vector<float> x = floats(n * c_all * h * w), bias = floats(rows);
-  std::vector<float> y(n * rows * oh * ow);
-  conv2d(tier, panels, x.data(), n, h, w, false, y.data(), false, {bias.data()}, Precision::kInt8, 2);
+  const std::vector<float> plus = floats(n * rows * oh * ow);
+  std::vector<float> turned(x.size()), y(plus.size()), y_last(plus.size());
+  for (int i = 0; i < n; ++i)
+    for (int c = 0; c < c_all; ++c)
+      for (int p = 0; p < h * w; ++p)
+        turned[(i * h * w + p) * c_all + c] = x[(i * c_all + c) * h * w + p];
+  Finish finish{bias.data()};
+  conv2d(tier, panels, x.data(), n, h, w, y.data(), false, finish, Precision::kInt8, 2);
+  finish.plus = plus.data(), finish.low = -0.5f, finish.high = 0.25f;
+  conv2d(tier, panels, turned.data(), n, h, w, y_last.data(), true, finish, Precision::kInt8, 2);
   std::vector<std::int8_t> q(c_all * h * w);
   for (int i = 0; i < n; ++i) {
     const int size = c_all * h * w;
@@ -228,6 +224,7 @@ void check_conv(const Kernels& tier, int levels, const ConvShape& s, int n, int 
       for (int oy = 0; oy < oh; ++oy)
         for (int ox = 0; ox < ow; ++ox) {
           long sum = 0;
+          float exact = bias[r];  // tap after tap, as depthwise convolutions add up
           const int group = r / (rows / static_cast<int>(s.groups));
           for (int c = 0; c < in; ++c)
             for (int ky = 0; ky < kh; ++ky)
@@ -237,13 +234,21 @@ void check_conv(const Kernels& tier, int levels, const ConvShape& s, int n, int 
                 const int ix = ox * static_cast<int>(s.stride_w) +
                                kx * static_cast<int>(s.dilation_w) - static_cast<int>(s.left);
                 if (iy < 0 || ix < 0 || iy >= h || ix >= w) continue;
-                sum += static_cast<long>(weight.value(r, (c * kh + ky) * kw + kx)) *
-                       q[((group * in + c) * h + iy) * w + ix];
+                const long w_integer = weight.value(r, (c * kh + ky) * kw + kx);
+                const int from = ((group * in + c) * h + iy) * w + ix;
+                sum += w_integer * q[from];
+                exact += static_cast<float>(w_integer) * weight.scale[r] * x[i * size + from];
               }
-          const float value = static_cast<float>(sum) * (of.scale * weight.scale[r]) + bias[r];
+          const int last = ((i * oh + oy) * ow + ox) * rows + r;
+          const float product = static_cast<float>(sum) * (of.scale * weight.scale[r]);
+          const float value = s.depthwise() ? exact : product + bias[r];
+          const float more = s.depthwise() ? exact + plus[last] : product + (bias[r] + plus[last]);
           require(y[((i * rows + r) * oh + oy) * ow + ox] == value,
                   "%s: conv, %d levels, image %d, channel %d, pixel %d %d", tier.name, levels, i, r,
                   oy, ox);
+          require(y_last[last] == std::min(std::max(more, finish.low), finish.high),
+                  "%s: finished conv, %d levels, image %d, channel %d, pixel %d %d", tier.name,
+                  levels, i, r, oy, ox);
         }
   }
 }
@@ -254,7 +259,6 @@ int main() {
   for (const Kernels* tier : tiers()) {
     checks = 0;
     check_quantize(*tier);
-    check_depthwise(*tier);
     for (const int levels : {2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 18, 33, 127, 128, 255})
       for (const int rows : {1, 32, 45})
         for (const int k : {1, 31, 100, 700}) check_products(*tier, levels, rows, k);

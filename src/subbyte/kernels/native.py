@@ -334,7 +334,7 @@ def _conv2d(
         return y
     n, _, height, width = x.shape
     odd = panels.conv2d(
-        x.data_ptr(), n, height, width, last, y.data_ptr(), last, _address(bias), _address(plus),
+        x.data_ptr(), n, height, width, y.data_ptr(), last, _address(bias), _address(plus),
         *_RANGES[activation], _PLANES[precision], torch.get_num_threads(),
     )  # fmt: skip
     if odd:

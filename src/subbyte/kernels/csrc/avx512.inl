@@ -41,9 +41,6 @@ struct Avx512 {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(quarter), index);
   }
   static Sums zero() { return _mm512_setzero_si512(); }
-  static __m512i widen(const std::int8_t* p) {  // to 16 bits each
-    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
 
   struct Narrow {
     using Part = __m512i;

@@ -106,11 +106,11 @@ subbyte::ConvPanels make_conv(InBytes words, unsigned levels, unsigned digits, c
 
 // float32 x [n, channels, h, w], y and plus [n, out_channels, ...].
 Sizes conv2d(const subbyte::ConvPanels& weight, std::uintptr_t x, std::int64_t n, std::int64_t h,
-             std::int64_t w, bool x_last, std::uintptr_t y, bool y_last, std::uintptr_t bias,
-             std::uintptr_t plus, float low, float high, int planes, int threads) {
+             std::int64_t w, std::uintptr_t y, bool last, std::uintptr_t bias, std::uintptr_t plus,
+             float low, float high, int planes, int threads) {
   nb::gil_scoped_release released;
   return subbyte::conv2d(subbyte::kernels(), weight, reinterpret_cast<const float*>(x), n, h, w,
-                         x_last, reinterpret_cast<float*>(y), y_last, finish(bias, plus, low, high),
+                         reinterpret_cast<float*>(y), last, finish(bias, plus, low, high),
                          planes == 2 ? subbyte::Precision::kInt16 : subbyte::Precision::kInt8,
                          threads);
 }
@@ -152,9 +152,9 @@ NB_MODULE(_native, module) {
            nb::arg("plus"), nb::arg("low"), nb::arg("high"), nb::arg("planes"), nb::arg("threads"));
   nb::class_<subbyte::ConvPanels>(module, "ConvPanels", "A convolution's weight, repacked.")
       .def_prop_ro("bytes", &subbyte::ConvPanels::bytes)
-      .def("conv2d", &conv2d, nb::arg("x"), nb::arg("n"), nb::arg("h"), nb::arg("w"),
-           nb::arg("x_last"), nb::arg("y"), nb::arg("y_last"), nb::arg("bias"), nb::arg("plus"),
-           nb::arg("low"), nb::arg("high"), nb::arg("planes"), nb::arg("threads"));
+      .def("conv2d", &conv2d, nb::arg("x"), nb::arg("n"), nb::arg("h"), nb::arg("w"), nb::arg("y"),
+           nb::arg("last"), nb::arg("bias"), nb::arg("plus"), nb::arg("low"), nb::arg("high"),
+           nb::arg("planes"), nb::arg("threads"));
   module.def("make_conv", &make_conv, nb::arg("words"), nb::arg("levels"), nb::arg("digits"),
              nb::arg("sizes"), nb::arg("scale"), nb::arg("factor"), nb::arg("center"));
   module.def("make_panel", &make_panel, nb::arg("words"), nb::arg("levels"), nb::arg("digits"),

@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
+#include "depthwise.hpp"
 #include "memory.hpp"
+#include "radix.hpp"
 #include "threads.hpp"
 
 namespace subbyte {
@@ -54,7 +57,7 @@ struct Call {
   const Kernels& kernels;
   const ConvPanels& weight;
   std::int64_t n, h, w;
-  bool x_last;
+  bool last;
   int planes, threads;
   Frame frame;
   std::uint8_t flip;
@@ -106,14 +109,14 @@ void fill_rows(const Call& call, const float* image, const Quantized& of, std::i
       std::memset(row + frame.row() - after, call.flip, after);
     }
   q += s.top * frame.row() + before;
-  if (call.x_last && frame.groups == 1) {
+  if (call.last && frame.groups == 1) {
     for (std::int64_t y = first; y < last; ++y)
       round_planes(call.kernels, image + y * w * s.channels, w * s.channels, of, call.flip,
                    call.planes, q + y * frame.row(), frame.bytes());
     return;
   }
   auto* raw = reinterpret_cast<std::int8_t*>(scratch.reserve(call.planes * count));
-  if (call.x_last) {
+  if (call.last) {
     round_planes(call.kernels, image + first * w * s.channels, count, of, call.flip, call.planes,
                  raw, count);
   } else {
@@ -125,7 +128,7 @@ void fill_rows(const Call& call, const float* image, const Quantized& of, std::i
     for (std::int64_t g = 0; g < frame.groups; ++g, q += frame.group_bytes())
       for (std::int64_t y = first; y < last; ++y) {
         std::int8_t* out = q + y * frame.row();
-        if (!call.x_last)
+        if (!call.last)
           interleave(raw + (g * frame.channels * rows + y - first) * w, rows * w, w, frame.channels,
                      out);
         else
@@ -197,20 +200,6 @@ void multiply_pixels(const Call& call, const Task& task, const Runs& runs, const
   });
 }
 
-// The same for a depthwise convolution: weights are int16 [taps][32].
-template <class F>
-void multiply_channels(const Call& call, const Task& task, const std::vector<std::int64_t>& taps,
-                       const std::int8_t* q, F&& finish) {
-  alignas(64) std::int32_t sums[kBlockRows];
-  const std::int64_t span = 32767 / (127 * task.panel.max_abs);
-  const auto* weights = reinterpret_cast<const std::int16_t*>(task.weights);
-  each_pixel(call, task, [&](std::int64_t i, std::int64_t offset) {
-    call.kernels.depthwise(weights, span, q + offset + task.row, taps.data(),
-                           static_cast<std::int64_t>(taps.size()), sums);
-    finish(i, sums);
-  });
-}
-
 // Where an image's values go.
 struct Sink {
   float* y;
@@ -239,32 +228,30 @@ struct Sink {
   }
 };
 
-// [k / 4][32][4] as int16 [k][32].
-void by_tap(const std::int8_t* weights, std::int64_t taps, std::int16_t* out) {
-  for (std::int64_t k = 0; k < taps; ++k)
-    for (int r = 0; r < kBlockRows; ++r)
-      out[k * kBlockRows + r] = weights[k / 4 * kRunBytes + 4 * r + k % 4];
-}
-
 // Every block of every group, once for all images.
 void decode_weights(const Call& call, std::int64_t block_bytes, std::int8_t* decoded) {
   const std::vector<Panel>& panels = call.weight.panels();
   const std::int64_t blocks = panels.front().blocks();
   const std::int64_t total = blocks * static_cast<std::int64_t>(panels.size());
   parallel(call.threads, total, [&](std::int64_t begin, std::int64_t end) {
-    thread_local Buffer scratch;
-    for (std::int64_t i = begin; i < end; ++i) {
-      const Panel& panel = panels[i / blocks];
-      std::int8_t* out = decoded + i * block_bytes;
-      if (!call.shape().depthwise()) {
-        call.kernels.decode(panel, i % blocks, out);
-        continue;
-      }
-      auto* grouped = reinterpret_cast<std::int8_t*>(scratch.reserve(block_bytes));
-      call.kernels.decode(panel, i, grouped);
-      by_tap(grouped, panel.k, reinterpret_cast<std::int16_t*>(out));
-    }
+    for (std::int64_t i = begin; i < end; ++i)
+      call.kernels.decode(panels[i / blocks], i % blocks, decoded + i * block_bytes);
   });
+}
+
+// A depthwise convolution's weights [channels][length] as values [length][channels].
+std::vector<float> taps_of(const ConvShape& shape, const RadixCodes& codes, const float* scale,
+                           Affine affine) {
+  const std::int64_t length = shape.kernel_h * shape.kernel_w, channels = shape.channels;
+  std::vector<std::uint8_t> code(channels * length);
+  radix_unpack_range(codes.words, 0, channels * length, codes.levels, codes.digits, code.data());
+  std::vector<float> taps(channels * length);
+  for (std::int64_t i = 0; i < channels * length; ++i) {
+    if (code[i] >= codes.levels) throw std::invalid_argument("a code is above the grid");
+    taps[i % length * channels + i / length] =
+        static_cast<float>(affine.factor * code[i] - affine.center) * scale[i / length];
+  }
+  return taps;
 }
 
 }  // namespace
@@ -274,10 +261,7 @@ ConvPanels::ConvPanels(const ConvShape& shape, const RadixCodes& codes, const fl
     : shape_(shape) {
   const std::int64_t length = shape.in_group() * shape.kernel_h * shape.kernel_w;
   if (shape.depthwise()) {
-    std::vector<std::int32_t> order(length);
-    for (std::int64_t i = 0; i < length; ++i) order[i] = static_cast<std::int32_t>(i);
-    panels_.push_back(
-        make_panel(codes, 0, shape.out_channels, length, order, scale, affine, tables));
+    taps_ = taps_of(shape, codes, scale, affine);
     return;
   }
   const Window window(shape);
@@ -288,34 +272,34 @@ ConvPanels::ConvPanels(const ConvShape& shape, const RadixCodes& codes, const fl
 }
 
 std::size_t ConvPanels::bytes() const {
-  std::size_t total = 0;
+  std::size_t total = taps_.size() * sizeof(float);
   for (const Panel& panel : panels_) total += panel.bytes();
   return total;
 }
 
 std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weight, const float* x,
-                                 std::int64_t n, std::int64_t h, std::int64_t w, bool x_last,
-                                 float* y, bool y_last, const Finish& finish, Precision precision,
+                                 std::int64_t n, std::int64_t h, std::int64_t w, float* y,
+                                 bool last, const Finish& finish, Precision precision,
                                  int threads) {
   const ConvShape& s = weight.shape();
-  const bool depthwise = s.depthwise();
-  const std::int64_t groups = depthwise ? 1 : s.groups;  // as frames and panels see them
+  if (s.depthwise()) {
+    depthwise(kernels, weight, x, n, h, w, y, last, finish, threads);
+    return {};
+  }
   const std::int64_t out_w = s.out_w(w), pixels = s.out_h(h) * out_w;
   const Panel& first_panel = weight.panels().front();  // all have one shape
   const int planes = planes_of(precision);
-  // A product of a depthwise convolution costs about as much as 8 of the others.
-  const std::int64_t products = n * pixels * s.out_channels * first_panel.k * planes;
-  if (products * (depthwise ? 8 : 1) < kSerial) threads = 1;
-  const Frame frame{groups, s.channels / groups, h + s.top + s.bottom, w + s.left + s.right};
-  const std::uint8_t flip = depthwise ? 0 : kernels.flip;
-  const Call call{kernels, weight, n, h, w, x_last, planes, threads, frame, flip};
+  if (n * pixels * s.out_channels * first_panel.k * planes < kSerial) threads = 1;
+  const Frame frame{s.groups, s.in_group(), h + s.top + s.bottom, w + s.left + s.right};
+  const std::uint8_t flip = kernels.flip;
+  const Call call{kernels, weight, n, h, w, last, planes, threads, frame, flip};
 
   thread_local Buffer decoded_scratch, frames_scratch;
   const std::int64_t blocks = first_panel.blocks();
   const std::int64_t length = first_panel.groups() * first_panel.traits().group();
-  const std::int64_t block_bytes = length * kBlockRows * (depthwise ? 2 : 1);
+  const std::int64_t block_bytes = length * kBlockRows;
   auto* decoded =
-      reinterpret_cast<std::int8_t*>(decoded_scratch.reserve(groups * blocks * block_bytes));
+      reinterpret_cast<std::int8_t*>(decoded_scratch.reserve(s.groups * blocks * block_bytes));
   decode_weights(call, block_bytes, decoded);
   auto* q = reinterpret_cast<std::int8_t*>(frames_scratch.reserve(n * planes * frame.bytes()));
   const std::vector<Quantized> of = scales(call, x);
@@ -326,14 +310,10 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
   for (std::size_t i = 0; i < window.run_y.size(); ++i)
     offset.push_back(window.run_y[i] * frame.row() + window.run_x[i] * frame.channels);
   const Runs runs{static_cast<int>(offset.size()), offset.data(), window.run_length.data()};
-  std::vector<std::int64_t> taps;
-  for (std::int64_t ky = 0; depthwise && ky < s.kernel_h; ++ky)
-    for (std::int64_t kx = 0; kx < s.kernel_w; ++kx)
-      taps.push_back(ky * s.dilation_h * frame.row() + kx * s.dilation_w * frame.channels);
 
   // An image's pixels in chunks, all blocks of a chunk one after another.
   const std::int64_t step = kChunk / kernels.tile * kernels.tile;
-  const std::int64_t chunks = (pixels + step - 1) / step, per_chunk = groups * blocks;
+  const std::int64_t chunks = (pixels + step - 1) / step, per_chunk = s.groups * blocks;
   parallel(threads, n * chunks * per_chunk, [&](std::int64_t begin, std::int64_t end) {
     alignas(64) float value[kChunk][kBlockRows], bias[kBlockRows], start[kBlockRows];
     for (std::int64_t index = begin; index < end; ++index) {
@@ -346,19 +326,19 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
                       panel,        decoded + (group * blocks + block) * block_bytes,
                       chunk * step, std::min(step, pixels - chunk * step),
                       out_w};
-      const Sink sink{y + image * s.out_channels * pixels, s.out_channels, pixels, y_last};
+      const Sink sink{y + image * s.out_channels * pixels, s.out_channels, pixels, last};
       const float* plus = finish.plus ? finish.plus + (sink.y - y) : nullptr;
       std::memset(bias, 0, sizeof bias);
       if (finish.bias) std::memcpy(bias, finish.bias + channel, rows * sizeof(float));
       for (int plane = 0; plane < planes; ++plane) {
-        const bool last = plane == planes - 1;
+        const bool done = plane == planes - 1;
         Scaling scaling{1,
                         panel.excess(flip, block),
                         of[image].of_plane(plane),
                         panel.scale.data() + row,
                         bias,
-                        last ? finish.low : -Finish::kInfinity,
-                        last ? finish.high : Finish::kInfinity};
+                        done ? finish.low : -Finish::kInfinity,
+                        done ? finish.high : Finish::kInfinity};
         const auto store = [&](std::int64_t pixel, const std::int32_t* sums) {
           float* out = sink.place(task, pixel);
           if (!out) out = value[pixel];
@@ -373,10 +353,7 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
         };
         const std::int8_t* frames =
             q + (image * planes + plane) * frame.bytes() + group * frame.group_bytes();
-        if (depthwise)
-          multiply_channels(call, task, taps, frames, store);
-        else
-          multiply_pixels(call, task, runs, frames, store);
+        multiply_pixels(call, task, runs, frames, store);
       }
       sink.write(task, value);
     }

@@ -35,19 +35,21 @@ class ConvPanels {
 
   const ConvShape& shape() const { return shape_; }
   const std::vector<Panel>& panels() const { return panels_; }
+  const std::vector<float>& taps() const { return taps_; }
   std::size_t bytes() const;
 
  private:
   ConvShape shape_;
-  std::vector<Panel> panels_;  // of each group; one for all of a depthwise convolution
+  std::vector<Panel> panels_;  // of each group, or, for a depthwise convolution,
+  std::vector<float> taps_;    // [kernel_h * kernel_w][channels]
 };
 
 // y = conv(x, weight), finished, for x [n, channels, h, w], float32. x and y lie as N H W C
-// (`x_last`, `y_last`) or as N C H W; finish.plus goes with N H W C only. Each image has a scale of
-// its own. Returns the images that have none, as `linear` does its rows.
+// (`last`) or as N C H W; finish.plus goes with N H W C only. Each image has a scale of its own.
+// Returns the images that have none, as `linear` does its rows. Depthwise convolutions round
+// nothing.
 std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weight, const float* x,
-                                 std::int64_t n, std::int64_t h, std::int64_t w, bool x_last,
-                                 float* y, bool y_last, const Finish& finish, Precision precision,
-                                 int threads);
+                                 std::int64_t n, std::int64_t h, std::int64_t w, float* y,
+                                 bool last, const Finish& finish, Precision precision, int threads);
 
 }  // namespace subbyte

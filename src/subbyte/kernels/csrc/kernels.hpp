@@ -10,6 +10,7 @@ namespace subbyte {
 
 constexpr int kMaxSmall = 8;  // columns that `small` takes at once
 constexpr int kMaxTile = 16;  // no tier's tile has more columns
+constexpr int kRowStep = 16;  // floats of the widest vector
 
 // How a block's integer sums become values: (factor * sum - excess) * (scale * row_scale) + start,
 // moved into [low, high].
@@ -35,6 +36,12 @@ struct Runs {
   int count;
   const std::int64_t* offset;  // bytes
   const std::int32_t* length;  // groups of 4 bytes
+};
+
+// Where the values and the weights of a window lie, relative to their pointers.
+struct Taps {
+  int count;
+  const std::int64_t *x, *weights;
 };
 
 struct Kernels {
@@ -64,13 +71,17 @@ struct Kernels {
   void (*multiply)(const std::int8_t* weights, int max_abs, const Runs& runs,
                    const std::uint8_t* const* x, std::int32_t* sums);
 
-  // Sums over taps of weights [taps][32] times the 32 bytes of q at x + offset[tap]; sums: [32].
-  // `span` products fit in 16 bits together.
-  void (*depthwise)(const std::int16_t* weights, std::int64_t span, const std::int8_t* x,
-                    const std::int64_t* offset, std::int64_t taps, std::int32_t* sums);
-
   // sums [32] as values [32].
   void (*values)(const std::int32_t* sums, const Scaling& scaling, float* y);
+
+  // In float32: the sum over taps, one after another, of weights[t + c] * x[t + c], finished, for c
+  // < channels and for n pixels, which lie `step` values of x apart.
+  void (*pixels)(const Taps& taps, const float* x, std::int64_t step, const float* weights,
+                 std::int64_t channels, std::int64_t n, const Finish& finish, float* y);
+  // The same sums of weights[t] * x[t + i] for i < n, a multiple of kRowStep. There is one bias,
+  // and no finish.plus.
+  void (*row)(const Taps& taps, const float* x, const float* weights, std::int64_t n,
+              const Finish& finish, float* y);
 };
 
 // Null where the tier is not compiled in or this CPU lacks it.

@@ -371,28 +371,6 @@ void multiply(const std::int8_t* weights, int max_abs, const Runs& runs,
     multiply_with<V::Wide>(weights, V::Wide::span(255, max_abs), runs, x, sums);
 }
 
-// As many rows as 16-bit numbers fit in a register.
-constexpr int kShorts = V::kBytes / 2;
-typedef std::int16_t Shorts __attribute__((vector_size(2 * kShorts)));
-
-void depthwise(const std::int16_t* weights, std::int64_t span, const std::int8_t* x,
-               const std::int64_t* offset, std::int64_t taps, std::int32_t* sums) {
-  for (int row = 0; row < kBlockRows; row += kShorts) {
-    std::int32_t total[kShorts] = {};
-    for (std::int64_t tap = 0; tap < taps;) {
-      const std::int64_t stop = std::min(taps, tap + span);
-      Shorts part = {};
-      for (; tap < stop; ++tap) {
-        Shorts weight;
-        std::memcpy(&weight, weights + tap * kBlockRows + row, sizeof weight);
-        part += weight * (Shorts)V::widen(x + offset[tap] + row);
-      }
-      for (int r = 0; r < kShorts; ++r) total[r] += part[r];
-    }
-    std::memcpy(sums + row, total, sizeof total);
-  }
-}
-
 // ---------------------------------------------------------------- results
 
 void values(const std::int32_t* sums, const Scaling& scaling, float* y) {
@@ -405,10 +383,108 @@ void values(const std::int32_t* sums, const Scaling& scaling, float* y) {
   }
 }
 
+// ---------------------------------------------------------------- float32
+
+constexpr int kFloats = V::kBytes / 4;
+typedef float Floats __attribute__((vector_size(V::kBytes)));
+
+inline Floats floats(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>  // float or Floats
+inline T limited(T value, const Finish& finish) {
+  const T low = finish.low + T{}, high = finish.high + T{};
+  const T above = value < low ? low : value;  // NaN stays
+  return above > high ? high : above;
+}
+
+// P pixels, and N vectors of their channels.
+template <int P, int N>
+inline void window(const Taps& taps, const float* x, std::int64_t step, const float* weights,
+                   std::int64_t channels, const Finish& finish, float* y) {
+  Floats sum[P][N];
+  for (int p = 0; p < P; ++p)
+    for (int i = 0; i < N; ++i)
+      sum[p][i] = finish.bias ? floats(finish.bias + i * kFloats) : Floats{};
+  for (int t = 0; t < taps.count; ++t) {
+    const float *value = x + taps.x[t], *weight = weights + taps.weights[t];
+    for (int i = 0; i < N; ++i) {
+      const Floats w = floats(weight + i * kFloats);
+      for (int p = 0; p < P; ++p) sum[p][i] += w * floats(value + p * step + i * kFloats);
+    }
+  }
+  for (int p = 0; p < P; ++p)
+    for (int i = 0; i < N; ++i) {
+      const std::int64_t place = p * channels + i * kFloats;
+      if (finish.plus) sum[p][i] += floats(finish.plus + place);
+      sum[p][i] = limited(sum[p][i], finish);
+      std::memcpy(y + place, &sum[p][i], sizeof(Floats));
+    }
+}
+
+// P pixels, all channels.
+template <int P>
+inline void windows(const Taps& taps, const float* x, std::int64_t step, const float* weights,
+                    std::int64_t channels, const Finish& finish, float* y) {
+  std::int64_t c = 0;
+  const auto rest = [&] {
+    return Finish{finish.bias ? finish.bias + c : nullptr, finish.plus ? finish.plus + c : nullptr,
+                  finish.low, finish.high};
+  };
+  for (; c + 2 * kFloats <= channels; c += 2 * kFloats)
+    window<P, 2>(taps, x + c, step, weights + c, channels, rest(), y + c);
+  for (; c + kFloats <= channels; c += kFloats)
+    window<P, 1>(taps, x + c, step, weights + c, channels, rest(), y + c);
+  for (; c < channels; ++c)
+    for (int p = 0; p < P; ++p) {
+      float sum = finish.bias ? finish.bias[c] : 0.0f;
+      for (int t = 0; t < taps.count; ++t)
+        sum += weights[taps.weights[t] + c] * x[taps.x[t] + p * step + c];
+      if (finish.plus) sum += finish.plus[p * channels + c];
+      y[p * channels + c] = limited(sum, finish);
+    }
+}
+
+void pixels(const Taps& taps, const float* x, std::int64_t step, const float* weights,
+            std::int64_t channels, std::int64_t n, const Finish& finish, float* y) {
+  Finish at = finish;
+  const auto advance = [&](std::int64_t count) {
+    n -= count, x += count * step, y += count * channels;
+    if (at.plus) at.plus += count * channels;
+  };
+  for (; n >= 4; advance(4)) windows<4>(taps, x, step, weights, channels, at, y);
+  for (; n > 0; advance(1)) windows<1>(taps, x, step, weights, channels, at, y);
+}
+
+template <int N>
+inline void row_part(const Taps& taps, const float* x, const float* weights, const Finish& finish,
+                     float* y) {
+  Floats sum[N];
+  for (int i = 0; i < N; ++i) sum[i] = (finish.bias ? *finish.bias : 0.0f) + Floats{};
+  for (int t = 0; t < taps.count; ++t) {
+    const Floats w = weights[taps.weights[t]] + Floats{};
+    for (int i = 0; i < N; ++i) sum[i] += w * floats(x + taps.x[t] + i * kFloats);
+  }
+  for (int i = 0; i < N; ++i) {
+    sum[i] = limited(sum[i], finish);
+    std::memcpy(y + i * kFloats, &sum[i], sizeof(Floats));
+  }
+}
+
+void row(const Taps& taps, const float* x, const float* weights, std::int64_t n,
+         const Finish& finish, float* y) {
+  std::int64_t i = 0;
+  for (; i + 4 * kFloats <= n; i += 4 * kFloats) row_part<4>(taps, x + i, weights, finish, y + i);
+  for (; i < n; i += kFloats) row_part<1>(taps, x + i, weights, finish, y + i);
+}
+
 #ifdef SUBBYTE_TABLES
 constexpr bool kTables = true;
 #else
 constexpr bool kTables = false;
 #endif
-constexpr Kernels kKernels{V::kName, V::kFlip, V::kTileColumns, kTables,   &peak,      &round,
-                           &sum,     &small,   &decode,         &multiply, &depthwise, &values};
+constexpr Kernels kKernels{V::kName, V::kFlip, V::kTileColumns, kTables, &peak,   &round, &sum,
+                           &small,   &decode,  &multiply,       &values, &pixels, &row};

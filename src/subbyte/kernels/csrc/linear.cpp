@@ -55,19 +55,25 @@ struct Sink {
                        rows = std::min<std::int64_t>(kBlockRows, panel.rows - row);
     const std::int64_t place = column / columns.planes * panel.rows + row;
     const int plane = static_cast<int>(column % columns.planes);
+    const bool done = plane == columns.planes - 1, whole = rows == kBlockRows;
     float* out = y + place;
-    const float* from = plane ? out : finish.bias ? finish.bias + row : nullptr;
-    alignas(64) float start[kBlockRows] = {}, value[kBlockRows];
-    if (from) std::memcpy(start, from, rows * sizeof(float));
-    for (std::int64_t r = 0; !plane && finish.plus && r < rows; ++r)
-      start[r] += finish.plus[place + r];
-    const bool last = plane == columns.planes - 1;
-    kernels.values(
-        sums,
-        Scaling{factor, excess, columns.scale(column), panel.scale.data() + row, start,
-                last ? finish.low : -Finish::kInfinity, last ? finish.high : Finish::kInfinity},
-        value);
-    std::memcpy(out, value, rows * sizeof(float));
+    alignas(64) float begin[kBlockRows], value[kBlockRows];
+    const float* start = plane ? out : finish.bias ? finish.bias + row : nullptr;
+    if (!start || !whole || finish.plus) {
+      for (std::int64_t r = 0; r < kBlockRows; ++r) begin[r] = start && r < rows ? start[r] : 0.0f;
+      for (std::int64_t r = 0; !plane && finish.plus && r < rows; ++r)
+        begin[r] += finish.plus[place + r];
+      start = begin;
+    }
+    const Scaling scaling{factor,
+                          excess,
+                          columns.scale(column),
+                          panel.scale.data() + row,
+                          start,
+                          done ? finish.low : -Finish::kInfinity,
+                          done ? finish.high : Finish::kInfinity};
+    kernels.values(sums, scaling, whole ? out : value);
+    if (!whole) std::memcpy(out, value, rows * sizeof(float));
   }
 };
 

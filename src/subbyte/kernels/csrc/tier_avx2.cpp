@@ -52,9 +52,6 @@ struct V {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), index);
   }
   static Sums zero() { return _mm256_setzero_si256(); }
-  static __m256i widen(const std::int8_t* p) {  // to 16 bits each
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
 
   // Pairs of products in int16.
   struct Narrow {

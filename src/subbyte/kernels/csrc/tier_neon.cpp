@@ -53,7 +53,6 @@ struct V {
     return vqtbl1q_u8(vld1q_u8(table), index);
   }
   static Sums zero() { return vdupq_n_s32(0); }
-  static int16x8_t widen(const std::int8_t* p) { return vmovl_s8(vld1_s8(p)); }
 
   // Both operands signed: digits are below 128 here, and activations are not flipped.
   struct Narrow {

@@ -60,12 +60,6 @@ struct V {
     return map([&](int i) { return table[index.at[i]]; });
   }
   static Sums zero() { return {}; }
-  typedef std::int16_t Shorts __attribute__((vector_size(kBytes)));
-  static Shorts widen(const std::int8_t* p) {  // to 16 bits each
-    Shorts v;
-    for (int i = 0; i < kBytes / 2; ++i) v[i] = p[i];
-    return v;
-  }
 
   struct Narrow {
     using Part = Sums;

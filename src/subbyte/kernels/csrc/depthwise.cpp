@@ -1,0 +1,146 @@
+#include "depthwise.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "memory.hpp"
+#include "threads.hpp"
+
+namespace subbyte {
+namespace {
+
+constexpr std::int64_t kCost = 16;  // 8-bit products that take as long as one of these
+
+struct Call {
+  const Kernels& kernels;
+  const ConvShape& s;
+  const float* weights;  // [kernel_h * kernel_w][channels]
+  std::int64_t h, w, out_h, out_w;
+  const Finish& finish;
+};
+
+// The taps of a window, of those that `inside` lets through. `place` of (ky, kx): where x lies.
+struct Offsets {
+  std::vector<std::int64_t> x, weights;
+
+  template <class Inside, class Place>
+  Taps fill(const ConvShape& s, Inside&& inside, Place&& place) {
+    x.clear(), weights.clear();
+    for (std::int64_t ky = 0; ky < s.kernel_h; ++ky)
+      for (std::int64_t kx = 0; kx < s.kernel_w; ++kx) {
+        if (!inside(ky * s.dilation_h, kx * s.dilation_w)) continue;
+        x.push_back(place(ky * s.dilation_h, kx * s.dilation_w));
+        weights.push_back((ky * s.kernel_w + kx) * s.channels);
+      }
+    return {static_cast<int>(x.size()), x.data(), weights.data()};
+  }
+};
+
+// One row of results of an image [h][w][channels].
+void row_of_pixels(const Call& call, const float* x, std::int64_t y, float* out,
+                   const float* plus) {
+  thread_local Offsets offsets;
+  const ConvShape& s = call.s;
+  const std::int64_t top = y * s.stride_h - s.top, reach = (s.kernel_w - 1) * s.dilation_w;
+  for (std::int64_t column = 0; column < call.out_w;) {
+    const std::int64_t left = column * s.stride_w - s.left, right = left + reach;
+    const auto inside = [&](std::int64_t dy, std::int64_t dx) {
+      return top + dy >= 0 && top + dy < call.h && left + dx >= 0 && left + dx < call.w;
+    };
+    const Taps taps = offsets.fill(s, inside, [&](std::int64_t dy, std::int64_t dx) {
+      return ((top + dy) * call.w + left + dx) * s.channels;
+    });
+    // All whose windows lie between the left and the right border have the same taps.
+    const std::int64_t together =
+        left >= 0 && right < call.w ? (call.w - 1 - right) / s.stride_w + 1 : 1;
+    const std::int64_t n = std::min(together, call.out_w - column);
+    Finish finish = call.finish;
+    if (plus) finish.plus = plus + column * s.channels;
+    call.kernels.pixels(taps, x, s.stride_w * s.channels, call.weights, s.channels, n, finish,
+                        out + column * s.channels);
+    column += n;
+  }
+}
+
+// Planes [h][w], one at a time, with a border; columns a stride apart lie together: [h + border]
+// [stride_w][pitch].
+class Planes {
+ public:
+  explicit Planes(const Call& call)
+      : call_(call),
+        pitch_((call.w + call.s.left + call.s.right + call.s.stride_w - 1) / call.s.stride_w +
+               kRowStep),
+        row_((call.out_w + kRowStep - 1) / kRowStep * kRowStep) {
+    thread_local Buffer scratch;
+    const std::int64_t values = (call.h + call.s.top + call.s.bottom) * pitch_ * call.s.stride_w;
+    padded_ = reinterpret_cast<float*>(scratch.reserve((values + row_) * sizeof(float)));
+    std::memset(padded_, 0, values * sizeof(float));
+    result_ = padded_ + values;
+    taps_ = offsets_.fill(
+        call.s, [](std::int64_t, std::int64_t) { return true; },
+        [&](std::int64_t dy, std::int64_t dx) { return place(dy, dx); });
+  }
+
+  void convolve(const float* x, std::int64_t channel, float* out) {
+    const ConvShape& s = call_.s;
+    for (std::int64_t y = 0; y < call_.h; ++y, x += call_.w)
+      for (std::int64_t i = 0; i < std::min(s.stride_w, call_.w); ++i)
+        spread(x + i, s.stride_w, (call_.w - 1 - i) / s.stride_w + 1,
+               padded_ + place(y + s.top, i + s.left));
+    Finish finish = call_.finish;
+    if (finish.bias) finish.bias += channel;
+    for (std::int64_t y = 0; y < call_.out_h; ++y) {
+      call_.kernels.row(taps_, padded_ + place(y * s.stride_h, 0), call_.weights + channel, row_,
+                        finish, result_);
+      std::memcpy(out + y * call_.out_w, result_, call_.out_w * sizeof(float));
+    }
+  }
+
+ private:
+  static void spread(const float* x, std::int64_t stride, std::int64_t n, float* out) {
+    if (stride == 1)
+      std::memcpy(out, x, n * sizeof(float));
+    else if (stride == 2)  // for the compiler: this one it can do in vectors
+      for (std::int64_t i = 0; i < n; ++i) out[i] = x[i * 2];
+    else
+      for (std::int64_t i = 0; i < n; ++i) out[i] = x[i * stride];
+  }
+
+  std::int64_t place(std::int64_t y, std::int64_t x) const {
+    return (y * call_.s.stride_w + x % call_.s.stride_w) * pitch_ + x / call_.s.stride_w;
+  }
+
+  const Call& call_;
+  std::int64_t pitch_, row_;
+  float *padded_, *result_;
+  Offsets offsets_;
+  Taps taps_;
+};
+
+}  // namespace
+
+void depthwise(const Kernels& kernels, const ConvPanels& weight, const float* x, std::int64_t n,
+               std::int64_t h, std::int64_t w, float* y, bool last, const Finish& finish,
+               int threads) {
+  const ConvShape& s = weight.shape();
+  const Call call{kernels, s, weight.taps().data(), h, w, s.out_h(h), s.out_w(w), finish};
+  const std::int64_t in = h * w, out = call.out_h * call.out_w;
+  if (n * s.channels * out * s.kernel_h * s.kernel_w * kCost < kSerial) threads = 1;
+  if (last) {
+    parallel(threads, n * call.out_h, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        const std::int64_t place = i * call.out_w * s.channels;
+        row_of_pixels(call, x + i / call.out_h * in * s.channels, i % call.out_h, y + place,
+                      finish.plus ? finish.plus + place : nullptr);
+      }
+    });
+    return;
+  }
+  parallel(threads, n * s.channels, [&](std::int64_t begin, std::int64_t end) {
+    Planes planes(call);
+    for (std::int64_t i = begin; i < end; ++i)
+      planes.convolve(x + i * in, i % s.channels, y + i * out);
+  });
+}
+
+}  // namespace subbyte
