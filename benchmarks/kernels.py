@@ -208,6 +208,7 @@ def resnet18(batch: int, options: argparse.Namespace) -> dict[str, Any]:
             net, twin = packed_resnet(levels)
             exact = copy.deepcopy(twin).double()(x.double())
             module(f"subbyte {levels} levels", net, exact)
+            module(f"subbyte {levels} levels, fused", sb.fuse(net), exact)
             if levels != LEVELS[0]:
                 continue
             wanted, plain = exact, twin.to(memory_format=torch.channels_last)

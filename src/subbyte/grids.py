@@ -67,6 +67,7 @@ class Grid:
     granularity: Granularity = field(default_factory=PerTensor)
     scale_domain: ScaleDomain = ScaleDomain.FLOAT32
     affine: tuple[float, float] | None = field(init=False, repr=False, compare=False)
+    _hash: int = field(init=False, repr=False, compare=False)  # products look grids up at each call
 
     def __post_init__(self) -> None:
         if not 2 <= len(self.levels) <= MAX_LEVELS:
@@ -77,6 +78,11 @@ class Grid:
         if any(b <= a for a, b in itertools.pairwise(stored)):
             raise SubbyteError(f"grid levels {self.levels} do not strictly increase in float32")
         object.__setattr__(self, "affine", _affine(self.levels))
+        key = self.levels, self.granularity, self.scale_domain
+        object.__setattr__(self, "_hash", hash(key))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def n_levels(self) -> int:

@@ -19,6 +19,7 @@ from subbyte.bench.report import BenchReport, LayerBench, Times
 from subbyte.bench.roofs import Roofs, measure_roofs
 from subbyte.bench.timing import in_turn
 from subbyte.errors import SubbyteError
+from subbyte.fuse import fuse
 from subbyte.modules import PackedEmbedding, PackedWeight
 
 _ROOFS_SHARE, _NETWORK_SHARE = 0.1, 0.2  # of the time; layers get the rest
@@ -61,8 +62,9 @@ def bench(
         networks: list[tuple[int, Times]] = []
         if whole:
             share, twin = _NETWORK_SHARE * seconds / len(batches), float_twin(net)
+            fused = _fused(net)
             networks = [
-                (n, _times(net, twin, (_batch_of(example, n),), {}, share)) for n in batches
+                (n, _times(net, twin, (_batch_of(example, n),), {}, share, fused)) for n in batches
             ]
         return BenchReport(
             target, kernels.tier(), torch.get_num_threads(), _precision(net), roofs,
@@ -135,7 +137,8 @@ def _layer(call: _Call, batch: int, roofs: Roofs | None, seconds: float) -> Laye
     packed = weights[0]
     n_bytes = 0 if reason else sum(kernels.panel_bytes(weight.words) for weight in weights)
     planes = 2 if getattr(layer, "precision", "") == "int16" else 1
-    least = None if reason or roofs is None else roofs.seconds(n_bytes, planes * operations)
+    in_bytes = not reason and getattr(layer, "groups", 1) != packed.shape[0]  # not depthwise
+    least = roofs.seconds(n_bytes, planes * operations) if roofs and in_bytes else None
     return LayerBench(
         call.name, type(layer).__name__.removeprefix("Packed"), tuple(packed.shape),
         packed.grid.n_levels, batch, times, operations, n_bytes, reason, least,
@@ -157,17 +160,28 @@ def _times(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     seconds: float,
+    fused: nn.Module | None = None,
 ) -> Times:
     """Of one call with these arguments."""
     calls: dict[str, Callable[[], Any]] = {
         "packed": partial(packed, *args, **kwargs),
         "float32": partial(twin, *args, **kwargs),
     }
+    if fused is not None:
+        calls["fused"] = partial(fused, *args, **kwargs)
     if has_bfloat16():
         narrow = copy.deepcopy(twin).to(torch.bfloat16)
         calls["bfloat16"] = partial(narrow, *map(_to_bfloat16, args), **kwargs)
     found = in_turn(calls, seconds)
-    return Times(found["packed"], found["float32"], found.get("bfloat16"))
+    return Times(found["packed"], found["float32"], found.get("bfloat16"), found.get("fused"))
+
+
+def _fused(net: nn.Module) -> nn.Module | None:
+    """None where the network cannot be traced."""
+    try:
+        return fuse(net)
+    except SubbyteError:
+        return None
 
 
 def _to_bfloat16(value: Any) -> Any:

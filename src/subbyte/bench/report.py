@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.markup import escape
@@ -15,11 +15,16 @@ from subbyte.bench.timing import Spread
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds of one call. bfloat16: None where this CPU has no products of that type."""
+    """Seconds of one call.
+
+    bfloat16: None where this CPU has no products of that type. fused: of the whole network after
+    `fuse`; None for a layer, and where the network cannot be traced.
+    """
 
     packed: Spread
     float32: Spread
     bfloat16: Spread | None
+    fused: Spread | None = None
 
     @property
     def speedup(self) -> float:
@@ -27,7 +32,10 @@ class Times:
         return self.float32.median / self.packed.median
 
     def to_dict(self) -> dict[str, Any]:
-        spreads = {"packed": self.packed, "float32": self.float32, "bfloat16": self.bfloat16}
+        spreads = {
+            "packed": self.packed, "float32": self.float32, "bfloat16": self.bfloat16,
+            "fused": self.fused,
+        }  # fmt: skip
         seconds = {name: None if s is None else asdict(s) for name, s in spreads.items()}
         return {"seconds": seconds, "speedup": self.speedup}
 
@@ -45,7 +53,7 @@ class LayerBench:
     operations: int  # multiplications and additions of a call
     panel_bytes: int  # of repacked weights that a call reads; 0 if it decodes
     why_not: str | None  # in words, why the kernels do not serve it; None if they do
-    roof_seconds: float | None  # the machine's least time for it; None if it decodes
+    roof_seconds: float | None  # the machine's least time for products in bytes; None without
 
     @property
     def gb_s(self) -> float:
@@ -133,6 +141,9 @@ def table(report: BenchReport) -> Table:
     for batch, times in report.networks:
         cells = _time_cells(times, with_bfloat16)
         view.add_row("whole network", "", "", "", str(batch), *cells, "", "", "")
+        if times.fused is not None:
+            cells = _time_cells(replace(times, packed=times.fused), with_bfloat16)
+            view.add_row("the same, fused", "", "", "", str(batch), *cells, "", "", "")
     return view
 
 

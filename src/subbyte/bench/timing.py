@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 PAUSE = 0.003  # seconds before a burst: thread pools of whoever ran before stop spinning
-BURST = 0.01  # seconds of calls that make one sample, at most
+BURST = 0.01  # seconds of calls that make one sample, about
+CALLS = 4  # in a sample, at least: after other code's turn the first ones fill the caches again
 ROUNDS = 5  # at least
 
 
@@ -61,7 +62,7 @@ def _repeats(call: Callable[[], object], burst: float) -> int:
     call()
     start = time.perf_counter()
     call()
-    return max(1, round(burst / max(time.perf_counter() - start, 1e-9)))
+    return max(CALLS, round(burst / max(time.perf_counter() - start, 1e-9)))
 
 
 def _burst(call: Callable[[], object], repeats: int) -> float:

@@ -125,6 +125,7 @@ std::vector<std::string> tier_names() {
 
 NB_MODULE(_native, module) {
   module.doc() = "subbyte's C++ core";
+  nb::set_leak_warnings(false);  // a network that lives until the interpreter ends is no leak
   module.def("radix_pack", &pack, nb::arg("codes"), nb::arg("levels"), nb::arg("digits"),
              nb::arg("words"), "Write the radix words of `codes` into `words`.");
   module.def("radix_unpack", &unpack, nb::arg("words"), nb::arg("levels"), nb::arg("digits"),
