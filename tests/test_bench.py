@@ -122,8 +122,8 @@ def test_values_are_frozen_and_json_has_them_all(report):
     assert len(value["layers"]) == len(report.layers)
     assert value["network"][1]["batch"] == 3
     assert set(value["layers"][0]["seconds"]) == {"packed", "float32", "bfloat16", "fused"}
-        assert value["layers"][0]["seconds"]["fused"] is None
-        assert value["network"][1]["seconds"]["fused"]["median"] > 0
+    assert value["layers"][0]["seconds"]["fused"] is None
+    assert value["network"][1]["seconds"]["fused"]["median"] > 0
 
 
 def test_bfloat16_is_timed_only_where_the_cpu_has_it(digits, monkeypatch):
