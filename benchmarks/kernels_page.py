@@ -239,9 +239,9 @@ def _how(lines: Lines) -> str:
         "Engines of a case take turns in one process, in the opposite order each round; a sample "
         "is a pause of 3 ms, a call that is not counted, and the mean of about 10 ms of calls, "
         "four at least. ONNX Runtime's threads do not spin between calls: they would take a core "
-        f"from the next engine, and at 4096² it is the faster for it.{priority} The machine's own rates take "
-        "turns with the engines. They differ from process to process (reading depends on where the "
-        "memory lies), and a share is of the highest of them:\n\n"
+        f"from the next engine, and at 4096² it is the faster for it.{priority} The machine's own "
+        "rates take turns with the engines. They differ from process to process (reading depends "
+        "on where the memory lies), and a share is of the highest of them:\n\n"
         + _table(["case", "memory, GB/s", "caches, GB/s", "int8, GOP/s", "float32, GFLOP/s"], rates)
     )
 

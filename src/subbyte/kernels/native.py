@@ -173,11 +173,8 @@ def _keep(words: Tensor, scale: Tensor, key: tuple[Any, ...], panel: Any) -> Any
 
 
 def _version(tensor: Tensor) -> int:
-    """Counts changes in place; inference tensors do not keep it."""
-    try:
-        return tensor._version
-    except RuntimeError:
-        return -1
+    """Counts changes in place; inference tensors do not keep it (to ask them is slow)."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def panel_bytes(words: Tensor) -> int:
