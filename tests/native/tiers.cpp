@@ -156,7 +156,8 @@ void check_products(const Kernels& tier, int levels, int rows, int k) {
     for (int c = 0; c < kMaxTile; ++c) x[c] = flipped[c].data();
     const std::int32_t first = length / 8, lengths[2] = {first, length / 4 - first};
     const std::int64_t offsets[2] = {0, 4 * first};
-    tier.multiply(decoded.data(), panel.max_abs, Runs{2, offsets, lengths}, x, sums.data());
+    tier.multiply(decoded.data(), panel.max_abs, rows - block * kBlockRows,
+                  Runs{2, offsets, lengths}, x, sums.data());
     for (int c = 0; c < tier.tile; ++c)
       for (int r = 0; r < kBlockRows && block * kBlockRows + r < rows; ++r) {
         const int row = static_cast<int>(block) * kBlockRows + r;

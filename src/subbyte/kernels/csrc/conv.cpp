@@ -172,32 +172,26 @@ struct Task {
   std::int64_t first, n, out_w;
 };
 
-// Calls use(pixel counted from task.first, its bytes in a frame) for every pixel of a task.
-template <class F>
-void each_pixel(const Call& call, const Task& task, F&& use) {
-  const ConvShape& s = call.shape();
-  std::int64_t y = task.first / task.out_w, x = task.first % task.out_w;
-  for (std::int64_t i = 0; i < task.n; ++i) {
-    use(i, y * s.stride_h * call.frame.row() + x * s.stride_w * call.frame.channels);
-    if (++x == task.out_w) x = 0, ++y;
-  }
-}
-
-// finish(pixel, sums [32]) for every pixel: a matrix product.
+// finish(pixel, n, sums [n][32]) for all pixels of a task, a tile of n at a time, counted from
+// task.first.
 template <class F>
 void multiply_pixels(const Call& call, const Task& task, const Runs& runs, const std::int8_t* q,
                      F&& finish) {
-  const int tile = call.kernels.tile;
-  alignas(64) std::int32_t sums[kMaxTile * kBlockRows];
+  const ConvShape& s = call.shape();
+  alignas(64) std::int32_t sums[kMaxTile * kBlockRows] = {};
   const std::uint8_t* x[kMaxTile];
-  each_pixel(call, task, [&](std::int64_t i, std::int64_t offset) {
-    const std::int64_t filled = i % tile + 1;
-    x[filled - 1] = reinterpret_cast<const std::uint8_t*>(q + offset);
-    if (filled < tile && i + 1 < task.n) return;
-    for (std::int64_t rest = filled; rest < tile; ++rest) x[rest] = x[0];
-    call.kernels.multiply(task.weights, task.panel.max_abs, runs, x, sums);
-    for (std::int64_t j = 0; j < filled; ++j) finish(i - filled + 1 + j, sums + j * kBlockRows);
-  });
+  std::int64_t row = task.first / task.out_w, column = task.first % task.out_w;
+  for (std::int64_t first = 0; first < task.n; first += call.kernels.tile) {
+    const std::int64_t n = std::min<std::int64_t>(call.kernels.tile, task.n - first);
+    for (std::int64_t i = 0; i < n; ++i) {
+      x[i] = reinterpret_cast<const std::uint8_t*>(q) + row * s.stride_h * call.frame.row() +
+             column * s.stride_w * call.frame.channels;
+      if (++column == task.out_w) column = 0, ++row;
+    }
+    for (std::int64_t i = n; i < call.kernels.tile; ++i) x[i] = x[0];
+    call.kernels.multiply(task.weights, task.panel.max_abs, task.rows, runs, x, sums);
+    finish(first, n, sums);
+  }
 }
 
 // Where an image's values go.
@@ -206,15 +200,12 @@ struct Sink {
   std::int64_t channels, pixels;
   bool last;  // channels last
 
-  // The place of a pixel's 32 values if they lie together there, else null: they go to a buffer
-  // first, and by `write` from there.
-  float* place(const Task& task, std::int64_t pixel) const {
-    const bool together = last && task.rows == kBlockRows;
-    return together ? y + (task.first + pixel) * channels + task.row : nullptr;
-  }
+  // Whether a pixel's 32 values lie together, at `place`: else they go to a buffer first, and by
+  // `write` from there.
+  bool whole(const Task& task) const { return last && task.rows == kBlockRows; }
+  std::int64_t place(const Task& task) const { return task.first * channels + task.row; }
 
   void write(const Task& task, const float (*value)[kBlockRows]) const {
-    if (place(task, 0)) return;
     if (last) {
       for (std::int64_t i = 0; i < task.n; ++i)
         std::memcpy(y + (task.first + i) * channels + task.row, value[i],
@@ -315,7 +306,7 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
   const std::int64_t step = kChunk / kernels.tile * kernels.tile;
   const std::int64_t chunks = (pixels + step - 1) / step, per_chunk = s.groups * blocks;
   parallel(threads, n * chunks * per_chunk, [&](std::int64_t begin, std::int64_t end) {
-    alignas(64) float value[kChunk][kBlockRows], bias[kBlockRows], start[kBlockRows];
+    alignas(64) float value[kChunk][kBlockRows] = {}, bias[kBlockRows];
     for (std::int64_t index = begin; index < end; ++index) {
       const std::int64_t block = index % per_chunk % blocks, group = index % per_chunk / blocks;
       const std::int64_t chunk = index / per_chunk % chunks, image = index / per_chunk / chunks;
@@ -327,35 +318,40 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
                       chunk * step, std::min(step, pixels - chunk * step),
                       out_w};
       const Sink sink{y + image * s.out_channels * pixels, s.out_channels, pixels, last};
-      const float* plus = finish.plus ? finish.plus + (sink.y - y) : nullptr;
       std::memset(bias, 0, sizeof bias);
       if (finish.bias) std::memcpy(bias, finish.bias + channel, rows * sizeof(float));
+      const bool whole = sink.whole(task);
+      float* out = whole ? sink.y + sink.place(task) : value[0];
+      const std::int64_t stride = whole ? s.out_channels : kBlockRows;
+      const float* plus = finish.plus ? finish.plus + (sink.y - y) + sink.place(task) : nullptr;
+      if (plus && !whole) {
+        for (std::int64_t i = 0; i < task.n; ++i)
+          std::memcpy(value[i], plus + i * s.out_channels, rows * sizeof(float));
+        plus = out;
+      }
       for (int plane = 0; plane < planes; ++plane) {
         const bool done = plane == planes - 1;
+        const float scale = of[image].of_plane(plane);
         Scaling scaling{1,
                         panel.excess(flip, block),
-                        of[image].of_plane(plane),
+                        &scale,
+                        0,
                         panel.scale.data() + row,
-                        bias,
+                        plane ? nullptr : bias,
+                        nullptr,
+                        stride,
                         done ? finish.low : -Finish::kInfinity,
                         done ? finish.high : Finish::kInfinity};
-        const auto store = [&](std::int64_t pixel, const std::int32_t* sums) {
-          float* out = sink.place(task, pixel);
-          if (!out) out = value[pixel];
-          if (plane) {
-            scaling.start = out;
-          } else if (plus) {
-            const float* more = plus + (task.first + pixel) * s.out_channels + channel;
-            for (std::int64_t r = 0; r < rows; ++r) start[r] = bias[r] + more[r];
-            scaling.start = start;
-          }
-          kernels.values(sums, scaling, out);
-        };
+        const float* more = plane ? out : plus;
         const std::int8_t* frames =
             q + (image * planes + plane) * frame.bytes() + group * frame.group_bytes();
-        multiply_pixels(call, task, runs, frames, store);
+        multiply_pixels(call, task, runs, frames,
+                        [&](std::int64_t first, std::int64_t n, const std::int32_t* sums) {
+                          scaling.plus = more ? more + first * stride : nullptr;
+                          kernels.values(sums, n, scaling, out + first * stride, stride);
+                        });
       }
-      sink.write(task, value);
+      if (!whole) sink.write(task, value);
     }
   });
 

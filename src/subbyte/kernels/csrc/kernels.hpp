@@ -12,14 +12,17 @@ constexpr int kMaxSmall = 8;  // columns that `small` takes at once
 constexpr int kMaxTile = 16;  // no tier's tile has more columns
 constexpr int kRowStep = 16;  // floats of the widest vector
 
-// How a block's integer sums become values: (factor * sum - excess) * (scale * row_scale) + start,
-// moved into [low, high].
+// How a block's integer sums become values: (factor * sum - excess) * (scale * row_scale) + (bias +
+// plus), moved into [low, high]; NaN stays. bias and plus may be null.
 struct Scaling {
-  int factor;
+  int factor;                  // 1 or 2
   const std::int32_t* excess;  // [32]
-  float scale;
-  const float* row_scale;  // [32]
-  const float* start;      // [32]; may be where the values go
+  const float* scale;          // of column c: scale[c * scale_step]
+  std::int64_t scale_step;     // 0 or 1
+  const float* row_scale;      // [32]
+  const float* bias;           // [32]
+  const float* plus;           // of column c: [32] at plus + c * plus_step; may be the result
+  std::int64_t plus_step;
   float low, high;
 };
 
@@ -66,13 +69,14 @@ struct Kernels {
   // padding.
   void (*decode)(const Panel& panel, std::int64_t block, std::int8_t* out);
 
-  // Decoded weights times q ^ flip for `tile` columns; sums: [tile][32]. With a flip of 0x80 they
-  // are too large by 128 times the sum of the row's weights.
-  void (*multiply)(const std::int8_t* weights, int max_abs, const Runs& runs,
+  // Decoded weights times q ^ flip for `tile` columns; sums: [tile][32], the first `rows` of each
+  // at least. With a flip of 0x80 they are too large by 128 times the sum of the row's weights.
+  void (*multiply)(const std::int8_t* weights, int max_abs, std::int64_t rows, const Runs& runs,
                    const std::uint8_t* const* x, std::int32_t* sums);
 
-  // sums [32] as values [32].
-  void (*values)(const std::int32_t* sums, const Scaling& scaling, float* y);
+  // sums [n][32] as values: those of column c at y + c * step.
+  void (*values)(const std::int32_t* sums, std::int64_t n, const Scaling& scaling, float* y,
+                 std::int64_t step);
 
   // In float32: the sum over taps, one after another, of weights[t + c] * x[t + c], finished, for c
   // < channels and for n pixels, which lie `step` values of x apart.

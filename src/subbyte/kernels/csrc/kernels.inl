@@ -314,7 +314,8 @@ void decode(const Panel& panel, std::int64_t block, std::int8_t* out) {
   for (std::int64_t k = panel.k; k < panel.groups() * panel.traits().group(); ++k) clear(k);
 }
 
-template <class Dots, int R, int N>
+// Once: no part overflows before the end, so there are no totals to keep in registers.
+template <class Dots, int R, int N, bool Once>
 void multiply_rows(const std::int8_t* weights, std::int64_t span, const Runs& runs,
                    const std::uint8_t* const* x, std::int32_t* sums, int row) {
   typename V::Sums total[R][N];
@@ -327,19 +328,18 @@ void multiply_rows(const std::int8_t* weights, std::int64_t span, const Runs& ru
     const std::uint8_t* column[N];
     for (int n = 0; n < N; ++n) column[n] = x[n] + runs.offset[run];
     for (std::int64_t i = 0, end = runs.length[run]; i < end;) {
-      const std::int64_t stop = std::min(end, i + left);
+      const std::int64_t stop = Once ? end : std::min(end, i + left);
       left -= stop - i;
       for (; i < stop; ++i, w += kRunBytes) {
         typename V::Bytes weight[R];
         for (int r = 0; r < R; ++r) weight[r] = V::load(w + r * V::kBytes);
         for (int n = 0; n < N; ++n) {
           const auto value = V::splat(column[n] + 4 * i);
-          for (int r = 0; r < R; ++r) {
+          for (int r = 0; r < R; ++r)
             part[r][n] = in_order(Dots::dot(part[r][n], value, weight[r]));
-          }
         }
       }
-      if (left) continue;
+      if (Once || left) continue;
       left = span;
       for (int r = 0; r < R; ++r)
         for (int n = 0; n < N; ++n) {
@@ -351,42 +351,35 @@ void multiply_rows(const std::int8_t* weights, std::int64_t span, const Runs& ru
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n)
       V::store(sums + n * kBlockRows + row + r * (V::kBytes / 4),
-               Dots::flush(total[r][n], part[r][n]));
+               Dots::flush(Once ? V::zero() : total[r][n], part[r][n]));
 }
 
 template <class Dots>
-void multiply_with(const std::int8_t* weights, std::int64_t span, const Runs& runs,
-                   const std::uint8_t* const* x, std::int32_t* sums) {
+void multiply_with(const std::int8_t* weights, std::int64_t span, std::int64_t rows,
+                   const Runs& runs, const std::uint8_t* const* x, std::int32_t* sums) {
   constexpr int kStep = V::kTileVectors * V::kBytes / 4;
-  for (int row = 0; row < kBlockRows; row += kStep)
-    multiply_rows<Dots, V::kTileVectors, V::kTileColumns>(weights, span, runs, x, sums, row);
+  std::int64_t length = 0;
+  for (int run = 0; run < runs.count; ++run) length += runs.length[run];
+  const auto part = length <= span ? multiply_rows<Dots, V::kTileVectors, V::kTileColumns, true>
+                                   : multiply_rows<Dots, V::kTileVectors, V::kTileColumns, false>;
+  for (int row = 0; row < std::min<std::int64_t>(rows, kBlockRows); row += kStep)
+    part(weights, span, runs, x, sums, row);
 }
 
-void multiply(const std::int8_t* weights, int max_abs, const Runs& runs,
+void multiply(const std::int8_t* weights, int max_abs, std::int64_t rows, const Runs& runs,
               const std::uint8_t* const* x, std::int32_t* sums) {
   const std::int64_t span = V::Narrow::span(255, max_abs);
   if (span)
-    multiply_with<V::Narrow>(weights, span, runs, x, sums);
+    multiply_with<V::Narrow>(weights, span, rows, runs, x, sums);
   else
-    multiply_with<V::Wide>(weights, V::Wide::span(255, max_abs), runs, x, sums);
+    multiply_with<V::Wide>(weights, V::Wide::span(255, max_abs), rows, runs, x, sums);
 }
 
 // ---------------------------------------------------------------- results
 
-void values(const std::int32_t* sums, const Scaling& scaling, float* y) {
-  for (int r = 0; r < kBlockRows; ++r) {
-    const std::int32_t exact = scaling.factor * sums[r] - scaling.excess[r];
-    const float value =
-        static_cast<float>(exact) * (scaling.scale * scaling.row_scale[r]) + scaling.start[r];
-    const float above = value < scaling.low ? scaling.low : value;  // NaN stays
-    y[r] = above > scaling.high ? scaling.high : above;
-  }
-}
-
-// ---------------------------------------------------------------- float32
-
 constexpr int kFloats = V::kBytes / 4;
 typedef float Floats __attribute__((vector_size(V::kBytes)));
+typedef std::int32_t Ints __attribute__((vector_size(V::kBytes)));
 
 inline Floats floats(const float* p) {
   Floats v;
@@ -394,12 +387,42 @@ inline Floats floats(const float* p) {
   return v;
 }
 
-template <class T>  // float or Floats
-inline T limited(T value, const Finish& finish) {
-  const T low = finish.low + T{}, high = finish.high + T{};
+template <class T, class Limits>  // T: float or Floats; Limits has low and high
+inline T limited(T value, const Limits& limits) {
+  const T low = limits.low + T{}, high = limits.high + T{};
   const T above = value < low ? low : value;  // NaN stays
   return above > high ? high : above;
 }
+
+template <bool Twice>
+void values_of(const std::int32_t* sums, std::int64_t n, const Scaling& s, float* y,
+               std::int64_t step) {
+  for (std::int64_t c = 0; c < n; ++c, sums += kBlockRows, y += step) {
+    const Floats scale = s.scale[c * s.scale_step] + Floats{};
+    for (int i = 0; i < kBlockRows; i += kFloats) {
+      Ints sum;
+      std::memcpy(&sum, sums + i, sizeof sum);
+      if (Twice) sum += sum;
+      Ints excess;
+      std::memcpy(&excess, s.excess + i, sizeof excess);
+      Floats start = s.bias ? floats(s.bias + i) : Floats{};
+      if (s.plus) start += floats(s.plus + c * s.plus_step + i);
+      const Floats exact = __builtin_convertvector(sum - excess, Floats);
+      const Floats value = limited(exact * (scale * floats(s.row_scale + i)) + start, s);
+      std::memcpy(y + i, &value, sizeof value);
+    }
+  }
+}
+
+void values(const std::int32_t* sums, std::int64_t n, const Scaling& scaling, float* y,
+            std::int64_t step) {
+  if (scaling.factor == 2)
+    values_of<true>(sums, n, scaling, y, step);
+  else
+    values_of<false>(sums, n, scaling, y, step);
+}
+
+// ---------------------------------------------------------------- float32
 
 // P pixels, and N vectors of their channels.
 template <int P, int N>

@@ -17,12 +17,10 @@ struct Columns {
   std::uint8_t flip;
   std::int8_t* q;
   std::vector<Quantized> of;  // [n]
+  std::vector<float> scale;   // [count()]
 
   std::int64_t count() const { return n * planes; }
   const std::int8_t* at(std::int64_t i) const { return q + i * stride; }
-  float scale(std::int64_t i) const {
-    return of[i / planes].of_plane(static_cast<int>(i % planes));
-  }
 };
 
 void quantize_rows(const Kernels& kernels, const float* x, int threads, Columns& columns) {
@@ -34,8 +32,10 @@ void quantize_rows(const Kernels& kernels, const float* x, int threads, Columns&
                columns.of[i] = scale_of(kernels.peak(x + i * k, k));
                round_planes(kernels, x + i * k, k, columns.of[i], columns.flip, columns.planes, q,
                             stride);
-               for (int plane = 0; plane < columns.planes; ++plane)
+               for (int plane = 0; plane < columns.planes; ++plane) {
                  std::memset(q + plane * stride + k, columns.flip, stride - k);
+                 columns.scale[i * columns.planes + plane] = columns.of[i].of_plane(plane);
+               }
              }
            });
 }
@@ -48,32 +48,37 @@ struct Sink {
   float* y;
   const Finish& finish;
 
-  // One column's sums [32]. The planes of a row of x add up.
-  void write(std::int64_t block, std::int64_t column, const std::int32_t* sums, int factor,
-             const std::int32_t* excess) const {
-    const std::int64_t row = block * kBlockRows,
-                       rows = std::min<std::int64_t>(kBlockRows, panel.rows - row);
-    const std::int64_t place = column / columns.planes * panel.rows + row;
-    const int plane = static_cast<int>(column % columns.planes);
-    const bool done = plane == columns.planes - 1, whole = rows == kBlockRows;
-    float* out = y + place;
-    alignas(64) float begin[kBlockRows], value[kBlockRows];
-    const float* start = plane ? out : finish.bias ? finish.bias + row : nullptr;
-    if (!start || !whole || finish.plus) {
-      for (std::int64_t r = 0; r < kBlockRows; ++r) begin[r] = start && r < rows ? start[r] : 0.0f;
-      for (std::int64_t r = 0; !plane && finish.plus && r < rows; ++r)
-        begin[r] += finish.plus[place + r];
-      start = begin;
+  // The sums [n][32] of columns from `first` on. The planes of a row of x add up.
+  void write(std::int64_t block, std::int64_t first, std::int64_t n, const std::int32_t* sums,
+             int factor, const std::int32_t* excess) const {
+    const std::int64_t row = block * kBlockRows;
+    const std::int64_t rows = std::min<std::int64_t>(kBlockRows, panel.rows - row);
+    const bool whole = rows == kBlockRows;
+    alignas(64) float bias[kBlockRows] = {}, value[kBlockRows];
+    if (finish.bias) std::memcpy(bias, finish.bias + row, rows * sizeof(float));
+    Scaling scaling{factor, excess,  nullptr,    1,          panel.scale.data() + row,
+                    bias,   nullptr, panel.rows, finish.low, finish.high};
+    if (columns.planes == 1 && whole) {
+      const std::int64_t place = first * panel.rows + row;
+      scaling.scale = columns.scale.data() + first;
+      if (finish.plus) scaling.plus = finish.plus + place;
+      kernels.values(sums, n, scaling, y + place, panel.rows);
+      return;
     }
-    const Scaling scaling{factor,
-                          excess,
-                          columns.scale(column),
-                          panel.scale.data() + row,
-                          start,
-                          done ? finish.low : -Finish::kInfinity,
-                          done ? finish.high : Finish::kInfinity};
-    kernels.values(sums, scaling, whole ? out : value);
-    if (!whole) std::memcpy(out, value, rows * sizeof(float));
+    for (std::int64_t c = first; c < first + n; ++c, sums += kBlockRows) {
+      const std::int64_t place = c / columns.planes * panel.rows + row;
+      const int plane = static_cast<int>(c % columns.planes);
+      const bool done = plane == columns.planes - 1;
+      const float* plus = plane ? y + place : finish.plus ? finish.plus + place : nullptr;
+      if (plus) std::memcpy(value, plus, rows * sizeof(float));
+      scaling.scale = columns.scale.data() + c;
+      scaling.bias = plane ? nullptr : bias;
+      scaling.plus = plus ? value : nullptr;
+      scaling.low = done ? finish.low : -Finish::kInfinity;
+      scaling.high = done ? finish.high : Finish::kInfinity;
+      kernels.values(sums, 1, scaling, value, kBlockRows);
+      std::memcpy(y + place, value, rows * sizeof(float));
+    }
   }
 };
 
@@ -91,7 +96,7 @@ void few_columns(const Kernels& kernels, const Panel& panel, const Columns& colu
     for (std::int64_t b = begin; b < end; ++b) {
       kernels.small(panel, b, x, n, sums);
       for (int c = 0; c < n; ++c)
-        sink.write(b, c, sums + c * kBlockRows, panel.affine.factor, excess[c]);
+        sink.write(b, c, 1, sums + c * kBlockRows, panel.affine.factor, excess[c]);
     }
   });
 }
@@ -107,7 +112,7 @@ void many_columns(const Kernels& kernels, const Panel& panel, const Columns& col
   parallel(threads, panel.blocks() * parts, [&](std::int64_t begin, std::int64_t end) {
     thread_local Buffer scratch;
     auto* weights = reinterpret_cast<std::int8_t*>(scratch.reserve(length * kRunBytes));
-    alignas(64) std::int32_t sums[kMaxTile * kBlockRows];
+    alignas(64) std::int32_t sums[kMaxTile * kBlockRows] = {};
     const std::uint8_t* x[kMaxTile];
     for (std::int64_t task = begin; task < end; ++task) {
       const std::int64_t block = task / parts, part = task % parts;
@@ -117,9 +122,8 @@ void many_columns(const Kernels& kernels, const Panel& panel, const Columns& col
         const std::int64_t n = std::min<std::int64_t>(kernels.tile, columns.count() - first);
         for (int c = 0; c < kernels.tile; ++c)
           x[c] = reinterpret_cast<const std::uint8_t*>(columns.at(first + (c < n ? c : 0)));
-        kernels.multiply(weights, panel.max_abs, runs, x, sums);
-        for (std::int64_t c = 0; c < n; ++c)
-          sink.write(block, first + c, sums + c * kBlockRows, 1, panel.excess(kernels.flip, block));
+        kernels.multiply(weights, panel.max_abs, panel.rows - block * kBlockRows, runs, x, sums);
+        sink.write(block, first, n, sums, 1, panel.excess(kernels.flip, block));
       }
     }
   });
@@ -136,7 +140,14 @@ std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, con
   auto* q = reinterpret_cast<std::int8_t*>(scratch.reserve(n * planes * stride));
   const bool few = n * planes <= kMaxSmall;
   const std::uint8_t flip = few ? 0 : kernels.flip;
-  Columns columns{n, panel.k, stride, planes, flip, q, std::vector<Quantized>(n)};
+  Columns columns{n,
+                  panel.k,
+                  stride,
+                  planes,
+                  flip,
+                  q,
+                  std::vector<Quantized>(n),
+                  std::vector<float>(n * planes)};
   quantize_rows(kernels, x, threads, columns);
   if (columns.count() * panel.rows * panel.k < kSerial) threads = 1;
   const Sink sink{kernels, panel, columns, y, finish};
