@@ -128,9 +128,37 @@ def test_int8_is_within_half_a_step_of_the_float_product():
     assert error.max() > 1e-4  # it did round
 
 
-def test_a_row_has_the_same_result_alone_and_in_any_batch():
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize(("rows", "k", "n"), [(1, 1, 1), (37, 130, 1), (64, 77, 5), (45, 31, 30)])
+def test_float32_rounds_no_activation_on_any_tier(levels, rows, k, n):
+    torch.manual_seed(levels)
+    weight, bias = quantized(levels, (rows, k)), torch.randn(rows)
+    layer, x = packed_linear(weight, bias, "float32"), torch.randn(n, k)
+    for tier in core.tiers():
+        core.select_tier(tier)
+        got = layer(x)
+        assert layer.why_not(x) is None
+        check(got, x, weight, bias.double(), lambda a, w: a @ w.T,
+              exact=x.double(), slack=0.0, roundings=k + 6)  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_stay_where_float_has_them(bad):
+    weight, like = quantized(3, (40, 5, 3, 3)), nn.Conv2d(5, 40, 3, padding=1, bias=False)
+    x = torch.randn(2, 5, 9, 9)
+    x[1, 4, 3, 3] = bad
+    for layout in (torch.contiguous_format, torch.channels_last):
+        got = packed_conv(weight, None, like, "float32")(x.contiguous(memory_format=layout))
+        wanted = F.conv2d(x, weight.dequantize(), padding=1)
+        assert torch.equal(got.isfinite(), wanted.isfinite())
+        assert torch.equal(got.isnan(), wanted.isnan())
+        assert 0 < int((~got.isfinite()).sum()) <= 9 * 40
+
+
+@pytest.mark.parametrize("precision", ["int8", "int16", "float32"])
+def test_a_row_has_the_same_result_alone_and_in_any_batch(precision):
     weight = quantized(3, (50, 77))
-    layer, x = packed_linear(weight, None), torch.randn(40, 77)
+    layer, x = packed_linear(weight, None, precision), torch.randn(40, 77)
     whole = layer(x)
     for n in (1, 2, 3, 7, 8, 9, 31):
         assert torch.equal(layer(x[:n]), whole[:n])
@@ -210,7 +238,7 @@ def convolution(spec, levels, seed=0):
 def test_conv_is_the_exact_product_of_rounded_activations_on_every_tier(spec, levels):
     like, weight = convolution(spec, levels)
     reason = native.why_not_conv(
-        torch.zeros(1), weight.grid, weight.shape, like.groups, like.padding_mode, "int8"
+        torch.zeros(1), weight.grid, weight.shape, like.groups, like.padding_mode
     )
     torch.manual_seed(levels)
     bias = torch.randn(like.out_channels)
@@ -242,6 +270,29 @@ def test_conv_is_the_exact_product_of_rounded_activations_on_every_tier(spec, le
                 exact=exact, slack=slack, roundings=roundings,
             )  # fmt: skip
             assert results[0].is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("spec", CONVS, ids=str)
+@pytest.mark.parametrize("levels", [2, 3, 5, 17])
+def test_conv_in_float32(spec, levels):
+    torch.manual_seed(levels)
+    like, weight = convolution(spec, levels)
+    layer, bias = packed_conv(weight, like.bias.detach(), like, "float32"), like.bias.double()
+
+    def product(x, w):
+        with torch.no_grad():
+            double = copy.deepcopy(like).double()
+            double.weight.copy_(w)
+            double.bias.zero_()
+            return double(x)
+
+    x = torch.randn(2, like.in_channels, 9, 10)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for tier in core.tiers():
+            core.select_tier(tier)
+            got = layer(x.contiguous(memory_format=layout)).detach()
+            check(got, x, weight, bias.detach()[:, None, None], product, exact=x.double(),
+                  slack=0.0, roundings=weight.codes[0].numel() + 6)  # fmt: skip
 
 
 @pytest.mark.parametrize("spec", CONVS[:9], ids=str)
@@ -406,18 +457,15 @@ def test_the_number_of_threads_changes_nothing(threads):
 
 def test_why_not_says_it_in_words():
     grid, x = uniform(3), torch.zeros(1, 4)
-    assert native.why_not(x, grid, 4, "int8") is None
-    assert "float32" in native.why_not(x, grid, 4, "float32")
-    assert "bfloat16" in native.why_not(x.bfloat16(), grid, 4, "int8")
-    assert "meta" in native.why_not(x.to("meta"), grid, 4, "int8")
-    assert "256 levels" in native.why_not(x, uniform(256), 4, "int8")
-    assert "step" in native.why_not(x, Grid((-1.0, 0.1, 1.0)), 4, "int8")
-    assert "32 bits" in native.why_not(x, uniform(255), 10**6, "int8")
-    reason = native.why_not_conv(torch.zeros(1), grid, (4, 2, 3, 3), 1, "reflect", "int8")
+    assert native.why_not(x, grid, 4) is None
+    assert "bfloat16" in native.why_not(x.bfloat16(), grid, 4)
+    assert "meta" in native.why_not(x.to("meta"), grid, 4)
+    assert "256 levels" in native.why_not(x, uniform(256), 4)
+    assert "step" in native.why_not(x, Grid((-1.0, 0.1, 1.0)), 4)
+    assert "32 bits" in native.why_not(x, uniform(255), 10**6)
+    reason = native.why_not_conv(torch.zeros(1), grid, (4, 2, 3, 3), 1, "reflect")
     assert "reflect" in reason
-    assert "output channels" in native.why_not_conv(
-        torch.zeros(1), grid, (8, 2, 3, 3), 4, "zeros", "int8"
-    )
+    assert "output channels" in native.why_not_conv(torch.zeros(1), grid, (8, 2, 3, 3), 4, "zeros")
 
 
 def test_what_the_kernels_do_not_serve_runs_on_the_reference():

@@ -165,7 +165,7 @@ class PackedLinear(nn.Module):
     def why_not(self, x: Tensor) -> str | None:
         """Why the kernels do not multiply x, in words; None if they do."""
         packed: Any = self._modules["packed"]
-        return kernels.why_not(x, packed.grid, self.in_features, self.precision)
+        return kernels.why_not(x, packed.grid, self.in_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}{_then(self)}"
@@ -242,9 +242,7 @@ class PackedConv2d(_PackedConv):
     def why_not(self, x: Tensor) -> str | None:
         """Why the kernels do not convolve x, in words; None if they do."""
         packed: Any = self._modules["packed"]
-        return kernels.why_not_conv(
-            x, packed.grid, packed.shape, self.groups, self.padding_mode, self.precision
-        )
+        return kernels.why_not_conv(x, packed.grid, packed.shape, self.groups, self.padding_mode)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + _then(self)
@@ -438,7 +436,7 @@ class PackedMultiheadAttention(nn.Module):
             return "keys and values are extended (bias_k, bias_v or add_zero_attn)"
         if self.training and self.dropout:
             return "dropout is on"
-        return kernels.why_not(query, projection.grid, self.embed_dim, self.precision)
+        return kernels.why_not(query, projection.grid, self.embed_dim)
 
     def _attend(self, x: Tensor) -> Tensor:
         """Self-attention of x [batch, tokens, width], or [tokens, batch, width]."""

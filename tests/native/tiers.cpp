@@ -182,12 +182,23 @@ void check_linear(const Kernels& tier, int levels, int rows, int k, int n) {
   require(odd.empty(), "%s: linear found odd rows", tier.name);
   finish.plus = plus.data(), finish.low = -0.5f, finish.high = 0.25f;
   linear(tier, panel, x.data(), n, more.data(), finish, Precision::kInt8, 2);
+  std::vector<float> single(n * rows);
+  linear(tier, panel, x.data(), n, single.data(), finish, Precision::kFloat32, 2);
   std::vector<std::int8_t> q(k);
   for (int i = 0; i < n; ++i) {
     const Quantized of = quantize(tier, x.data() + i * k, k, 0, q.data());
     for (int r = 0; r < rows; ++r) {
       long sum = 0;
       for (int j = 0; j < k; ++j) sum += static_cast<long>(weight.value(r, j)) * q[j];
+      double exact = bias[r] + plus[i * rows + r], size = std::fabs(bias[r]) + 1;
+      for (int j = 0; j < k; ++j) {
+        const double term = double{weight.scale[r]} * weight.value(r, j) * x[i * k + j];
+        exact += term, size += std::fabs(term);
+      }
+      exact = std::min<double>(std::max<double>(exact, finish.low), finish.high);
+      require(std::fabs(single[i * rows + r] - exact) <= (k + 6) * 6e-8 * size,
+              "%s: linear in float32, %d levels, %d x %d, row %d of %d", tier.name, levels, rows, k,
+              i, n);
       const float product = static_cast<float>(sum) * (of.scale * weight.scale[r]);
       require(y[i * rows + r] == product + bias[r], "%s: linear, %d levels, %d x %d, row %d of %d",
               tier.name, levels, rows, k, i, n);
@@ -217,6 +228,11 @@ void check_conv(const Kernels& tier, int levels, const ConvShape& s, int n, int 
   conv2d(tier, panels, x.data(), n, h, w, y.data(), false, finish, Precision::kInt8, 2);
   finish.plus = plus.data(), finish.low = -0.5f, finish.high = 0.25f;
   conv2d(tier, panels, turned.data(), n, h, w, y_last.data(), true, finish, Precision::kInt8, 2);
+  std::vector<float> single(y.size()), single_last(y.size());
+  const Finish biased{bias.data()};
+  conv2d(tier, panels, x.data(), n, h, w, single.data(), false, biased, Precision::kFloat32, 2);
+  conv2d(tier, panels, turned.data(), n, h, w, single_last.data(), true, biased,
+         Precision::kFloat32, 2);
   std::vector<std::int8_t> q(c_all * h * w);
   for (int i = 0; i < n; ++i) {
     const int size = c_all * h * w;
@@ -226,6 +242,7 @@ void check_conv(const Kernels& tier, int levels, const ConvShape& s, int n, int 
         for (int ox = 0; ox < ow; ++ox) {
           long sum = 0;
           float exact = bias[r];  // tap after tap, as depthwise convolutions add up
+          double truth = bias[r], reach = std::fabs(bias[r]);
           const int group = r / (rows / static_cast<int>(s.groups));
           for (int c = 0; c < in; ++c)
             for (int ky = 0; ky < kh; ++ky)
@@ -239,8 +256,15 @@ void check_conv(const Kernels& tier, int levels, const ConvShape& s, int n, int 
                 const int from = ((group * in + c) * h + iy) * w + ix;
                 sum += w_integer * q[from];
                 exact += static_cast<float>(w_integer) * weight.scale[r] * x[i * size + from];
+                const double term = double{weight.scale[r]} * w_integer * x[i * size + from];
+                truth += term, reach += std::fabs(term);
               }
           const int last = ((i * oh + oy) * ow + ox) * rows + r;
+          const double bound = (in * kh * kw + 6) * 6e-8 * reach;
+          require(std::fabs(single_last[last] - truth) <= bound &&
+                      std::fabs(single[((i * rows + r) * oh + oy) * ow + ox] - truth) <= bound,
+                  "%s: conv in float32, %d levels, image %d, channel %d, pixel %d %d", tier.name,
+                  levels, i, r, oy, ox);
           const float product = static_cast<float>(sum) * (of.scale * weight.scale[r]);
           const float value = s.depthwise() ? exact : product + bias[r];
           const float more = s.depthwise() ? exact + plus[last] : product + (bias[r] + plus[last]);

@@ -5,7 +5,7 @@ multiplied in integers without error, and scaled back:
 
     int8    127 steps to the largest value: each activation is off by at most 1/254 of it
     int16   two 8-bit planes, 128 times finer
-    float32 no rounding: the weight is decoded and PyTorch multiplies (not here: the reference)
+    float32 no rounding: weights become float32 instead, a block of rows at a time
 
 Weights are repacked into panels once, at the first product (docs/adr/0007-kernels.md). A row or
 image that holds NaN or infinity, or nothing but values below 1e-35, has no scale: it is computed by
@@ -66,13 +66,11 @@ def tier() -> str | None:
 # ---------------------------------------------------------------- what is served
 
 
-def why_not(x: Tensor, grid: Grid, row_length: int, precision: str) -> str | None:
+def why_not(x: Tensor, grid: Grid, row_length: int) -> str | None:
     """Why the C++ core does not multiply x with such a weight, in words; None if it does.
 
     row_length: weights that a value of the result is the sum of.
     """
-    if precision == "float32":
-        return "precision is float32"
     if x.dtype is not torch.float32:
         return f"activations are {str(x.dtype).removeprefix('torch.')}, not float32"
     if not x.is_cpu:
@@ -86,14 +84,13 @@ def why_not_conv(
     shape: Sequence[int],
     groups: int,
     padding_mode: str,
-    precision: str,
 ) -> str | None:
     """The same for a convolution with a weight [out, in / groups, kh, kw]."""
     if padding_mode != "zeros":
         return f"padding mode is {padding_mode!r}"
     if shape[0] // groups < _FEW_CHANNELS and not (shape[0] == groups and shape[1] == 1):
         return f"groups have {shape[0] // groups} output channels"
-    return why_not(x, grid, torch.Size(shape[1:]).numel(), precision)
+    return why_not(x, grid, torch.Size(shape[1:]).numel())
 
 
 def _why_not_grid(grid: Grid, row_length: int) -> str | None:
@@ -241,7 +238,10 @@ def linear(
     """
     _check_width(x, -1, shape[1])
     if _by_op(x, plus):
-        y = linear_op(x, words, scale, bias, *_plain(grid), list(shape), precision)
+        if precision == "float32":
+            y = F.linear(x, _decode(words, scale, grid, shape), bias)
+        else:
+            y = linear_op(x, words, scale, bias, *_plain(grid), list(shape), precision)
         return finish(y, plus, activation)
     return _linear(x, words, scale, bias, grid, shape, precision, plus, activation)
 
@@ -317,7 +317,12 @@ def conv2d(
             f"images of {x.shape[2]} x {x.shape[3]} are smaller than the kernel {tuple(shape[2:])}"
         )
     if _by_op(x, plus):
-        y = conv2d_op(x, words, scale, bias, *_plain(grid), list(shape), list(geometry), precision)
+        if precision == "float32":
+            y = _reference_conv2d(x, _decode(words, scale, grid, shape), bias, geometry)
+        else:
+            y = conv2d_op(
+                x, words, scale, bias, *_plain(grid), list(shape), list(geometry), precision
+            )
         return finish(y, plus, activation)
     return _conv2d(x, words, scale, bias, grid, shape, geometry, precision, plus, activation)
 
@@ -394,7 +399,7 @@ def _decode(words: Tensor, scale: Tensor, grid: Grid, shape: Sequence[int]) -> T
     return decode(codes.reshape(tuple(shape)), read_scale(scale, grid.scale_domain), grid)
 
 
-_PLANES = {"int8": 1, "int16": 2}
+_PLANES = {"int8": 1, "int16": 2, "float32": 0}  # of bytes
 _RANGES = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 

@@ -11,8 +11,9 @@ constexpr std::int64_t kSerial = std::int64_t{1} << 21;  // products that one th
 
 // How activations are rounded.
 enum class Precision {
-  kInt8,   // 127 steps to the largest: an error of at most 1/254 of it
-  kInt16,  // two 8-bit planes, 128 times finer
+  kInt8,     // 127 steps to the largest: an error of at most 1/254 of it
+  kInt16,    // two 8-bit planes, 128 times finer
+  kFloat32,  // not at all: weights become float32 instead, a block at a time
 };
 
 constexpr int planes_of(Precision precision) { return precision == Precision::kInt16 ? 2 : 1; }

@@ -41,6 +41,10 @@ struct Avx512 {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(quarter), index);
   }
   static Sums zero() { return _mm512_setzero_si512(); }
+  template <class Floats>
+  static Floats fma(Floats a, Floats b, Floats c) {
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  }
 
   struct Narrow {
     using Part = __m512i;

@@ -71,6 +71,12 @@ subbyte::Finish finish(std::uintptr_t bias, std::uintptr_t plus, float low, floa
   return {reinterpret_cast<const float*>(bias), reinterpret_cast<const float*>(plus), low, high};
 }
 
+// planes: of bytes, 0 for float32.
+subbyte::Precision precision_of(int planes) {
+  if (planes == 0) return subbyte::Precision::kFloat32;
+  return planes == 2 ? subbyte::Precision::kInt16 : subbyte::Precision::kInt8;
+}
+
 // float32 x [n, panel.k], y and plus [n, panel.rows], bias [panel.rows].
 std::vector<std::int64_t> linear(const subbyte::Panel& panel, std::uintptr_t x, std::int64_t n,
                                  std::uintptr_t y, std::uintptr_t bias, std::uintptr_t plus,
@@ -78,8 +84,7 @@ std::vector<std::int64_t> linear(const subbyte::Panel& panel, std::uintptr_t x, 
   nb::gil_scoped_release released;
   return subbyte::linear(subbyte::kernels(), panel, reinterpret_cast<const float*>(x), n,
                          reinterpret_cast<float*>(y), finish(bias, plus, low, high),
-                         planes == 2 ? subbyte::Precision::kInt16 : subbyte::Precision::kInt8,
-                         threads);
+                         precision_of(planes), threads);
 }
 
 using Sizes = std::vector<std::int64_t>;
@@ -111,8 +116,7 @@ Sizes conv2d(const subbyte::ConvPanels& weight, std::uintptr_t x, std::int64_t n
   nb::gil_scoped_release released;
   return subbyte::conv2d(subbyte::kernels(), weight, reinterpret_cast<const float*>(x), n, h, w,
                          reinterpret_cast<float*>(y), last, finish(bias, plus, low, high),
-                         planes == 2 ? subbyte::Precision::kInt16 : subbyte::Precision::kInt8,
-                         threads);
+                         precision_of(planes), threads);
 }
 
 std::vector<std::string> tier_names() {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <type_traits>
 
 #include "depthwise.hpp"
 #include "memory.hpp"
@@ -20,6 +21,7 @@ namespace {
 struct Window {
   std::vector<std::int32_t> order;       // k -> weight of the stored row, -1 for padding
   std::vector<std::int32_t> run_length;  // groups of 4 k
+  std::vector<std::int32_t> run_values;  // k, without padding
   std::vector<std::int64_t> run_y, run_x;
 
   explicit Window(const ConvShape& s) {
@@ -31,9 +33,11 @@ struct Window {
           run_y.push_back(ky * s.dilation_h);
           run_x.push_back(kx * s.dilation_w);
           run_length.push_back(0);
+          run_values.push_back(0);
         }
         for (std::int64_t c = 0; c < in; ++c)
           order.push_back(static_cast<std::int32_t>((c * s.kernel_h + ky) * s.kernel_w + kx));
+        run_values.back() += static_cast<std::int32_t>(in);
         if (kx + 1 < s.kernel_w && whole_rows) continue;
         while (order.size() % 4) order.push_back(-1);
         run_length.back() = static_cast<std::int32_t>(order.size() / 4);
@@ -44,13 +48,13 @@ struct Window {
 
 // ---------------------------------------------------------------- activations
 
-// One plane of one image of 8-bit activations, padded: [groups][height][width][channels of a
-// group].
+// One plane of one image of rounded activations, or an image of float ones, padded:
+// [groups][height][width][channels of a group].
 struct Frame {
   std::int64_t groups, channels, height, width;  // channels of one group
   std::int64_t row() const { return width * channels; }
-  std::int64_t group_bytes() const { return height * row(); }
-  std::int64_t bytes() const { return groups * group_bytes(); }
+  std::int64_t group_values() const { return height * row(); }
+  std::int64_t values() const { return groups * group_values(); }
 };
 
 struct Call {
@@ -64,6 +68,7 @@ struct Call {
 
   const ConvShape& shape() const { return weight.shape(); }
   std::int64_t values() const { return shape().channels * h * w; }  // of an image
+  std::int64_t frames() const { return planes * frame.values(); }   // of an image
 };
 
 // The scales of all images.
@@ -104,7 +109,7 @@ void fill_rows(const Call& call, const float* image, const Quantized& of, std::i
   const std::int64_t before = s.left * frame.channels, after = s.right * frame.channels;
   for (std::int64_t i = 0; i < call.planes * frame.groups; ++i)
     for (std::int64_t y = s.top + first; y < s.top + last; ++y) {
-      std::int8_t* row = q + i * frame.group_bytes() + y * frame.row();
+      std::int8_t* row = q + i * frame.group_values() + y * frame.row();
       std::memset(row, call.flip, before);
       std::memset(row + frame.row() - after, call.flip, after);
     }
@@ -112,7 +117,7 @@ void fill_rows(const Call& call, const float* image, const Quantized& of, std::i
   if (call.last && frame.groups == 1) {
     for (std::int64_t y = first; y < last; ++y)
       round_planes(call.kernels, image + y * w * s.channels, w * s.channels, of, call.flip,
-                   call.planes, q + y * frame.row(), frame.bytes());
+                   call.planes, q + y * frame.row(), frame.values());
     return;
   }
   auto* raw = reinterpret_cast<std::int8_t*>(scratch.reserve(call.planes * count));
@@ -125,7 +130,7 @@ void fill_rows(const Call& call, const float* image, const Quantized& of, std::i
                    call.planes, raw + c * rows * w, count);
   }
   for (int plane = 0; plane < call.planes; ++plane, raw += count)
-    for (std::int64_t g = 0; g < frame.groups; ++g, q += frame.group_bytes())
+    for (std::int64_t g = 0; g < frame.groups; ++g, q += frame.group_values())
       for (std::int64_t y = first; y < last; ++y) {
         std::int8_t* out = q + y * frame.row();
         if (!call.last)
@@ -142,22 +147,45 @@ void fill_rows(const Call& call, const float* image, const Quantized& of, std::i
 // All images as frames [n][planes].
 void fill_frames(const Call& call, const float* x, const std::vector<Quantized>& of,
                  std::int8_t* q) {
-  const std::int64_t frames = call.planes * call.frame.bytes();
   const std::int64_t parts = std::min(call.h, (2 * call.threads + call.n - 1) / call.n);
   parallel(call.threads, call.n * parts, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t image = i / parts, part = i % parts;
       fill_rows(call, x + image * call.values(), of[image], call.h * part / parts,
-                call.h * (part + 1) / parts, q + image * frames);
+                call.h * (part + 1) / parts, q + image * call.frames());
     }
   });
   const ConvShape& s = call.shape();
   const std::int64_t above = s.top * call.frame.row(), below = s.bottom * call.frame.row();
   for (std::int64_t i = 0; i < call.n * call.planes * call.frame.groups; ++i) {
-    std::int8_t* frame = q + i * call.frame.group_bytes();
+    std::int8_t* frame = q + i * call.frame.group_values();
     std::memset(frame, call.flip, above);
-    std::memset(frame + call.frame.group_bytes() - below, call.flip, below);
+    std::memset(frame + call.frame.group_values() - below, call.flip, below);
   }
+}
+
+// The same for activations that stay as they are.
+void fill_floats(const Call& call, const float* x, float* frames) {
+  const ConvShape& s = call.shape();
+  const Frame& frame = call.frame;
+  std::memset(frames, 0, call.n * frame.values() * sizeof(float));
+  parallel(call.threads, call.n * call.h, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t y = i % call.h;
+      const float* image = x + i / call.h * call.values();
+      for (std::int64_t g = 0; g < frame.groups; ++g) {
+        float* out = frames + i / call.h * frame.values() + g * frame.group_values() +
+                     (s.top + y) * frame.row() + s.left * frame.channels;
+        const std::int64_t first = g * frame.channels;
+        for (std::int64_t p = 0; call.last && p < call.w; ++p)
+          std::memcpy(out + p * frame.channels, image + (y * call.w + p) * s.channels + first,
+                      frame.channels * sizeof(float));
+        for (std::int64_t c = 0; !call.last && c < frame.channels; ++c)
+          for (std::int64_t p = 0; p < call.w; ++p)
+            out[p * frame.channels + c] = image[((first + c) * call.h + y) * call.w + p];
+      }
+    }
+  });
 }
 
 // ---------------------------------------------------------------- products
@@ -165,31 +193,50 @@ void fill_frames(const Call& call, const float* x, const std::vector<Quantized>&
 constexpr std::int64_t kChunk = 64;  // pixels of a task
 
 // A task: pixels [first, first + n) of one image, for one block of rows of one group.
+template <class T>  // of weights and activations: std::int8_t or float
 struct Task {
   std::int64_t row, rows;  // row: the first output channel, of all groups
   const Panel& panel;
-  const std::int8_t* weights;  // decoded
+  const T* weights;  // decoded
   std::int64_t first, n, out_w;
 };
 
+void multiply(const Kernels& kernels, const Task<std::int8_t>& task, const Runs& runs, std::int64_t,
+              const std::uint8_t* const* x, std::int32_t* sums) {
+  kernels.multiply(task.weights, task.panel.max_abs, task.rows, runs, x, sums);
+}
+void multiply(const Kernels& kernels, const Task<float>& task, const Runs& runs, std::int64_t n,
+              const std::uint8_t* const* x, float* sums) {
+  kernels.multiply_float(task.weights, task.rows, runs, n, x, sums);
+}
+
+void write_values(const Kernels& kernels, const std::int32_t* sums, std::int64_t n,
+                  const Scaling& scaling, float* y, std::int64_t step) {
+  kernels.values(sums, n, scaling, y, step);
+}
+void write_values(const Kernels& kernels, const float* sums, std::int64_t n, const Scaling& scaling,
+                  float* y, std::int64_t step) {
+  kernels.values_float(sums, n, scaling, y, step);
+}
+
 // finish(pixel, n, sums [n][32]) for all pixels of a task, a tile of n at a time, counted from
-// task.first.
-template <class F>
-void multiply_pixels(const Call& call, const Task& task, const Runs& runs, const std::int8_t* q,
+// task.first. frame: of the task's group.
+template <class T, class F>
+void multiply_pixels(const Call& call, const Task<T>& task, const Runs& runs, const T* frame,
                      F&& finish) {
   const ConvShape& s = call.shape();
-  alignas(64) std::int32_t sums[kMaxTile * kBlockRows] = {};
+  alignas(64) std::conditional_t<sizeof(T) == 1, std::int32_t, T> sums[kMaxTile * kBlockRows] = {};
   const std::uint8_t* x[kMaxTile];
   std::int64_t row = task.first / task.out_w, column = task.first % task.out_w;
   for (std::int64_t first = 0; first < task.n; first += call.kernels.tile) {
     const std::int64_t n = std::min<std::int64_t>(call.kernels.tile, task.n - first);
     for (std::int64_t i = 0; i < n; ++i) {
-      x[i] = reinterpret_cast<const std::uint8_t*>(q) + row * s.stride_h * call.frame.row() +
-             column * s.stride_w * call.frame.channels;
+      x[i] = reinterpret_cast<const std::uint8_t*>(frame + row * s.stride_h * call.frame.row() +
+                                                   column * s.stride_w * call.frame.channels);
       if (++column == task.out_w) column = 0, ++row;
     }
     for (std::int64_t i = n; i < call.kernels.tile; ++i) x[i] = x[0];
-    call.kernels.multiply(task.weights, task.panel.max_abs, task.rows, runs, x, sums);
+    multiply(call.kernels, task, runs, n, x, sums);
     finish(first, n, sums);
   }
 }
@@ -202,10 +249,17 @@ struct Sink {
 
   // Whether a pixel's 32 values lie together, at `place`: else they go to a buffer first, and by
   // `write` from there.
-  bool whole(const Task& task) const { return last && task.rows == kBlockRows; }
-  std::int64_t place(const Task& task) const { return task.first * channels + task.row; }
+  template <class T>
+  bool whole(const Task<T>& task) const {
+    return last && task.rows == kBlockRows;
+  }
+  template <class T>
+  std::int64_t place(const Task<T>& task) const {
+    return task.first * channels + task.row;
+  }
 
-  void write(const Task& task, const float (*value)[kBlockRows]) const {
+  template <class T>
+  void write(const Task<T>& task, const float (*value)[kBlockRows]) const {
     if (last) {
       for (std::int64_t i = 0; i < task.n; ++i)
         std::memcpy(y + (task.first + i) * channels + task.row, value[i],
@@ -219,14 +273,107 @@ struct Sink {
   }
 };
 
-// Every block of every group, once for all images.
-void decode_weights(const Call& call, std::int64_t block_bytes, std::int8_t* decoded) {
+// The weights of every block of every group.
+struct Decoded {
+  const std::int8_t* weights;
+  std::int64_t blocks, length;  // of a group; k of a block, padding included
+
+  const std::int8_t* at(std::int64_t group, std::int64_t block) const {
+    return weights + (group * blocks + block) * length * kBlockRows;
+  }
+};
+
+// Once for all images.
+Decoded decode_weights(const Call& call, Buffer& scratch) {
   const std::vector<Panel>& panels = call.weight.panels();
-  const std::int64_t blocks = panels.front().blocks();
+  const Panel& first = panels.front();  // all have one shape
+  const std::int64_t blocks = first.blocks(), length = first.groups() * first.traits().group();
   const std::int64_t total = blocks * static_cast<std::int64_t>(panels.size());
+  auto* out = reinterpret_cast<std::int8_t*>(scratch.reserve(total * length * kBlockRows));
   parallel(call.threads, total, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i)
-      call.kernels.decode(panels[i / blocks], i % blocks, decoded + i * block_bytes);
+      call.kernels.decode(panels[i / blocks], i % blocks, out + i * length * kBlockRows);
+  });
+  return {out, blocks, length};
+}
+
+// The result, from frames of T. of: the scales of the images, none for float.
+template <class T>
+void multiply_frames(const Call& call, const T* frames, const std::vector<Quantized>& of,
+                     const Decoded& decoded, float* y, const Finish& finish) {
+  constexpr bool kSingle = std::is_same_v<T, float>;
+  const ConvShape& s = call.shape();
+  const Kernels& kernels = call.kernels;
+  const Window window(s);
+  std::vector<std::int64_t> offset;
+  for (std::size_t i = 0; i < window.run_y.size(); ++i)
+    offset.push_back((window.run_y[i] * call.frame.row() + window.run_x[i] * call.frame.channels) *
+                     static_cast<std::int64_t>(sizeof(T)));
+  const Runs runs{static_cast<int>(offset.size()), offset.data(),
+                  (kSingle ? window.run_values : window.run_length).data()};
+
+  // An image's pixels in chunks, all blocks of a chunk one after another.
+  const std::int64_t out_w = s.out_w(call.w), pixels = s.out_h(call.h) * out_w;
+  const std::int64_t step = kChunk / kernels.tile * kernels.tile;
+  const std::int64_t chunks = (pixels + step - 1) / step, per_chunk = s.groups * decoded.blocks;
+  parallel(call.threads, call.n * chunks * per_chunk, [&](std::int64_t begin, std::int64_t end) {
+    thread_local Buffer wide;
+    alignas(64) float value[kChunk][kBlockRows] = {}, bias[kBlockRows];
+    for (std::int64_t index = begin; index < end; ++index) {
+      const std::int64_t group = index % per_chunk / decoded.blocks;
+      const std::int64_t block = index % per_chunk % decoded.blocks;
+      const std::int64_t chunk = index / per_chunk % chunks, image = index / per_chunk / chunks;
+      const Panel& panel = call.weight.panels()[group];
+      const std::int64_t row = block * kBlockRows, channel = group * panel.rows + row;
+      const std::int64_t rows = std::min<std::int64_t>(kBlockRows, panel.rows - row);
+      const T* weights;
+      if constexpr (kSingle) {
+        auto* room =
+            reinterpret_cast<float*>(wide.reserve(decoded.length * kBlockRows * sizeof(T)));
+        kernels.widen(panel, decoded.at(group, block), room);
+        weights = room;
+      } else {
+        weights = decoded.at(group, block);
+      }
+      const Task<T> task{channel, rows,         panel,
+                         weights, chunk * step, std::min(step, pixels - chunk * step),
+                         out_w};
+      const Sink sink{y + image * s.out_channels * pixels, s.out_channels, pixels, call.last};
+      std::memset(bias, 0, sizeof bias);
+      if (finish.bias) std::memcpy(bias, finish.bias + channel, rows * sizeof(float));
+      const bool whole = sink.whole(task);
+      float* out = whole ? sink.y + sink.place(task) : value[0];
+      const std::int64_t stride = whole ? s.out_channels : kBlockRows;
+      const float* plus = finish.plus ? finish.plus + (sink.y - y) + sink.place(task) : nullptr;
+      if (plus && !whole) {
+        for (std::int64_t i = 0; i < task.n; ++i)
+          std::memcpy(value[i], plus + i * s.out_channels, rows * sizeof(float));
+        plus = out;
+      }
+      for (int plane = 0; plane < call.planes; ++plane) {
+        const bool done = plane == call.planes - 1;
+        const float scale = kSingle ? 1.0f : of[image].of_plane(plane);
+        Scaling scaling{1,
+                        panel.excess(call.flip, block),
+                        &scale,
+                        0,
+                        panel.scale.data() + row,
+                        plane ? nullptr : bias,
+                        nullptr,
+                        stride,
+                        done ? finish.low : -Finish::kInfinity,
+                        done ? finish.high : Finish::kInfinity};
+        const float* more = plane ? out : plus;
+        const T* frame = frames + (image * call.planes + plane) * call.frame.values() +
+                         group * call.frame.group_values();
+        multiply_pixels(call, task, runs, frame,
+                        [&](std::int64_t first, std::int64_t n, const auto* sums) {
+                          scaling.plus = more ? more + first * stride : nullptr;
+                          write_values(kernels, sums, n, scaling, out + first * stride, stride);
+                        });
+      }
+      if (!whole) sink.write(task, value);
+    }
   });
 }
 
@@ -277,83 +424,26 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
     depthwise(kernels, weight, x, n, h, w, y, last, finish, threads);
     return {};
   }
-  const std::int64_t out_w = s.out_w(w), pixels = s.out_h(h) * out_w;
-  const Panel& first_panel = weight.panels().front();  // all have one shape
+  const bool single = precision == Precision::kFloat32;
   const int planes = planes_of(precision);
-  if (n * pixels * s.out_channels * first_panel.k * planes < kSerial) threads = 1;
+  const std::int64_t cost = planes * (single ? 4 : 1) * weight.panels().front().k;
+  if (n * s.out_h(h) * s.out_w(w) * s.out_channels * cost < kSerial) threads = 1;
   const Frame frame{s.groups, s.in_group(), h + s.top + s.bottom, w + s.left + s.right};
-  const std::uint8_t flip = kernels.flip;
-  const Call call{kernels, weight, n, h, w, last, planes, threads, frame, flip};
+  const Call call{kernels, weight, n, h, w, last, planes, threads, frame, kernels.flip};
 
   thread_local Buffer decoded_scratch, frames_scratch;
-  const std::int64_t blocks = first_panel.blocks();
-  const std::int64_t length = first_panel.groups() * first_panel.traits().group();
-  const std::int64_t block_bytes = length * kBlockRows;
-  auto* decoded =
-      reinterpret_cast<std::int8_t*>(decoded_scratch.reserve(s.groups * blocks * block_bytes));
-  decode_weights(call, block_bytes, decoded);
-  auto* q = reinterpret_cast<std::int8_t*>(frames_scratch.reserve(n * planes * frame.bytes()));
+  const Decoded decoded = decode_weights(call, decoded_scratch);
+  std::uint8_t* room = frames_scratch.reserve(n * call.frames() * (single ? sizeof(float) : 1));
+  if (single) {
+    auto* frames = reinterpret_cast<float*>(room);
+    fill_floats(call, x, frames);
+    multiply_frames(call, frames, {}, decoded, y, finish);
+    return {};
+  }
+  auto* frames = reinterpret_cast<std::int8_t*>(room);
   const std::vector<Quantized> of = scales(call, x);
-  fill_frames(call, x, of, q);
-
-  const Window window(s);
-  std::vector<std::int64_t> offset;
-  for (std::size_t i = 0; i < window.run_y.size(); ++i)
-    offset.push_back(window.run_y[i] * frame.row() + window.run_x[i] * frame.channels);
-  const Runs runs{static_cast<int>(offset.size()), offset.data(), window.run_length.data()};
-
-  // An image's pixels in chunks, all blocks of a chunk one after another.
-  const std::int64_t step = kChunk / kernels.tile * kernels.tile;
-  const std::int64_t chunks = (pixels + step - 1) / step, per_chunk = s.groups * blocks;
-  parallel(threads, n * chunks * per_chunk, [&](std::int64_t begin, std::int64_t end) {
-    alignas(64) float value[kChunk][kBlockRows] = {}, bias[kBlockRows];
-    for (std::int64_t index = begin; index < end; ++index) {
-      const std::int64_t block = index % per_chunk % blocks, group = index % per_chunk / blocks;
-      const std::int64_t chunk = index / per_chunk % chunks, image = index / per_chunk / chunks;
-      const Panel& panel = weight.panels()[group];
-      const std::int64_t row = block * kBlockRows, channel = group * panel.rows + row;
-      const std::int64_t rows = std::min<std::int64_t>(kBlockRows, panel.rows - row);
-      const Task task{channel,      rows,
-                      panel,        decoded + (group * blocks + block) * block_bytes,
-                      chunk * step, std::min(step, pixels - chunk * step),
-                      out_w};
-      const Sink sink{y + image * s.out_channels * pixels, s.out_channels, pixels, last};
-      std::memset(bias, 0, sizeof bias);
-      if (finish.bias) std::memcpy(bias, finish.bias + channel, rows * sizeof(float));
-      const bool whole = sink.whole(task);
-      float* out = whole ? sink.y + sink.place(task) : value[0];
-      const std::int64_t stride = whole ? s.out_channels : kBlockRows;
-      const float* plus = finish.plus ? finish.plus + (sink.y - y) + sink.place(task) : nullptr;
-      if (plus && !whole) {
-        for (std::int64_t i = 0; i < task.n; ++i)
-          std::memcpy(value[i], plus + i * s.out_channels, rows * sizeof(float));
-        plus = out;
-      }
-      for (int plane = 0; plane < planes; ++plane) {
-        const bool done = plane == planes - 1;
-        const float scale = of[image].of_plane(plane);
-        Scaling scaling{1,
-                        panel.excess(flip, block),
-                        &scale,
-                        0,
-                        panel.scale.data() + row,
-                        plane ? nullptr : bias,
-                        nullptr,
-                        stride,
-                        done ? finish.low : -Finish::kInfinity,
-                        done ? finish.high : Finish::kInfinity};
-        const float* more = plane ? out : plus;
-        const std::int8_t* frames =
-            q + (image * planes + plane) * frame.bytes() + group * frame.group_bytes();
-        multiply_pixels(call, task, runs, frames,
-                        [&](std::int64_t first, std::int64_t n, const std::int32_t* sums) {
-                          scaling.plus = more ? more + first * stride : nullptr;
-                          kernels.values(sums, n, scaling, out + first * stride, stride);
-                        });
-      }
-      if (!whole) sink.write(task, value);
-    }
-  });
+  fill_frames(call, x, of, frames);
+  multiply_frames(call, frames, of, decoded, y, finish);
 
   std::vector<std::int64_t> odd;
   for (std::int64_t i = 0; i < n; ++i)

@@ -74,9 +74,19 @@ struct Kernels {
   void (*multiply)(const std::int8_t* weights, int max_abs, std::int64_t rows, const Runs& runs,
                    const std::uint8_t* const* x, std::int32_t* sums);
 
+  // The same block as float32 [k][32 rows], without its padding.
+  void (*widen)(const Panel& panel, const std::int8_t* decoded, float* out);
+  // And its products with n float32 columns, n at most `tile`; offsets of runs in bytes, lengths in
+  // floats.
+  void (*multiply_float)(const float* weights, std::int64_t rows, const Runs& runs, std::int64_t n,
+                         const std::uint8_t* const* x, float* sums);
+
   // sums [n][32] as values: those of column c at y + c * step.
   void (*values)(const std::int32_t* sums, std::int64_t n, const Scaling& scaling, float* y,
                  std::int64_t step);
+  // The same for sums in float32, which have no factor and no excess.
+  void (*values_float)(const float* sums, std::int64_t n, const Scaling& scaling, float* y,
+                       std::int64_t step);
 
   // In float32: the sum over taps, one after another, of weights[t + c] * x[t + c], finished, for c
   // < channels and for n pixels, which lie `step` values of x apart.

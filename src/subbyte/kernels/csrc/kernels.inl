@@ -175,6 +175,25 @@ inline void each(F&& f) {
   each(std::make_integer_sequence<int, N>(), f);
 }
 
+// ---------------------------------------------------------------- float32 vectors
+
+constexpr int kFloats = V::kBytes / 4;
+typedef float Floats __attribute__((vector_size(V::kBytes)));
+typedef std::int32_t Ints __attribute__((vector_size(V::kBytes)));
+
+inline Floats floats(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T, class Limits>  // T: float or Floats; Limits has low and high
+inline T limited(T value, const Limits& limits) {
+  const T low = limits.low + T{}, high = limits.high + T{};
+  const T above = value < low ? low : value;  // NaN stays
+  return above > high ? high : above;
+}
+
 // ---------------------------------------------------------------- few columns
 
 // Keeps the compiler from computing all products before it adds the first one up: it would run out
@@ -375,40 +394,74 @@ void multiply(const std::int8_t* weights, int max_abs, std::int64_t rows, const 
     multiply_with<V::Wide>(weights, V::Wide::span(255, max_abs), rows, runs, x, sums);
 }
 
+// ---------------------------------------------------------------- many columns, float32
+
+void widen(const Panel& panel, const std::int8_t* decoded, float* out) {
+  const std::int32_t* padding = panel.padding.data();
+  const std::int32_t* const end = padding + panel.padding.size();
+  for (std::int64_t k = 0; k < panel.k; ++k) {
+    if (padding != end && *padding == k) {
+      ++padding;
+      continue;
+    }
+    const int up = 24 - 8 * static_cast<int>(k % 4);  // to the top, and down with its sign
+    for (int r = 0; r < kBlockRows; r += kFloats, out += kFloats) {
+      Ints four;
+      std::memcpy(&four, decoded + k / 4 * kRunBytes + 4 * r, sizeof four);
+      const Floats value = __builtin_convertvector(four << up >> 24, Floats);
+      std::memcpy(out, &value, sizeof value);
+    }
+  }
+}
+
+// Floats are 4 bytes, as the groups of other products are.
+struct Single {
+  using Part = Floats;
+  static Part zero() { return Part{}; }
+  static Part dot(Part part, typename V::Bytes u, typename V::Bytes s) {
+    Floats value, weight;
+    std::memcpy(&value, &u, sizeof value);
+    std::memcpy(&weight, &s, sizeof weight);
+    return V::fma(value, weight, part);
+  }
+  static typename V::Sums flush(typename V::Sums, Part part) {
+    typename V::Sums bits;
+    std::memcpy(&bits, &part, sizeof bits);
+    return bits;
+  }
+};
+
+void multiply_float(const float* weights, std::int64_t rows, const Runs& runs, std::int64_t n,
+                    const std::uint8_t* const* x, float* sums) {
+  constexpr int kVectors = kBlockRows / kFloats;
+  const auto* bytes = reinterpret_cast<const std::int8_t*>(weights);
+  auto* bits = reinterpret_cast<std::int32_t*>(sums);
+  if (n == 1) return multiply_rows<Single, kVectors, 1, true>(bytes, 0, runs, x, bits, 0);
+  constexpr int kStep = V::kTileVectors * kFloats;
+  for (int row = 0; row < std::min<std::int64_t>(rows, kBlockRows); row += kStep)
+    multiply_rows<Single, V::kTileVectors, V::kTileColumns, true>(bytes, 0, runs, x, bits, row);
+}
+
 // ---------------------------------------------------------------- results
 
-constexpr int kFloats = V::kBytes / 4;
-typedef float Floats __attribute__((vector_size(V::kBytes)));
-typedef std::int32_t Ints __attribute__((vector_size(V::kBytes)));
-
-inline Floats floats(const float* p) {
-  Floats v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
+inline Floats exact(const std::int32_t* sums, const std::int32_t* excess, bool twice) {
+  Ints sum, more;
+  std::memcpy(&sum, sums, sizeof sum);
+  std::memcpy(&more, excess, sizeof more);
+  return __builtin_convertvector((twice ? sum + sum : sum) - more, Floats);
 }
+inline Floats exact(const float* sums, const std::int32_t*, bool) { return floats(sums); }
 
-template <class T, class Limits>  // T: float or Floats; Limits has low and high
-inline T limited(T value, const Limits& limits) {
-  const T low = limits.low + T{}, high = limits.high + T{};
-  const T above = value < low ? low : value;  // NaN stays
-  return above > high ? high : above;
-}
-
-template <bool Twice>
-void values_of(const std::int32_t* sums, std::int64_t n, const Scaling& s, float* y,
-               std::int64_t step) {
+template <bool Twice, class Sum>
+void values_of(const Sum* sums, std::int64_t n, const Scaling& s, float* y, std::int64_t step) {
   for (std::int64_t c = 0; c < n; ++c, sums += kBlockRows, y += step) {
     const Floats scale = s.scale[c * s.scale_step] + Floats{};
     for (int i = 0; i < kBlockRows; i += kFloats) {
-      Ints sum;
-      std::memcpy(&sum, sums + i, sizeof sum);
-      if (Twice) sum += sum;
-      Ints excess;
-      std::memcpy(&excess, s.excess + i, sizeof excess);
       Floats start = s.bias ? floats(s.bias + i) : Floats{};
       if (s.plus) start += floats(s.plus + c * s.plus_step + i);
-      const Floats exact = __builtin_convertvector(sum - excess, Floats);
-      const Floats value = limited(exact * (scale * floats(s.row_scale + i)) + start, s);
+      const Floats product =
+          exact(sums + i, s.excess + i, Twice) * (scale * floats(s.row_scale + i));
+      const Floats value = limited(product + start, s);
       std::memcpy(y + i, &value, sizeof value);
     }
   }
@@ -420,6 +473,11 @@ void values(const std::int32_t* sums, std::int64_t n, const Scaling& scaling, fl
     values_of<true>(sums, n, scaling, y, step);
   else
     values_of<false>(sums, n, scaling, y, step);
+}
+
+void values_float(const float* sums, std::int64_t n, const Scaling& scaling, float* y,
+                  std::int64_t step) {
+  values_of<false>(sums, n, scaling, y, step);
 }
 
 // ---------------------------------------------------------------- float32
@@ -509,5 +567,6 @@ constexpr bool kTables = true;
 #else
 constexpr bool kTables = false;
 #endif
-constexpr Kernels kKernels{V::kName, V::kFlip, V::kTileColumns, kTables, &peak,   &round, &sum,
-                           &small,   &decode,  &multiply,       &values, &pixels, &row};
+constexpr Kernels kKernels{
+    V::kName, V::kFlip,  V::kTileColumns, kTables,         &peak,   &round,        &sum,    &small,
+    &decode,  &multiply, &widen,          &multiply_float, &values, &values_float, &pixels, &row};

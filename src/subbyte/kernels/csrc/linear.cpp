@@ -17,7 +17,7 @@ struct Columns {
   std::uint8_t flip;
   std::int8_t* q;
   std::vector<Quantized> of;  // [n]
-  std::vector<float> scale;   // [count()]
+  std::vector<float> scale;   // [count()]; 1 for columns in float32
 
   std::int64_t count() const { return n * planes; }
   const std::int8_t* at(std::int64_t i) const { return q + i * stride; }
@@ -49,8 +49,9 @@ struct Sink {
   const Finish& finish;
 
   // The sums [n][32] of columns from `first` on. The planes of a row of x add up.
-  void write(std::int64_t block, std::int64_t first, std::int64_t n, const std::int32_t* sums,
-             int factor, const std::int32_t* excess) const {
+  template <class Sum>
+  void write(std::int64_t block, std::int64_t first, std::int64_t n, const Sum* sums, int factor,
+             const std::int32_t* excess) const {
     const std::int64_t row = block * kBlockRows;
     const std::int64_t rows = std::min<std::int64_t>(kBlockRows, panel.rows - row);
     const bool whole = rows == kBlockRows;
@@ -62,7 +63,7 @@ struct Sink {
       const std::int64_t place = first * panel.rows + row;
       scaling.scale = columns.scale.data() + first;
       if (finish.plus) scaling.plus = finish.plus + place;
-      kernels.values(sums, n, scaling, y + place, panel.rows);
+      values(sums, n, scaling, y + place, panel.rows);
       return;
     }
     for (std::int64_t c = first; c < first + n; ++c, sums += kBlockRows) {
@@ -76,9 +77,18 @@ struct Sink {
       scaling.plus = plus ? value : nullptr;
       scaling.low = done ? finish.low : -Finish::kInfinity;
       scaling.high = done ? finish.high : Finish::kInfinity;
-      kernels.values(sums, 1, scaling, value, kBlockRows);
+      values(sums, 1, scaling, value, kBlockRows);
       std::memcpy(y + place, value, rows * sizeof(float));
     }
+  }
+
+  void values(const std::int32_t* sums, std::int64_t n, const Scaling& scaling, float* out,
+              std::int64_t step) const {
+    kernels.values(sums, n, scaling, out, step);
+  }
+  void values(const float* sums, std::int64_t n, const Scaling& scaling, float* out,
+              std::int64_t step) const {
+    kernels.values_float(sums, n, scaling, out, step);
   }
 };
 
@@ -129,6 +139,37 @@ void many_columns(const Kernels& kernels, const Panel& panel, const Columns& col
   });
 }
 
+// Columns as they are: the rows of x.
+void float_columns(const Kernels& kernels, const Panel& panel, const Columns& columns,
+                   const float* x, const Sink& sink, int threads) {
+  const std::int64_t offset = 0, length = panel.groups() * panel.traits().group();
+  const std::int32_t k = static_cast<std::int32_t>(panel.k);
+  const Runs runs{1, &offset, &k};
+  const std::int64_t tiles = (columns.n + kernels.tile - 1) / kernels.tile;
+  const std::int64_t parts = panel.blocks() >= threads ? 1 : std::min<std::int64_t>(threads, tiles);
+  parallel(threads, panel.blocks() * parts, [&](std::int64_t begin, std::int64_t end) {
+    thread_local Buffer bytes, floats;
+    auto* decoded = reinterpret_cast<std::int8_t*>(bytes.reserve(length * kBlockRows));
+    auto* weights = reinterpret_cast<float*>(floats.reserve(length * kBlockRows * sizeof(float)));
+    alignas(64) float sums[kMaxTile * kBlockRows] = {};
+    const std::uint8_t* column[kMaxTile];
+    for (std::int64_t task = begin; task < end; ++task) {
+      const std::int64_t block = task / parts, part = task % parts;
+      kernels.decode(panel, block, decoded);
+      kernels.widen(panel, decoded, weights);
+      for (std::int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
+        const std::int64_t first = tile * kernels.tile;
+        const std::int64_t n = std::min<std::int64_t>(kernels.tile, columns.n - first);
+        for (int c = 0; c < kernels.tile; ++c)
+          column[c] =
+              reinterpret_cast<const std::uint8_t*>(x + (first + (c < n ? c : 0)) * panel.k);
+        kernels.multiply_float(weights, panel.rows - block * kBlockRows, runs, n, column, sums);
+        sink.write(block, first, n, sums, 1, panel.excess(0, block));
+      }
+    }
+  });
+}
+
 }  // namespace
 
 std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, const float* x,
@@ -138,7 +179,7 @@ std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, con
   const int planes = planes_of(precision);
   const std::int64_t stride = panel.groups() * panel.traits().group();
   auto* q = reinterpret_cast<std::int8_t*>(scratch.reserve(n * planes * stride));
-  const bool few = n * planes <= kMaxSmall;
+  const bool single = precision == Precision::kFloat32, few = n * planes <= kMaxSmall;
   const std::uint8_t flip = few ? 0 : kernels.flip;
   Columns columns{n,
                   panel.k,
@@ -148,9 +189,14 @@ std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, con
                   q,
                   std::vector<Quantized>(n),
                   std::vector<float>(n * planes)};
-  quantize_rows(kernels, x, threads, columns);
-  if (columns.count() * panel.rows * panel.k < kSerial) threads = 1;
   const Sink sink{kernels, panel, columns, y, finish};
+  if (columns.count() * panel.rows * panel.k * (single ? 4 : 1) < kSerial) threads = 1;
+  if (single) {
+    columns.scale.assign(n, 1.0f);
+    float_columns(kernels, panel, columns, x, sink, threads);
+    return {};
+  }
+  quantize_rows(kernels, x, threads, columns);
   if (few)
     few_columns(kernels, panel, columns, sink, threads);
   else

@@ -52,6 +52,10 @@ struct V {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), index);
   }
   static Sums zero() { return _mm256_setzero_si256(); }
+  template <class Floats>
+  static Floats fma(Floats a, Floats b, Floats c) {
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  }
 
   // Pairs of products in int16.
   struct Narrow {

@@ -53,6 +53,10 @@ struct V {
     return vqtbl1q_u8(vld1q_u8(table), index);
   }
   static Sums zero() { return vdupq_n_s32(0); }
+  template <class Floats>
+  static Floats fma(Floats a, Floats b, Floats c) {
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+  }
 
   // Both operands signed: digits are below 128 here, and activations are not flipped.
   struct Narrow {

@@ -60,6 +60,10 @@ struct V {
     return map([&](int i) { return table[index.at[i]]; });
   }
   static Sums zero() { return {}; }
+  template <class Floats>
+  static Floats fma(Floats a, Floats b, Floats c) {
+    return a * b + c;
+  }
 
   struct Narrow {
     using Part = Sums;
