@@ -33,10 +33,12 @@ from torch import Tensor, nn
 import subbyte as sb
 from subbyte import _native, kernels
 from subbyte.bench import Spread, bench, in_turn
+from subbyte.kernels import Precision
 from subbyte.models import build
 from subbyte.tensors import QuantizedLayer, QuantizedTensor
 
 LEVELS = (3, 5)
+OURS: tuple[tuple[int, Precision], ...] = ((3, "int8"), (5, "int8"), (3, "float32"))
 ZOO = {  # networks and their inputs; those left out have the same layers as one of these
     "fcnn1": (3, 32, 32), "fcnn2": (3, 32, 32), "cvnn1": (3, 32, 32), "cvnn2": (3, 32, 32),
     "vit1": (3, 32, 32), "vit2": (3, 32, 32), "lenet5": (1, 28, 28), "vgg7": (3, 32, 32),
@@ -144,8 +146,8 @@ def linear(
     entries, errors = {}, {}
     exact = problem.exact()
     with torch.inference_mode():
-        for levels in LEVELS:
-            peer, n_bytes, wanted = ours(problem, levels, cold)
+        for levels, precision in OURS:
+            peer, n_bytes, wanted = ours(problem, levels, cold, precision)
             entries[peer.name] = (peer, n_bytes)
             peer.run()
             errors[peer.name] = check(peer.name, peer.result(), wanted)
@@ -157,7 +159,7 @@ def linear(
     return measured(entries, options, operations=2 * rows * k * batch, **what)
 
 
-def ours(problem: Any, levels: int, cold: bool) -> tuple[Any, int, Any]:
+def ours(problem: Any, levels: int, cold: bool, precision: Precision) -> tuple[Any, int, Any]:
     """Packed modules as users call them; bytes of a panel; the exact result."""
     from peers import Peer, copies
 
@@ -169,7 +171,7 @@ def ours(problem: Any, levels: int, cold: bool) -> tuple[Any, int, Any]:
     weight = QuantizedTensor(torch.from_numpy(codes.astype(np.uint8)), scale, grid)
     with torch.device("meta"):
         like = nn.Linear(codes.shape[1], codes.shape[0], bias=False)
-    first = sb.pack(like, {"": QuantizedLayer(weight, None)})
+    first = sb.pack(like, {"": QuantizedLayer(weight, None)}, precision=precision)
     x = torch.from_numpy(problem.x)
     first(x)
     n_bytes = kernels.panel_bytes(first.packed.words)
@@ -182,10 +184,14 @@ def ours(problem: Any, levels: int, cold: bool) -> tuple[Any, int, Any]:
 
     exact = x.double() @ weight.dequantize().double().T
     return (
-        Peer(f"subbyte {levels} levels", run, lambda: first(x).numpy(), n),
+        Peer(called(levels, precision), run, lambda: first(x).numpy(), n),
         n_bytes,
         exact.numpy(),
     )
+
+
+def called(levels: int, precision: Precision) -> str:
+    return f"subbyte {levels} levels" + (", float32" if precision == "float32" else "")
 
 
 # ---------------------------------------------------------------- ResNet-18
@@ -211,6 +217,11 @@ def resnet18(batch: int, options: argparse.Namespace) -> dict[str, Any]:
             module(f"subbyte {levels} levels, fused", sb.fuse(net), exact)
             if levels != LEVELS[0]:
                 continue
+            single = sb.fuse(net)
+            for layer in single.modules():
+                if hasattr(layer, "precision"):
+                    layer.precision = "float32"
+            module(f"{called(levels, 'float32')}, fused", single, exact)
             wanted, plain = exact, twin.to(memory_format=torch.channels_last)
             module("torch float32", plain, exact)
             fused = folded(plain)
