@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import subbyte as sb
+from subbyte.bench import bench
 from subbyte.modules import PackedConv2d
 from subbyte.tensors import LowRank, QuantizedLayer
 
@@ -128,24 +129,31 @@ class Shared(nn.Module):
 class Overwritten(nn.Module):
     """The product's input changes before the sum."""
 
-    def __init__(self):
+    def __init__(self, write):
         super().__init__()
-        self.conv = nn.Conv2d(8, 8, 1)
+        self.conv, self.write = nn.Conv2d(8, 8, 1), write
 
     def forward(self, x):
         x = x + 0
         y = self.conv(x)
-        return y + x.mul_(2)
+        return y + self.write(x)
 
 
-@pytest.mark.parametrize("kind", [Twice, Shared, Overwritten])
-def test_what_something_else_reads_stays(kind):
+WRITES = [
+    lambda x: x.mul_(2), lambda x: x.__iadd__(1), lambda x: torch.ops.aten.add_.Tensor(x, x),
+    lambda x: F.relu(x, True), lambda x: F.hardtanh(x, -1, 1, inplace=True),
+    lambda x: torch.add(x, x, out=x), lambda x: torch.sigmoid_(x),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [Twice, Shared, *(lambda w=w: Overwritten(w) for w in WRITES)])
+def test_what_something_else_reads_stays(make):
     torch.manual_seed(0)
-    net = packed(kind(), precision="float32")
+    net = packed(make(), precision="float32")
     fused = sb.fuse(net)
     x = torch.randn(2, 8, 5, 5)
     torch.testing.assert_close(fused(x), net(x), rtol=1e-5, atol=1e-5)
-    assert len(operations(fused)) == {Twice: 3, Shared: 4, Overwritten: 4}[kind]
+    assert len(operations(fused)) == (3 if make is Twice else 4)
 
 
 def test_sums_of_other_shapes_and_without_a_batch():
@@ -182,14 +190,153 @@ def test_gradients_reach_both_terms_of_a_sum():
     )
 
 
-def test_values_that_are_not_numbers_pass_through():
+class Residual(nn.Module):
+    """Sums of what may not be finite, after odd numbers of channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(5, 45, 3, padding=1), nn.BatchNorm2d(45)
+        self.linear = nn.Linear(45, 37)
+
+    def forward(self, x, y, z):
+        y = torch.relu(self.bn(self.conv(x)) + y)
+        return y, F.relu6(z + self.linear(y.mean((2, 3))))
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("precision", ["int8", "int16", "float32"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@torch.no_grad()
+def test_sums_in_the_core_with_values_that_may_not_be_finite(bad, precision, layout):
     torch.manual_seed(0)
-    net = packed(nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU()))
-    fused, x = sb.fuse(net), torch.randn(2, 8, 6, 6)
-    x[1, 2, 3, 3] = float("nan")
-    got, wanted = fused(x), net(x)
-    assert torch.equal(got.isnan(), wanted.isnan())
-    assert 0 < int(got.isnan().sum()) < got[1].numel()
+    net = packed(Residual(), precision=precision)
+    fused = sb.fuse(net)
+    assert operations(fused) == ["conv", "mean", "linear"]
+    x, y, z = torch.randn(3, 5, 6, 7), torch.randn(3, 45, 6, 7), torch.randn(3, 37)
+    x[1, 2, 3, 3] += bad
+    x, y = x.contiguous(memory_format=layout), y.contiguous(memory_format=layout)
+    got, wanted = fused(x, y, z), net(x, y, z)
+    torch.testing.assert_close(got[0], wanted[0], rtol=1e-4, atol=1e-4, equal_nan=True)
+    direct = F.relu6(z + net.linear(got[0].mean((2, 3))))  # the same rounding as fused
+    torch.testing.assert_close(got[1], direct, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert bool(wanted[0].isfinite().all()) == (bad == 0)
+    for empty, full in zip(fused(x[:0], y[:0], z[:0]), got, strict=True):
+        assert empty.shape == (0, *full.shape[1:])
+
+
+def test_a_sum_may_have_a_number_or_a_tensor_of_another_type():
+    class Sums(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Conv2d(8, 16, 1)
+
+        def forward(self, x, z):
+            return self.a(x.mT) + x.shape[0], self.b(x) + z
+
+    torch.manual_seed(0)
+    for precision in ("int8", "float32"):
+        net = packed(Sums(), precision=precision)
+        fused, x = sb.fuse(net), torch.randn(8, 8, 8)
+        for z in (torch.randn(16, 8, 8).double(), torch.randn(1, 8, 8).half()):
+            for got, wanted in zip(fused(x, z), net(x, z), strict=True):
+                torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            fused(x, torch.zeros(16, 8, 8, device="meta")).sum().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_networks_of_other_types(dtype, bias):
+    torch.manual_seed(0)
+    like = nn.Sequential(nn.Conv2d(8, 16, 3, bias=bias), nn.BatchNorm2d(16), nn.ReLU())
+    net = packed(like, precision="float32").to(dtype)
+    x = torch.randn(2, 8, 6, 6, dtype=dtype)
+    loose = 0.1 if dtype is torch.bfloat16 else 1e-4
+    torch.testing.assert_close(sb.fuse(net)(x), net(x), rtol=loose, atol=loose)
+
+
+def test_fusing_again_changes_nothing():
+    class More(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.bn = inner, nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return F.relu(self.bn(self.inner(x)) + x)
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return torch.relu(self.bn(self.conv(x) + x))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 5, 5)
+    first = packed(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.BatchNorm2d(8)),
+                   precision="float32")  # fmt: skip
+    second = packed(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU6(), nn.ReLU()), precision="float32")
+    for net in (first, second, packed(Sum(), precision="float32")):
+        fused = sb.fuse(net)
+        again, outer = sb.fuse(fused), More(fused).eval()
+        outer.bn.running_mean.normal_()
+        torch.testing.assert_close(fused(x), net(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(again(x), net(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sb.fuse(outer)(x), outer(x), rtol=1e-5, atol=1e-5)
+    alone = packed(nn.Sequential(nn.Linear(4, 4)))[0]
+    assert torch.equal(sb.fuse(alone)(x[0, 0, :2, :4]), alone(x[0, 0, :2, :4]))
+
+
+class Encoder(nn.Module):
+    """A layer called by itself and as a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True)
+
+    def forward(self, x):
+        return F.relu(self.part.linear1(x)) + self.part(x)
+
+
+class Bias(nn.Module):
+    """A layer whose bias is read elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.bn(self.conv(x[..., None, None])) + self.conv.bias[:, None, None]
+
+
+class Optional(nn.Module):
+    """An argument that may be left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x, mask=None):
+        y = self.linear(x)
+        return y if mask is None else y * mask
+
+
+@pytest.mark.parametrize("kind", [Encoder, Bias, Optional])
+def test_layers_that_are_used_in_more_than_one_way(kind):
+    torch.manual_seed(0)
+    net = packed(kind(), precision="float32")
+    x = torch.randn(3, 8) if kind is not Encoder else torch.randn(2, 3, 8)
+    torch.testing.assert_close(sb.fuse(net)(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_still_see_what_they_saw():
+    torch.manual_seed(0)
+    net = packed(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()))
+    net[2].register_forward_hook(lambda module, args, output: output + 1)
+    fused, x = sb.fuse(net), torch.randn(2, 8, 4, 4)
+    assert operations(fused) == ["0", "2"]
+    torch.testing.assert_close(fused(x), net(x), rtol=1e-5, atol=1e-5)
 
 
 def test_it_says_what_it_cannot_do(tmp_path):
@@ -205,8 +352,10 @@ def test_it_says_what_it_cannot_do(tmp_path):
     with pytest.raises(sb.SubbyteError, match="cannot trace Branches, so it stays as it is"):
         sb.fuse(net)
     fused = sb.fuse(packed(nn.Sequential(nn.Linear(4, 4), nn.ReLU())))
-    with pytest.raises(sb.SubbyteError, match="save the packed model it was made of"):
+    with pytest.raises(sb.SubbyteError, match="save the packed model that fuse was given"):
         sb.save(fused, tmp_path / "net.safetensors")
+    with pytest.raises(sb.SubbyteError, match="bench takes the packed one"):
+        bench(fused, torch.randn(4), seconds=0.01)
     assert not list(tmp_path.iterdir())
     assert "then relu" in repr(fused)
 

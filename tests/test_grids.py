@@ -1,4 +1,8 @@
 import math
+import os
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -84,3 +88,17 @@ def test_a_grid_refuses_levels_that_are_none(levels, says):
 def test_from_dict_refuses_what_is_no_grid(value):
     with pytest.raises(SubbyteError):
         Grid.from_dict(value)
+
+
+def test_a_grid_read_by_another_process_hashes_as_its_own():
+    script = (
+        "import pickle, sys; from subbyte import uniform; a = uniform(5);"
+        "b = pickle.loads(bytes.fromhex(sys.argv[1])); print(a == b, hash(a) == hash(b))"
+    )
+    data = pickle.dumps(uniform(5)).hex()
+    for seed in ("1", "2"):  # one of them hashes strings otherwise than this process
+        found = subprocess.run(
+            [sys.executable, "-c", script, data], env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert found.stdout.split() == ["True", "True"]

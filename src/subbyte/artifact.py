@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from subbyte.batchnorm import Affine, restore
 from subbyte.errors import SubbyteError
@@ -26,7 +26,7 @@ from subbyte.grids import Grid, ScaleDomain
 from subbyte.kernels import Precision
 from subbyte.layers import join, sites
 from subbyte.models import Network, build
-from subbyte.modules import PackedMultiheadAttention, PackedWeight, pack
+from subbyte.modules import PackedMultiheadAttention, PackedWeight, is_fused, pack
 from subbyte.packing import radix
 from subbyte.tensors import LowRank, QuantizedLayer, QuantizedTensor
 
@@ -123,8 +123,8 @@ def save(
     packed = packed_layers(net)
     if not packed:
         raise SubbyteError("the model has no packed layer; save takes the result of pack()")
-    if any(isinstance(module, fx.GraphModule) for module in net.modules()):
-        raise SubbyteError("the model is traced (by fuse?); save the packed model it was made of")
+    if is_fused(net):
+        raise SubbyteError("the model is fused; save the packed model that fuse was given")
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     grids = list(dict.fromkeys(layer.weight.grid for layer in packed))

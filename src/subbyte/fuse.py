@@ -8,8 +8,9 @@ as the products themselves (docs/results/kernels.md).
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -36,27 +37,31 @@ def fuse(net: nn.Module) -> nn.Module:
     """A copy of a packed network that computes the same in fewer passes, for inference.
 
     Moved into a PackedConv2d: the BatchNorm2d behind it. Into a PackedConv2d or PackedLinear: a sum
-    with another tensor, then a ReLU or ReLU6. Each only where nothing else reads what lies between.
-    The result is a `torch.fx.GraphModule` in eval mode; `save` takes the network it was made of.
-    Values differ by float32 rounding. Raises SubbyteError for a network whose forward depends on
-    values or sizes, which cannot be traced.
+    with another tensor of the same type, then a ReLU or ReLU6. Each only where nothing else reads
+    what lies between, and no hook looks on. Values differ by float32 rounding.
+
+    The result is a `torch.fx.GraphModule` in eval mode, made by tracing: optional arguments stay
+    at None, and what does not depend on the inputs is computed once. `save` and `bench` take the
+    network it was made of. Raises SubbyteError for a network that cannot be traced, because its
+    forward asks for values of tensors.
     """
     net = copy.deepcopy(net).eval()
+    if isinstance(net, PackedConv2d | PackedLinear):
+        return net
     tracer = _Tracer()
     try:
-        graph = tracer.trace(net)
+        graph = tracer.trace(net, _optional(net))
     except Exception as error:  # whatever the network's forward does with a proxy
         raise SubbyteError(
             f"cannot trace {type(net).__name__}, so it stays as it is: {error}"
         ) from error
     fused = fx.GraphModule(tracer.root, graph, type(net).__name__)
+    before = {layer for layer in fused.modules() if getattr(layer, "fused", False)}
     for step in (_take_norm, _take_sum, _take_activation):  # in the order in which they compute
-        calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-        for node in list(graph.nodes):
-            if node.op == "call_module" and calls[node.target] == 1 and len(node.users) == 1:
-                layer = fused.get_submodule(node.target)
-                if isinstance(layer, PackedConv2d | PackedLinear):
-                    step(fused, node, layer)
+        for node in list(_alone(graph)):
+            layer = fused.get_submodule(str(node.target))
+            if isinstance(layer, PackedConv2d | PackedLinear) and layer not in before:
+                layer.fused |= not _hooked(layer) and step(fused, node, layer)
     fused.delete_all_unused_submodules()
     graph.lint()
     fused.recompile()
@@ -69,22 +74,49 @@ class _Tracer(fx.Tracer):
         return ours or super().is_leaf_module(module, name)
 
 
-def _take_norm(net: fx.GraphModule, node: fx.Node, layer: PackedConv2d | PackedLinear) -> None:
+def _optional(net: nn.Module) -> dict[str, None]:
+    """The arguments of forward that are None unless they are given."""
+    parameters = inspect.signature(net.forward).parameters.values()
+    return {parameter.name: None for parameter in parameters if parameter.default is None}
+
+
+def _alone(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Calls of modules that nothing else calls, reads from, or contains; with one reader."""
+    named = [n for n in graph.nodes if n.op in ("call_module", "get_attr")]
+    for node in named:
+        inside = f"{node.target}."
+        others = (str(other.target) for other in named if other is not node)
+        if (
+            node.op == "call_module"
+            and len(node.users) == 1
+            and not any(f"{o}.".startswith(inside) or inside.startswith(f"{o}.") for o in others)
+        ):
+            yield node
+
+
+def _take_norm(net: fx.GraphModule, node: fx.Node, layer: PackedConv2d | PackedLinear) -> bool:
     (user,) = node.users
     norm = _module(net, user)
     if not isinstance(layer, PackedConv2d) or not isinstance(norm, nn.BatchNorm2d | Affine):
-        return
+        return False
     if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is None:
-        return
+        return False
+    dtype = next(norm.buffers()).dtype
     affine = norm if isinstance(norm, Affine) else as_affine(str(user.target), norm)
-    _scale_rows(layer.packed, affine.scale)
-    bias = affine.shift
-    layer.bias = bias if layer.bias is None else bias + layer.bias * affine.scale
+    if affine.scale.numel() != layer.packed.shape[0] or _hooked(norm):
+        return False
+    layer.packed = _scaled(layer.packed, affine.scale)
+    bias = affine.shift.float()
+    if layer.bias is not None:
+        bias = bias + layer.bias.float() * affine.scale
+    layer.bias = bias.to(dtype)
     _remove(net, user, node)
+    return True
 
 
-def _scale_rows(packed: PackedWeight, gain: torch.Tensor) -> None:
-    """Multiply each output channel of the weight, adapter included, by a number of its own."""
+def _scaled(packed: PackedWeight, gain: torch.Tensor) -> PackedWeight:
+    """The same weight, adapter included, with every output channel times a number of its own."""
+    packed = copy.deepcopy(packed)
     factors, grid = packed.factors(), packed.grid
     scale = read_scale(packed.scale, grid.scale_domain).double() * gain.double()
     packed.scale = scale.float()
@@ -93,43 +125,52 @@ def _scale_rows(packed: PackedWeight, gain: torch.Tensor) -> None:
         assert packed.adapter_scale is not None
         packed.up = factors[0] * gain[:, None]
         packed.adapter_scale = torch.ones_like(packed.adapter_scale, dtype=torch.float32)
+    return packed
 
 
-def _take_sum(net: fx.GraphModule, node: fx.Node, layer: PackedConv2d | PackedLinear) -> None:
+def _take_sum(net: fx.GraphModule, node: fx.Node, layer: PackedConv2d | PackedLinear) -> bool:
     (user,) = node.users
     if user.op not in ("call_function", "call_method") or len(user.args) != 2 or user.kwargs:
-        return
+        return False
     mine = user.args[0] is node
     if user.target not in _SUMS and not (mine and user.target in _SUMS_IN_PLACE):
-        return
+        return False
     other = user.args[1 if mine else 0]
     if not isinstance(other, fx.Node) or other is node or len(node.args) != 1:
-        return
+        return False
     between = node.next
     while between is not user:  # the product moves to the sum: its input must still be the same
-        if _writes(net, between):
-            return
+        if _may_write(net, between):
+            return False
         between = between.next
     with net.graph.inserting_before(user):
         moved = net.graph.call_module(str(node.target), (node.args[0], other))
     _remove(net, user, moved)
     net.graph.erase_node(node)
+    return True
 
 
 def _take_activation(
     net: fx.GraphModule, node: fx.Node, layer: PackedConv2d | PackedLinear
-) -> None:
+) -> bool:
     (user,) = node.users
     module = _module(net, user)
     key = user.target if module is None else type(module)
     if user.op in ("placeholder", "get_attr", "output") or key not in _ACTIVATIONS:
-        return
+        return False
+    if module is not None and _hooked(module):
+        return False
     layer.activation = _ACTIVATIONS[key]
     _remove(net, user, node)
+    return True
 
 
 def _module(net: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return net.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _remove(net: fx.GraphModule, node: fx.Node, instead: fx.Node) -> None:
@@ -137,12 +178,19 @@ def _remove(net: fx.GraphModule, node: fx.Node, instead: fx.Node) -> None:
     net.graph.erase_node(node)
 
 
-def _writes(net: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node may change a tensor in place."""
-    if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
+def _may_write(net: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node might change a tensor in place.
+
+    It guesses by names: yes where there is none costs a fusion, no where there is one a result.
+    """
+    flags = (*node.args, node.kwargs.get("inplace"))
+    if any(flag is True for flag in flags) or node.kwargs.get("out") is not None:
         return True
     if node.op == "call_module":
         return bool(getattr(_module(net, node), "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
-    in_place = getattr(node.target, "__module__", None) == "_operator" and name[0] == "i"
-    return in_place or name == "setitem" or (name.endswith("_") and not name.endswith("__"))
+    full = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
+    name = full.partition(".")[0]
+    of_operator = getattr(node.target, "__module__", None) == "_operator"
+    if name.startswith("__i") or (of_operator and name.startswith("i")) or name == "setitem":
+        return True
+    return name.endswith("_") and not name.endswith("__")

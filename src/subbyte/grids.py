@@ -84,6 +84,10 @@ class Grid:
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process hashes strings otherwise, so the hash is not carried along."""
+        return Grid, (self.levels, self.granularity, self.scale_domain)
+
     @property
     def n_levels(self) -> int:
         return len(self.levels)

@@ -145,6 +145,7 @@ class PackedLinear(nn.Module):
     bias: Tensor | None
     precision: Precision = "float32"
     activation: Activation = "none"
+    fused = False  # `fuse` has moved something into it
 
     def __init__(self, like: nn.Linear, layer: QuantizedLayer) -> None:
         super().__init__()
@@ -162,7 +163,7 @@ class PackedLinear(nn.Module):
         packed: Any = self._modules["packed"]
         return _linear(x, packed, self._buffers["bias"], self.precision, plus, self.activation)
 
-    def why_not(self, x: Tensor) -> str | None:
+    def why_not(self, x: Tensor, plus: Tensor | None = None) -> str | None:
         """Why the kernels do not multiply x, in words; None if they do."""
         packed: Any = self._modules["packed"]
         return kernels.why_not(x, packed.grid, self.in_features)
@@ -215,6 +216,7 @@ class PackedConv2d(_PackedConv):
     function = staticmethod(F.conv2d)
     precision: Precision = "float32"
     activation: Activation = "none"
+    fused = False  # `fuse` has moved something into it
 
     def __init__(self, like: nn.Conv2d, layer: QuantizedLayer) -> None:
         super().__init__(like, layer)
@@ -239,7 +241,7 @@ class PackedConv2d(_PackedConv):
             packed.shape, self.geometry, self.precision, plus, self.activation,
         )  # fmt: skip
 
-    def why_not(self, x: Tensor) -> str | None:
+    def why_not(self, x: Tensor, plus: Tensor | None = None) -> str | None:
         """Why the kernels do not convolve x, in words; None if they do."""
         packed: Any = self._modules["packed"]
         return kernels.why_not_conv(x, packed.grid, packed.shape, self.groups, self.padding_mode)
@@ -473,6 +475,11 @@ class _FloatWeight(nn.Module):
 
 def _projection(weight: Tensor, layer: QuantizedLayer | None) -> nn.Module:
     return _FloatWeight(weight) if layer is None else PackedWeight(layer)
+
+
+def is_fused(net: nn.Module) -> bool:
+    """Whether a layer of the network does more than its own, by `fuse`."""
+    return any(getattr(module, "fused", False) for module in net.modules())
 
 
 PACKED: dict[type[nn.Module], Callable[[Any, QuantizedLayer], nn.Module]] = {

@@ -227,6 +227,8 @@ void check_conv(const Kernels& tier, int levels, const ConvShape& s, int n, int 
   Finish finish{bias.data()};
   conv2d(tier, panels, x.data(), n, h, w, y.data(), false, finish, Precision::kInt8, 2);
   finish.plus = plus.data(), finish.low = -0.5f, finish.high = 0.25f;
+  std::vector<float> y_finished(y.size());
+  conv2d(tier, panels, x.data(), n, h, w, y_finished.data(), false, finish, Precision::kInt8, 2);
   conv2d(tier, panels, turned.data(), n, h, w, y_last.data(), true, finish, Precision::kInt8, 2);
   std::vector<float> single(y.size()), single_last(y.size());
   const Finish biased{bias.data()};
@@ -267,13 +269,17 @@ void check_conv(const Kernels& tier, int levels, const ConvShape& s, int n, int 
                   levels, i, r, oy, ox);
           const float product = static_cast<float>(sum) * (of.scale * weight.scale[r]);
           const float value = s.depthwise() ? exact : product + bias[r];
-          const float more = s.depthwise() ? exact + plus[last] : product + (bias[r] + plus[last]);
-          require(y[((i * rows + r) * oh + oy) * ow + ox] == value,
-                  "%s: conv, %d levels, image %d, channel %d, pixel %d %d", tier.name, levels, i, r,
-                  oy, ox);
-          require(y_last[last] == std::min(std::max(more, finish.low), finish.high),
-                  "%s: finished conv, %d levels, image %d, channel %d, pixel %d %d", tier.name,
-                  levels, i, r, oy, ox);
+          const auto finished = [&](float more) {
+            const float sums = s.depthwise() ? exact + more : product + (bias[r] + more);
+            return std::min(std::max(sums, finish.low), finish.high);
+          };
+          const int first = ((i * rows + r) * oh + oy) * ow + ox;
+          require(y[first] == value, "%s: conv, %d levels, image %d, channel %d, pixel %d %d",
+                  tier.name, levels, i, r, oy, ox);
+          require(
+              y_last[last] == finished(plus[last]) && y_finished[first] == finished(plus[first]),
+              "%s: finished conv, %d levels, image %d, channel %d, pixel %d %d", tier.name, levels,
+              i, r, oy, ox);
         }
   }
 }

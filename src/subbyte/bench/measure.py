@@ -20,7 +20,7 @@ from subbyte.bench.roofs import Roofs, measure_roofs
 from subbyte.bench.timing import in_turn
 from subbyte.errors import SubbyteError
 from subbyte.fuse import fuse
-from subbyte.modules import PackedEmbedding, PackedWeight
+from subbyte.modules import PackedConv2d, PackedEmbedding, PackedWeight, is_fused
 
 _ROOFS_SHARE, _NETWORK_SHARE = 0.1, 0.2  # of the time; layers get the rest
 
@@ -53,6 +53,8 @@ def bench(
     it does not take, or settings that cannot be.
     """
     _check(batches, threads, seconds)
+    if is_fused(net):
+        raise SubbyteError("the network is fused; bench takes the packed one, and fuses it itself")
     with torch.inference_mode(), _threads(threads):
         calls = {n: _calls(net, _batch_of(example, n), target) for n in batches}
         n_rows = sum(map(len, calls.values()))
@@ -137,7 +139,8 @@ def _layer(call: _Call, batch: int, roofs: Roofs | None, seconds: float) -> Laye
     packed = weights[0]
     n_bytes = 0 if reason else sum(kernels.panel_bytes(weight.words) for weight in weights)
     planes = 2 if getattr(layer, "precision", "") == "int16" else 1
-    in_bytes = not reason and getattr(layer, "groups", 1) != packed.shape[0]  # not depthwise
+    depthwise = isinstance(layer, PackedConv2d) and layer.groups == packed.shape[0]
+    in_bytes = not reason and not depthwise and layer.precision != "float32"
     least = roofs.seconds(n_bytes, planes * operations) if roofs and in_bytes else None
     return LayerBench(
         call.name, type(layer).__name__.removeprefix("Packed"), tuple(packed.shape),

@@ -260,12 +260,13 @@ def _linear(
     panel = _linear_panel(words, scale, grid, shape)
     x = x.contiguous()
     size = x.shape  # as numbers and not as a tuple: half a microsecond
-    y = torch.empty(size[0], shape[0]) if len(size) == 2 else torch.empty(*size[:-1], shape[0])
+    y = x.new_empty(size[0], shape[0]) if len(size) == 2 else x.new_empty(*size[:-1], shape[0])
     if plus is not None and not _lies_like(plus, y):
         return finish(_linear(x, words, scale, bias, grid, shape, precision), plus, activation)
     values = y.numel()
     if not values:
         return y
+    bias = _single(bias)
     low, high = _RANGES[activation]
     odd = panel.linear(
         x.data_ptr(), values // shape[0], y.data_ptr(), 0 if bias is None else bias.data_ptr(),
@@ -286,7 +287,8 @@ def finish(y: Tensor, plus: Tensor | None, activation: Activation) -> Tensor:
         y = y + plus
     if activation == "none":
         return y
-    return F.relu(y) if activation == "relu" else F.relu6(y)
+    own = not torch.is_grad_enabled()  # y is nobody else's
+    return F.relu(y, inplace=own) if activation == "relu" else F.relu6(y, inplace=own)
 
 
 def conv2d(
@@ -342,12 +344,13 @@ def _conv2d(
     panels = _conv_panels(words, scale, grid, shape, geometry)
     x, last = _laid_out(x)
     y = _new_images(x, shape, geometry, last)
-    if plus is not None and not (last and _lies_like(plus, y)):
+    if plus is not None and not _lies_like(plus, y):
         y = _conv2d(x, words, scale, bias, grid, shape, geometry, precision)
         return finish(y, plus, activation)
     if not y.numel():
         return y
     n, _, height, width = x.shape
+    bias = _single(bias)
     low, high = _RANGES[activation]
     odd = panels.conv2d(
         x.data_ptr(), n, height, width, y.data_ptr(), last,
@@ -403,9 +406,20 @@ _PLANES = {"int8": 1, "int16": 2, "float32": 0}  # of bytes
 _RANGES = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
+def _single(bias: Tensor | None) -> Tensor | None:
+    """As the core reads it, also when the network's other values have been made narrower."""
+    return bias if bias is None or bias.dtype is torch.float32 else bias.float()
+
+
 def _lies_like(plus: Tensor, y: Tensor) -> bool:
     """Whether two tensors have their values in the same places."""
-    return plus.shape == y.shape and plus.stride() == y.stride() and plus.dtype is y.dtype
+    return (
+        isinstance(plus, Tensor)  # a number can be added, too
+        and plus.shape == y.shape
+        and plus.stride() == y.stride()
+        and plus.dtype is y.dtype
+        and plus.is_cpu
+    )
 
 
 def _by_op(x: Tensor, plus: Tensor | None = None) -> bool:
@@ -414,7 +428,7 @@ def _by_op(x: Tensor, plus: Tensor | None = None) -> bool:
         return True
     if not torch.is_grad_enabled():
         return False
-    return x.requires_grad or (plus is not None and plus.requires_grad)
+    return x.requires_grad or (isinstance(plus, Tensor) and plus.requires_grad)
 
 
 def _check_width(x: Tensor, axis: int, width: int) -> None:

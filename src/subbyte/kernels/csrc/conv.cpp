@@ -271,6 +271,15 @@ struct Sink {
       for (std::int64_t i = 0; i < task.n; ++i) out[i] = value[i][r];
     }
   }
+
+  // The other way round, from an image `plus` that lies as y does.
+  template <class T>
+  void read(const Task<T>& task, const float* plus, float (*value)[kBlockRows]) const {
+    for (std::int64_t i = 0; i < task.n; ++i)
+      for (std::int64_t r = 0; r < task.rows; ++r)
+        value[i][r] = last ? plus[(task.first + i) * channels + task.row + r]
+                           : plus[(task.row + r) * pixels + task.first + i];
+  }
 };
 
 // The weights of every block of every group.
@@ -344,10 +353,10 @@ void multiply_frames(const Call& call, const T* frames, const std::vector<Quanti
       const bool whole = sink.whole(task);
       float* out = whole ? sink.y + sink.place(task) : value[0];
       const std::int64_t stride = whole ? s.out_channels : kBlockRows;
-      const float* plus = finish.plus ? finish.plus + (sink.y - y) + sink.place(task) : nullptr;
+      const float* plus = finish.plus;
+      if (plus) plus += sink.y - y + sink.place(task);
       if (plus && !whole) {
-        for (std::int64_t i = 0; i < task.n; ++i)
-          std::memcpy(value[i], plus + i * s.out_channels, rows * sizeof(float));
+        sink.read(task, finish.plus + (sink.y - y), value);
         plus = out;
       }
       for (int plane = 0; plane < call.planes; ++plane) {

@@ -45,7 +45,7 @@ class ConvPanels {
 };
 
 // y = conv(x, weight), finished, for x [n, channels, h, w], float32. x and y lie as N H W C
-// (`last`) or as N C H W; finish.plus goes with N H W C only. Each image has a scale of its own.
+// (`last`) or as N C H W. Each image has a scale of its own.
 // Returns the images that have none, as `linear` does its rows. Depthwise convolutions round
 // nothing.
 std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weight, const float* x,

@@ -81,17 +81,24 @@ class Planes {
         [&](std::int64_t dy, std::int64_t dx) { return place(dy, dx); });
   }
 
-  void convolve(const float* x, std::int64_t channel, float* out) {
+  // plus: as `out` lies, or null.
+  void convolve(const float* x, std::int64_t channel, float* out, const float* plus) {
     const ConvShape& s = call_.s;
     for (std::int64_t y = 0; y < call_.h; ++y, x += call_.w)
       for (std::int64_t i = 0; i < std::min(s.stride_w, call_.w); ++i)
         spread(x + i, s.stride_w, (call_.w - 1 - i) / s.stride_w + 1,
                padded_ + place(y + s.top, i + s.left));
-    Finish finish = call_.finish;
-    if (finish.bias) finish.bias += channel;
+    const Finish& finish = call_.finish;
+    Finish first{finish.bias ? finish.bias + channel : nullptr};
+    if (!plus) first.low = finish.low, first.high = finish.high;
     for (std::int64_t y = 0; y < call_.out_h; ++y) {
       call_.kernels.row(taps_, padded_ + place(y * s.stride_h, 0), call_.weights + channel, row_,
-                        finish, result_);
+                        first, result_);
+      for (std::int64_t i = 0; plus && i < call_.out_w; ++i) {
+        const float sum = result_[i] + plus[y * call_.out_w + i];
+        const float above = sum < finish.low ? finish.low : sum;  // NaN stays
+        result_[i] = above > finish.high ? finish.high : above;
+      }
       std::memcpy(out + y * call_.out_w, result_, call_.out_w * sizeof(float));
     }
   }
@@ -139,7 +146,8 @@ void depthwise(const Kernels& kernels, const ConvPanels& weight, const float* x,
   parallel(threads, n * s.channels, [&](std::int64_t begin, std::int64_t end) {
     Planes planes(call);
     for (std::int64_t i = begin; i < end; ++i)
-      planes.convolve(x + i * in, i % s.channels, y + i * out);
+      planes.convolve(x + i * in, i % s.channels, y + i * out,
+                      finish.plus ? finish.plus + i * out : nullptr);
   });
 }
 

@@ -177,6 +177,7 @@ inline void each(F&& f) {
 
 // ---------------------------------------------------------------- float32 vectors
 
+static_assert(V::kTileColumns % 2 == 0, "the two planes of a row are in one tile");
 constexpr int kFloats = V::kBytes / 4;
 typedef float Floats __attribute__((vector_size(V::kBytes)));
 typedef std::int32_t Ints __attribute__((vector_size(V::kBytes)));
