@@ -470,8 +470,10 @@ def test_why_not_says_it_in_words():
 
 def test_what_the_kernels_do_not_serve_runs_on_the_reference():
     weight = quantized(0, (4, 6), grid=Grid((-1.0, 0.1, 1.0)))
-    layer, x = packed_linear(weight, None), torch.randn(2, 6)
-    assert torch.allclose(layer(x), F.linear(x, weight.dequantize()), atol=1e-6)
+    bias, x = torch.randn(4), torch.randn(2, 6)
+    layer = packed_linear(weight, bias)
+    assert layer.why_not(x)
+    assert torch.allclose(layer(x), F.linear(x, weight.dequantize(), bias), atol=1e-6)
 
 
 def test_bad_input_names_what_was_expected():
