@@ -143,20 +143,21 @@ def test_bfloat16_is_timed_only_where_the_cpu_has_it(digits, monkeypatch):
 # ---------------------------------------------------------------- honest fallbacks
 
 
-def test_a_layer_that_decodes_says_why(digits):
-    for module in digits.modules():
-        if hasattr(module, "precision"):
-            module.precision = "float32"
-    try:
-        report = bench(digits, torch.randn(1, 8, 8), seconds=SHORT, whole=False)
-    finally:
-        for module in digits.modules():
-            if hasattr(module, "precision"):
-                module.precision = "int8"
-    assert set(report.fallbacks.values()) == {"precision is float32"}
+def test_a_layer_that_decodes_says_why():
+    net = packed(build("digitsnet"), levels=256)
+    report = bench(net, torch.randn(1, 8, 8), seconds=SHORT, whole=False)
+    assert set(report.fallbacks.values()) == {"256 levels are integers up to 255; 127 fit"}
     assert all(row.panel_bytes == 0 and row.of_roof is None for row in report.layers)
+    assert "127 fit: features.0" in table(report).caption
+
+
+def test_float32_activations_have_no_roof_of_bytes():
+    report = bench(
+        packed(build("digitsnet"), precision="float32"), torch.randn(1, 8, 8), seconds=SHORT
+    )
     assert report.precision == "float32"
-    assert "decodes, because precision is float32: features.0" in table(report).caption
+    assert not report.fallbacks
+    assert all(row.panel_bytes > 0 and row.of_roof is None for row in report.layers)
 
 
 def test_layers_without_a_kernel_are_timed_and_named():
