@@ -13,7 +13,7 @@ from oracle import assert_within, exact_weight, gamma
 from subbyte import SubbyteError
 from subbyte.functional import encode
 from subbyte.layers import sites
-from subbyte.ptq.calibration import effects, input_statistics
+from subbyte.ptq.calibration import Statistics, effects, input_statistics
 from subbyte.ptq.codes import (
     _compensate,
     _descend,
@@ -133,14 +133,43 @@ def test_attention_is_seen_at_all_its_projections():
     assert torch.allclose(found["net.attn.out_proj"].gram[0], expected, atol=1e-4)
 
 
-def test_effects_are_the_fisher_information_of_the_rows():
+def test_shrunk_statistics_are_those_of_more_patches():
+    """A width of them, each of one value, which leave every mean square as it was."""
+    x = torch.randn(2, 7, 4, generator=generator(), dtype=torch.float64)
+    gram = x.mT @ x / 7
+    more = torch.diag_embed((4 * gram.diagonal(dim1=1, dim2=2)).sqrt())
+    whole = torch.cat([x, more], 1)
+    found = Statistics(gram, 7).shrunk()
+    assert torch.allclose(found.gram, whole.mT @ whole / 11)
+    assert found.patches == 7
+
+
+def test_codes_for_few_patches_suit_others_better_when_shrunk():
+    mix = torch.randn(32, 64, generator=generator(), dtype=torch.float64)
+    x = torch.randn(432, 32, generator=generator(1), dtype=torch.float64) @ mix
+    seen, new = (x + torch.randn(x.shape, generator=generator(2))).relu().split([32, 400])
+    matrix = torch.randn(32, 64, generator=generator())
+    few = Statistics((seen.T @ seen / 32)[None], 32)
+    gram = (new.T @ new / len(new))[None]
+
+    def error(gram_seen):
+        return row_errors(
+            matrix - gptq(matrix, gram_seen, channel_grid(8, 0)).dequantize(), gram
+        ).sum()
+
+    assert error(few.shrunk().gram) < 0.7 * error(few.gram)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_effects_are_the_fisher_information_of_the_rows(temperature):
     """A linear classifier: the Fisher information of its weights is known exactly."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 3))
     x = torch.randn(40_000, 4)
     statistics = input_statistics(net, sites(net), [x])
-    got = effects(net, sites(net), statistics, x.split(4), generator())["0"]
-    p = net(x).softmax(-1).double().detach()
+    batches = x.split(4)
+    got = effects(net, sites(net), statistics, batches, generator(), temperature=temperature)["0"]
+    p = (net(x) / temperature).softmax(-1).double().detach()
     per_row = (p * (1 - p) * x.double().square().sum(1, keepdim=True)).mean(0)
     trace = statistics["0"].gram[0].diagonal().sum()
     assert torch.allclose(got, per_row / trace, rtol=0.05)

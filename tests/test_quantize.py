@@ -376,6 +376,20 @@ def test_what_does_not_help_is_dropped(net, images, monkeypatch):
     assert result.agreement > 90
 
 
+def test_images_that_judge_teach_nothing(net, images):
+    """Every fifth image decides what is kept; the codes know nothing of it."""
+    x = images[0].clone()
+    method = CoRa(target_bits=3.0, tune=0, in_order=False, correct_norms=False)
+    before = quantize(net, method, calibration=[x])
+    x[::5] = x[::5].flip(3) * 2
+    after = quantize(net, method, calibration=[x])
+    assert before.plan == after.plan
+    assert all(
+        torch.equal(old, after.model.state_dict()[name])
+        for name, old in before.model.state_dict().items()
+    )
+
+
 # ---------------------------------------------------------------- as published
 
 

@@ -6,9 +6,15 @@ patch x. Two statistics are enough for everything that follows:
     gram H   = mean over patches of x x'                (a matrix a group)
     effect F = E |dL/dw_o|^2 / trace H                  (a number a row)
 
-e_o H e_o' is the mean squared change of output channel o, and 1/2 F_o e_o H e_o' predicts the
-change of the loss: the Fisher information of the row, factored as F_o H (as K-FAC does). L is the
-cross-entropy with labels drawn from the network's own softmax: real labels are never needed.
+e_o H e_o' is the mean squared change of output channel o, and 1/2 F_o e_o H e_o' predicts how far
+the network moves: the Fisher information of the row, factored as F_o H (as K-FAC does). L is T
+times the cross-entropy of softmax(logits / T) with labels drawn from it, so that the prediction is
+of T^2 KL(float || quantized) at temperature T; real labels are never needed. At T = 1 a network is
+so sure of the classes that the images show that the rows of all other classes seem to have no
+effect (MobileNetV1, 400 images of 1000 classes: the classifier was left 4 levels).
+
+Few patches look more alike than all: codes solved for their H have their error where nobody has
+looked yet. `shrunk` takes the correlations for as sure as the patches are many.
 """
 
 from __future__ import annotations
@@ -40,6 +46,20 @@ class Statistics:
 
     gram: Tensor
     patches: int
+
+    @property
+    def trust(self) -> float:
+        """n / (n + width), 0 .. 1: how far n patches are to be believed about width^2 values."""
+        return self.patches / (self.patches + self.gram.shape[-1])
+
+    def shrunk(self) -> Statistics:
+        """As if `width` more patches had been seen, of values that do not go together.
+
+        trust H + (1 - trust) diag H: the mean of H under the conjugate prior that knows the
+        diagonal and weighs as much as it takes to fill the rank.
+        """
+        diagonal = torch.diag_embed(self.gram.diagonal(dim1=1, dim2=2))
+        return Statistics(torch.lerp(diagonal, self.gram, self.trust), self.patches)
 
 
 def input_statistics(
@@ -254,10 +274,13 @@ def effects(
     statistics: Mapping[str, Statistics],
     batches: Sequence[Tensor],
     generator: torch.Generator,
+    *,
+    temperature: float = 1.0,
 ) -> dict[str, Tensor]:
     """The effect F of each row, float64 [out]: 1/2 F_o e_o H e_o' nats an image for an error e_o.
 
-    The gradient of a batch's summed loss, squared, estimates the sum of the images' squared
+    Nats of the divergence from the float network's softmax at this temperature T, times T^2. The
+    gradient of a batch's summed loss, squared, estimates the sum of the images' squared
     gradients, because labels drawn from the softmax make them independent with mean zero.
     """
     known = [site for site in layers if site.name in statistics]
@@ -266,9 +289,9 @@ def effects(
     images = 0
     for x in batches:
         with torch.enable_grad():
-            logits = model(x).flatten(0, -2)
+            logits = model(x).flatten(0, -2) / temperature
             labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            loss = F.cross_entropy(logits, labels, reduction="sum")
+            loss = temperature * F.cross_entropy(logits, labels, reduction="sum")
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         for total, gradient in zip(sums, gradients, strict=True):
             if gradient is not None:

@@ -35,7 +35,6 @@ from subbyte.ptq.search import Layer
 from subbyte.tensors import QuantizedLayer, as_matrix, as_weight
 
 STAGES = 32  # of more layers, neighbours share a pass over the images
-_ENOUGH = 4  # patches for each input of a layer, to tell what came before from noise
 _KEPT = 0.01  # of the means
 
 Solve = Callable[[Layer], QuantizedLayer]
@@ -116,19 +115,20 @@ class _Work:
         return {n: _Paired(zz, xz, z, x, counts[n]) for n, (zz, xz, z, x) in means.items()}
 
     def adapted(self, layer: Layer, paired: _Paired) -> Layer:
-        """The layer with T for its weight and H for its metric; as it was, if too little is known.
+        """The layer with T for its weight and H for its metric.
 
-        A classifier that sees one vector an image, of as many values, would learn those by heart.
+        H is shrunk, as if more patches had been seen; in those, x = z, or else a classifier that
+        sees one vector an image would undo the damage to these images alone.
         """
-        if paired.patches < _ENOUGH * layer.matrix.shape[1]:
-            return layer
         if self.absorbs(layer.site):
             paired = paired.centred()
-        h = damped(paired.zz)
-        change = torch.linalg.solve(h, (paired.xz - paired.zz).mT).mT  # C H^-1 - 1
+        statistics = Statistics(paired.zz, paired.patches).shrunk()
+        h = damped(statistics.gram)
+        damage = statistics.trust * (paired.xz - paired.zz)
+        change = torch.linalg.solve(h, damage.mT).mT  # C H^-1 - 1
         rows = layer.matrix.double().reshape(len(h), -1, layer.matrix.shape[1])
         target = (rows + rows @ change).reshape(layer.matrix.shape).float()
-        return replace(layer, matrix=target, statistics=Statistics(paired.zz, paired.patches))
+        return replace(layer, matrix=target, statistics=statistics)
 
     def absorbs(self, site: Site) -> bool:
         """Whether a norm or a bias takes what the means have moved."""

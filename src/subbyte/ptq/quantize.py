@@ -207,7 +207,10 @@ class _Work:
 
     def reclaimed(self, method: CoRa, plan: RankPlan | None) -> RankPlan:
         """Ours: every step in turn."""
-        self.calibrate()
+        adapters = method.target_bits is not None or any(
+            layer.rank for layer in (() if plan is None else plan.layers)
+        )
+        self.calibrate(effect=adapters)
         chosen = self.plan(method) if plan is None else self.checked(plan, method)
         self.tell(str(chosen))
         self.solve(chosen, method)
@@ -234,13 +237,15 @@ class _Work:
 
     # ------------------------------------------------------------ steps
 
-    def calibrate(self) -> None:
-        batches = list(self.images.split(64))
-        own = list(self.sites.values())
-        self.tell(f"calibrating on {len(self.images):,} images")
-        self.statistics = input_statistics(self.model, own, batches)
-        small = list(self.images.split(_EFFECT_BATCH))
-        effect = effects(self.model, own, self.statistics, small, self.generator)
+    def calibrate(self, effect: bool) -> None:
+        """Statistics of the teaching images; effect: of the rows too, for a search and adapters."""
+        images, own = self._teaching(), list(self.sites.values())
+        self.tell(f"calibrating on {len(images):,} images")
+        self.statistics = {
+            name: found.shrunk()
+            for name, found in input_statistics(self.model, own, images.split(64)).items()
+        }
+        by_row = self._effects(images) if effect else {}
         for site in own:
             statistics = self.statistics.get(site.name)
             if statistics is None:
@@ -251,7 +256,13 @@ class _Work:
             weight = getattr(self.model.get_submodule(site.owner), site.parameter).detach()
             groups = 1 if statistics is None else len(statistics.gram)
             matrix = as_matrix(weight, site.channel_axis)
-            self.known.append(Layer(site, matrix, groups, statistics, effect.get(site.name)))
+            self.known.append(Layer(site, matrix, groups, statistics, by_row.get(site.name)))
+
+    def _effects(self, images: Tensor) -> dict[str, Tensor]:
+        return effects(
+            self.model, list(self.sites.values()), self.statistics, images.split(_EFFECT_BATCH),
+            self.generator, temperature=TEMPERATURE,
+        )  # fmt: skip
 
     def plan(self, method: CoRa) -> RankPlan:
         levels = LEVELS if method.n_levels is None else (method.n_levels,)
