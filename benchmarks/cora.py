@@ -60,6 +60,8 @@ METHODS: dict[str, CoRa | PublishedCoRa] = {
     "4.25 bits, not tuned": CoRa(target_bits=4.25, tune=0),
     "3.45 bits, not tuned": CoRa(target_bits=3.45, tune=0),
     "2.45 bits, not tuned": CoRa(target_bits=2.45, tune=0),
+    "4 bits, not tuned": CoRa(bits=4, tune=0),
+    "3 bits, not tuned": CoRa(bits=3, tune=0),
     "4 levels, not tuned": CoRa(levels=4, tune=0),
     "4 levels, neither tuned nor in order": CoRa(levels=4, tune=0, in_order=False),
 }
