@@ -8,7 +8,7 @@ import subbyte as sb
 from subbyte.layers import sites
 from subbyte.ptq.calibration import input_statistics
 from subbyte.ptq.codes import channel_grid, rtn
-from subbyte.ptq.in_order import _stages, solve_in_order
+from subbyte.ptq.in_order import _spans, _stages, solve_in_order
 from subbyte.ptq.search import Layer
 from subbyte.tensors import QuantizedLayer, QuantizedTensor, as_matrix, as_weight
 
@@ -109,3 +109,44 @@ def test_many_layers_share_passes_in_their_order():
     stages = list(_stages(names))
     assert len(stages) <= 32
     assert [name for stage in stages for name in stage] == names
+
+
+def test_stages_share_the_float_networks_pass_within_a_limit():
+    needs = {"a": 3, "b": 4, "c": 2, "d": 9, "e": 1}
+    stages = [["a"], ["b", "c"], ["d"], ["e"]]
+    assert list(_spans(stages, needs, 9)) == [[["a"], ["b", "c"]], [["d"]], [["e"]]]
+    assert list(_spans(stages, needs, 1)) == [[stage] for stage in stages]
+    assert list(_spans([], {}, 1)) == []
+
+
+def test_the_limit_changes_no_layer(monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4),
+        nn.Flatten(), nn.Linear(128, 5),
+    ).eval()  # fmt: skip
+    x = torch.randn(200, 3, 8, 8)
+    layers = known(net, x)
+    together = solve_in_order(net, layers, nearly, x.split(50))
+    monkeypatch.setattr("subbyte.ptq.in_order.AHEAD_BYTES", 1)
+    alone = solve_in_order(net, layers, nearly, x.split(50))
+    for name, layer in together.layers.items():
+        assert torch.equal(layer.weight.codes, alone.layers[name].weight.codes)
+        assert torch.equal(layer.weight.scale, alone.layers[name].weight.scale)
+
+
+def test_a_layer_called_twice_among_others():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.again, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.last(self.again(self.again(self.first(x).relu())).relu())
+
+    torch.manual_seed(0)
+    net, x = Twice().eval(), torch.randn(500, 6)
+    done = solve_in_order(net, known(net, x), nearly, x.split(100))
+    with torch.no_grad():
+        got, wanted = sb.pack(done.model, done.layers, precision="float32")(x), net(x)
+    assert (got - wanted).square().mean() < 1e-3 * wanted.square().mean()

@@ -19,7 +19,7 @@ adapters, biases and norms are ours.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,9 +35,11 @@ from subbyte.ptq.search import Layer
 from subbyte.tensors import QuantizedLayer, as_matrix, as_weight
 
 STAGES = 32  # of more layers, neighbours share a pass over the images
+AHEAD_BYTES = 2**30  # of the float network's patches: so many stages share its pass
 _KEPT = 0.01  # of the means
 
 Solve = Callable[[Layer], QuantizedLayer]
+_Patches = dict[str, list[Tensor]]  # chunks [groups, width, n] of each layer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,11 +65,14 @@ def solve_in_order(
         if layer.statistics is None:
             work.take(layer, solve(layer), None)
     measured = {layer.site.name: layer for layer in known if layer.statistics is not None}
-    for names in _stages(_order(teacher, [x.site for x in measured.values()], batches[0])):
-        paired = work.paired([measured[name].site for name in names])
-        for name in names:
-            layer = work.adapted(measured[name], paired[name])
-            work.take(measured[name], solve(layer), paired[name])
+    needs = work.needs([layer.site for layer in measured.values()])
+    for ahead in _spans(list(_stages(list(needs))), needs, AHEAD_BYTES):
+        wanted = work.patches(teacher, [measured[name].site for names in ahead for name in names])
+        for names in ahead:
+            paired = work.paired([measured[name].site for name in names], wanted)
+            for name in names:
+                layer = work.adapted(measured[name], paired[name])
+                work.take(measured[name], solve(layer), paired[name])
     return Solved(work.model, work.layers)
 
 
@@ -95,16 +100,27 @@ class _Work:
         self.model, self.student = copy.deepcopy(teacher), copy.deepcopy(teacher)
         self.norms = norms_behind(teacher, batches[0][:1])
         self.layers: dict[str, QuantizedLayer] = {}
+        self.quota = patches_an_image(batches, PATCHES)
 
-    def paired(self, stage: Sequence[Site]) -> dict[str, _Paired]:
-        quota = patches_an_image(self.batches, PATCHES)
+    def needs(self, layers: Sequence[Site]) -> dict[str, int]:
+        """About the bytes of each layer's patches, in the order in which the layers first run."""
+        seen = _patches(self.teacher, layers, self.batches[0][:1], self.quota)
+        images = sum(len(x) for x in self.batches)
+        return {n: images * sum(x.nbytes for x in chunks) for n, chunks in seen.items()}
+
+    def patches(self, model: nn.Module, stage: Sequence[Site]) -> list[_Patches]:
+        """Of each batch."""
+        return [_patches(model, stage, x, self.quota * len(x)) for x in self.batches]
+
+    def paired(self, stage: Sequence[Site], wanted: Sequence[_Patches]) -> dict[str, _Paired]:
+        """wanted: the float network's patches of each batch, of these layers and maybe more."""
         sums: dict[str, list[Tensor]] = {}
         counts = dict.fromkeys((site.name for site in stage), 0)
-        for batch in self.batches:
-            x = _patches(self.teacher, stage, batch, quota * len(batch))
-            z = _patches(self.student, stage, batch, quota * len(batch))
-            for name, chunks in x.items():
-                for a, b in zip(chunks, z[name], strict=True):
+        for batch, x in zip(self.batches, wanted, strict=True):
+            z = _patches(self.student, stage, batch, self.quota * len(batch))
+            for name in counts:
+                # z is of the first call alone, if the pass ended there
+                for a, b in zip(x[name], z[name], strict=False):
                     products = (b @ b.mT, a @ b.mT, b.sum(2, True), a.sum(2, True))
                     own = sums.setdefault(name, [torch.zeros(()).double() for _ in products])
                     sums[name] = [
@@ -169,14 +185,12 @@ class _ReachedError(Exception):
     """All layers of interest have been seen; the rest of the network need not run."""
 
 
-def _patches(
-    model: nn.Module, stage: Sequence[Site], x: Tensor, most: int
-) -> dict[str, list[Tensor]]:
+def _patches(model: nn.Module, stage: Sequence[Site], x: Tensor, most: int) -> _Patches:
     """Chunks of patches [groups, width, n] of each layer, in a pass that ends with the last one."""
     seen: dict[str, list[Tensor]] = {}
 
     def receive(name: str, patches: Iterator[Tensor]) -> None:
-        seen.setdefault(name, []).extend(patches)
+        seen.setdefault(name, []).extend(chunk.contiguous() for chunk in patches)
         if len(seen) == len(stage):
             raise _ReachedError
 
@@ -185,15 +199,24 @@ def _patches(
     return seen
 
 
-def _order(model: nn.Module, layers: Sequence[Site], x: Tensor) -> list[str]:
-    """Names of the layers in the order in which they first run."""
-    seen: dict[str, None] = {}
-    with inputs_of(model, layers, lambda name, _: seen.setdefault(name), 1):
-        model(x[:1])
-    return list(seen)
-
-
 def _stages(names: Sequence[str]) -> Iterator[Sequence[str]]:
     size = -(-len(names) // STAGES)
     for i in range(0, len(names), max(1, size)):
         yield names[i : i + size]
+
+
+def _spans(
+    stages: Sequence[Sequence[str]], needs: Mapping[str, int], limit: int
+) -> Iterator[list[Sequence[str]]]:
+    """Neighbouring stages whose patches together fit the limit (one stage at least)."""
+    span: list[Sequence[str]] = []
+    size = 0
+    for names in stages:
+        more = sum(needs[name] for name in names)
+        if span and size + more > limit:
+            yield span
+            span, size = [], 0
+        span.append(names)
+        size += more
+    if span:
+        yield span
