@@ -326,7 +326,7 @@ def coarse(net):
     from subbyte.ptq.quantize import _Work
 
     work = _Work(net, torch.zeros(1, 1, 8, 8), 0, None)
-    work.calibrate()
+    work.calibrate(effect=False)
     method = CoRa(levels=3, codes="rtn")
     work.solve(work.plan(method), method)
     return work.layers

@@ -16,6 +16,7 @@ import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -174,6 +175,7 @@ class _Work:
         self.sites = self._sites()
         self.statistics: Mapping[str, Statistics] = {}
         self.known: list[Layer] = []
+        self.distance: float | None = None  # of what is kept so far, once it was judged
 
     def tell(self, text: str) -> None:
         if self.listener is not None:
@@ -361,13 +363,14 @@ class _Work:
         self, what: str, model: nn.Module, layers: dict[str, QuantizedLayer]
     ) -> bool:
         """Only what brings the held-out images closer to the float network is kept."""
-        before = self._distance(pack(self.model, self.layers, precision="float32"))
-        after = self._distance(pack(model, layers, precision="float32"))
+        before = self._distance(self.model, self.layers) if self.distance is None else self.distance
+        after = self._distance(model, layers)
         better = after < before
         self.note(
             f"{what}: {'kept' if better else 'dropped'}, divergence from the float network on "
             f"held-out images {before:.4f} -> {after:.4f}"
         )
+        self.distance = min(before, after)
         if better:
             self.model, self.layers = model, layers
         return better
@@ -385,22 +388,29 @@ class _Work:
     def _judging(self) -> Sequence[Tensor]:
         return self.images[::_HELD_OUT].split(64)
 
+    @cached_property
+    def _wanted(self) -> list[Tensor]:
+        """The float network's logits of the images that judge."""
+        with torch.no_grad():
+            return [self.teacher(x) for x in self._judging()]
+
     @torch.no_grad()
-    def _distance(self, net: nn.Module) -> float:
+    def _distance(self, model: nn.Module, layers: dict[str, QuantizedLayer]) -> float:
         """Mean divergence of the held-out images; infinite if any logit is not finite."""
+        net = pack(model, layers, precision="float32")
         total = 0.0
-        for x in self._judging():
+        for x, wanted in zip(self._judging(), self._wanted, strict=True):
             logits = net(x)
             if not logits.isfinite().all():
                 return float("inf")
-            total += float(divergence(logits, self.teacher(x), TEMPERATURE)) * len(x)
+            total += float(divergence(logits, wanted, TEMPERATURE)) * len(x)
         return total / max(1, sum(len(x) for x in self._judging()))
 
     @torch.no_grad()
     def agreement(self, net: nn.Module) -> float:
         same = total = 0
-        for x in self._judging():
-            hits = net(x).argmax(-1) == self.teacher(x).argmax(-1)
+        for x, wanted in zip(self._judging(), self._wanted, strict=True):
+            hits = net(x).argmax(-1) == wanted.argmax(-1)
             same, total = same + int(hits.sum()), total + hits.numel()
         return 100.0 * same / max(1, total)
 
