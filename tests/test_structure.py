@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "subbyte"
 
 ORDER = [
     "errors", "files", "jsontext", "grids", "functional", "tensors", "_native", "packing",
-    "kernels", "layers", "recipe", "methods", "batchnorm", "modules", "integer", "models",
+    "kernels", "layers", "recipe", "methods", "batchnorm", "modules", "fuse", "integer", "models",
     "artifact", "bench", "data", "ptq", "train", "report", "config", "demo", "convert", "cli",
 ]  # fmt: skip
 TYPE_ONLY = {("recipe", "methods")}  # names for type checkers, not imported at run time
