@@ -132,8 +132,8 @@ def _then(layer: PackedLinear | PackedConv2d) -> str:
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:
-    """Frozen values are never written to, so a module gets its own."""
-    return None if tensor is None else tensor.detach().clone()
+    """Frozen values are never written to, so a module gets its own, laid out as a file gives it."""
+    return None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 class PackedLinear(nn.Module):
