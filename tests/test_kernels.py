@@ -118,6 +118,22 @@ def test_int16_is_128_times_finer(levels, n):
         assert (error <= reach * (0.51 / 127 / 128 + 8 * EPS)).all()
 
 
+@pytest.mark.parametrize("levels", [3, 5, 9, 17, 128])
+@pytest.mark.parametrize("k", [60, 100, 200, 400, 1000])
+def test_sums_hold_at_their_fullest(levels, k):
+    """Random signs cancel before a sum overflows; these do not."""
+    grid = uniform(levels)
+    for code in (0, levels - 1):
+        codes = torch.full((33, k), code, dtype=torch.uint8)
+        layer = packed_linear(QuantizedTensor(codes, torch.ones(1), grid), None)
+        wanted = torch.full((12, 33), k * (1.0 if code else -1.0))
+        for tier in core.tiers():
+            core.select_tier(tier)
+            for n, sign in ((12, 1), (12, -1), (1, 1), (1, -1)):
+                got = layer(torch.full((n, k), 2.0 * sign))
+                assert torch.allclose(got, 2 * sign * wanted[:n], rtol=1e-5)
+
+
 def test_int8_is_within_half_a_step_of_the_float_product():
     weight = quantized(5, (64, 300))
     x = torch.randn(9, 300)
