@@ -249,6 +249,19 @@ def convolution(spec, levels, seed=0):
     return like, quantized(levels, tuple(like.weight.shape), seed=seed)
 
 
+def exact_product(like):
+    """(x, w) -> the convolution in float64, without a bias."""
+
+    def product(x, w):
+        with torch.no_grad():
+            double = copy.deepcopy(like).double()
+            double.weight.copy_(w)
+            double.bias.zero_()
+            return double(x)
+
+    return product
+
+
 @pytest.mark.parametrize("spec", CONVS, ids=str)
 @pytest.mark.parametrize("levels", [2, 3, 5, 8, 16, 17, 128])
 def test_conv_is_the_exact_product_of_rounded_activations_on_every_tier(spec, levels):
@@ -260,13 +273,7 @@ def test_conv_is_the_exact_product_of_rounded_activations_on_every_tier(spec, le
     bias = torch.randn(like.out_channels)
     layer = packed_conv(weight, bias, like)
 
-    def product(x, w):
-        with torch.no_grad():
-            double = copy.deepcopy(like).double()
-            double.weight.copy_(w)
-            double.bias.zero_()
-            return double(x)
-
+    product = exact_product(like)
     for size in [(1, 9, 11), (3, 8, 8)]:
         x = torch.randn(size[0], like.in_channels, *size[1:])
         for layout in (torch.contiguous_format, torch.channels_last):
@@ -295,13 +302,7 @@ def test_conv_in_float32(spec, levels):
     like, weight = convolution(spec, levels)
     layer, bias = packed_conv(weight, like.bias.detach(), like, "float32"), like.bias.double()
 
-    def product(x, w):
-        with torch.no_grad():
-            double = copy.deepcopy(like).double()
-            double.weight.copy_(w)
-            double.bias.zero_()
-            return double(x)
-
+    product = exact_product(like)
     x = torch.randn(2, like.in_channels, 9, 10)
     for layout in (torch.contiguous_format, torch.channels_last):
         for tier in core.tiers():

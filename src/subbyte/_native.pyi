@@ -40,8 +40,6 @@ class Panel:
 class ConvPanels:
     @property
     def bytes(self) -> int: ...
-    @property
-    def bits(self) -> float: ...
     def conv2d(
         self,
         x: int,

@@ -139,7 +139,7 @@ def _layer(call: _Call, batch: int, roofs: Roofs | None, seconds: float) -> Laye
     packed = weights[0]
     n_bytes = 0 if reason else sum(kernels.panel_bytes(weight.words) for weight in weights)
     planes = 2 if getattr(layer, "precision", "") == "int16" else 1
-    depthwise = isinstance(layer, PackedConv2d) and layer.groups == packed.shape[0]
+    depthwise = isinstance(layer, PackedConv2d) and kernels.is_depthwise(packed.shape, layer.groups)
     in_bytes = not reason and not depthwise and layer.precision != "float32"
     least = roofs.seconds(n_bytes, planes * operations) if roofs and in_bytes else None
     return LayerBench(

@@ -88,9 +88,14 @@ def why_not_conv(
     """The same for a convolution with a weight [out, in / groups, kh, kw]."""
     if padding_mode != "zeros":
         return f"padding mode is {padding_mode!r}"
-    if shape[0] // groups < _FEW_CHANNELS and not (shape[0] == groups and shape[1] == 1):
+    if shape[0] // groups < _FEW_CHANNELS and not is_depthwise(shape, groups):
         return f"groups have {shape[0] // groups} output channels"
     return why_not(x, grid, torch.Size(shape[1:]).numel())
+
+
+def is_depthwise(shape: Sequence[int], groups: int) -> bool:
+    """Whether a convolution is computed in float32 whatever its precision."""
+    return shape[0] == groups and shape[1] == 1
 
 
 def _why_not_grid(grid: Grid, row_length: int) -> str | None:
@@ -393,8 +398,10 @@ def _reference_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]
 ) -> Tensor:
     sh, sw, dh, dw, top, bottom, left, right, groups = geometry
-    padded = F.pad(x, (left, right, top, bottom))
-    return F.conv2d(padded, weight, bias, (sh, sw), 0, (dh, dw), groups)
+    padding = top, left
+    if (top, left) != (bottom, right):
+        x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+    return F.conv2d(x, weight, bias, (sh, sw), padding, (dh, dw), groups)
 
 
 def _decode(words: Tensor, scale: Tensor, grid: Grid, shape: Sequence[int]) -> Tensor:

@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ from torch.nn import functional as F
 
 from subbyte.errors import SubbyteError
 from subbyte.layers import Site
+
+T = TypeVar("T")
 
 GRAM_BYTES = 3 * 2**29  # 1.5 GiB of sums at once; more layers take another pass over the images
 PATCHES = 2**17  # of a layer at least, where there are so many; more cost time and change little
@@ -93,18 +95,25 @@ def patches_an_image(batches: Sequence[Tensor], patches: int) -> int:
 
 def _passes(layers: Sequence[Site], limit: int) -> Iterator[list[Site]]:
     """The layers in groups whose sums fit the limit (one layer at least)."""
-    part: list[Site] = []
-    size = 0
-    for site in layers:
-        if site.type not in MEASURED:
-            continue
+
+    def needs(site: Site) -> int:
         width = site.n_weights // max(1, site.shape[0])
-        needs = 8 * width * width * (site.shape[0] if _is_depthwise(site) else 1)
-        if part and size + needs > limit:
+        return 8 * width * width * (site.shape[0] if _is_depthwise(site) else 1)
+
+    return fitting((site for site in layers if site.type in MEASURED), needs, limit)
+
+
+def fitting(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Neighbouring items whose sizes together fit the limit (one item at least)."""
+    part: list[T] = []
+    total = 0
+    for item in items:
+        more = size(item)
+        if part and total + more > limit:
             yield part
-            part, size = [], 0
-        part.append(site)
-        size += needs
+            part, total = [], 0
+        part.append(item)
+        total += more
     if part:
         yield part
 

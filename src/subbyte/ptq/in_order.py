@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.layers import Site
-from subbyte.ptq.calibration import PATCHES, Statistics, inputs_of, patches_an_image
+from subbyte.ptq.calibration import PATCHES, Statistics, fitting, inputs_of, patches_an_image
 from subbyte.ptq.codes import damped
 from subbyte.ptq.equalize import norms_behind
 from subbyte.ptq.search import Layer
@@ -209,14 +209,4 @@ def _spans(
     stages: Sequence[Sequence[str]], needs: Mapping[str, int], limit: int
 ) -> Iterator[list[Sequence[str]]]:
     """Neighbouring stages whose patches together fit the limit (one stage at least)."""
-    span: list[Sequence[str]] = []
-    size = 0
-    for names in stages:
-        more = sum(needs[name] for name in names)
-        if span and size + more > limit:
-            yield span
-            span, size = [], 0
-        span.append(names)
-        size += more
-    if span:
-        yield span
+    return fitting(stages, lambda names: sum(needs[name] for name in names), limit)

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "arithmetic.hpp"
 #include "depthwise.hpp"
 #include "memory.hpp"
 #include "radix.hpp"
@@ -201,31 +202,13 @@ struct Task {
   std::int64_t first, n, out_w;
 };
 
-void multiply(const Kernels& kernels, const Task<std::int8_t>& task, const Runs& runs, std::int64_t,
-              const std::uint8_t* const* x, std::int32_t* sums) {
-  kernels.multiply(task.weights, task.panel.max_abs, task.rows, runs, x, sums);
-}
-void multiply(const Kernels& kernels, const Task<float>& task, const Runs& runs, std::int64_t n,
-              const std::uint8_t* const* x, float* sums) {
-  kernels.multiply_float(task.weights, task.rows, runs, n, x, sums);
-}
-
-void write_values(const Kernels& kernels, const std::int32_t* sums, std::int64_t n,
-                  const Scaling& scaling, float* y, std::int64_t step) {
-  kernels.values(sums, n, scaling, y, step);
-}
-void write_values(const Kernels& kernels, const float* sums, std::int64_t n, const Scaling& scaling,
-                  float* y, std::int64_t step) {
-  kernels.values_float(sums, n, scaling, y, step);
-}
-
 // finish(pixel, n, sums [n][32]) for all pixels of a task, a tile of n at a time, counted from
 // task.first. frame: of the task's group.
 template <class T, class F>
 void multiply_pixels(const Call& call, const Task<T>& task, const Runs& runs, const T* frame,
                      F&& finish) {
   const ConvShape& s = call.shape();
-  alignas(64) std::conditional_t<sizeof(T) == 1, std::int32_t, T> sums[kMaxTile * kBlockRows] = {};
+  alignas(64) SumOf<T> sums[kMaxTile * kBlockRows] = {};
   const std::uint8_t* x[kMaxTile];
   std::int64_t row = task.first / task.out_w, column = task.first % task.out_w;
   for (std::int64_t first = 0; first < task.n; first += call.kernels.tile) {
@@ -236,7 +219,7 @@ void multiply_pixels(const Call& call, const Task<T>& task, const Runs& runs, co
       if (++column == task.out_w) column = 0, ++row;
     }
     for (std::int64_t i = n; i < call.kernels.tile; ++i) x[i] = x[0];
-    multiply(call.kernels, task, runs, n, x, sums);
+    multiply(call.kernels, task.panel, task.weights, task.rows, runs, n, x, sums);
     finish(first, n, sums);
   }
 }
@@ -335,15 +318,7 @@ void multiply_frames(const Call& call, const T* frames, const std::vector<Quanti
       const Panel& panel = call.weight.panels()[group];
       const std::int64_t row = block * kBlockRows, channel = group * panel.rows + row;
       const std::int64_t rows = std::min<std::int64_t>(kBlockRows, panel.rows - row);
-      const T* weights;
-      if constexpr (kSingle) {
-        auto* room =
-            reinterpret_cast<float*>(wide.reserve(decoded.length * kBlockRows * sizeof(T)));
-        kernels.widen(panel, decoded.at(group, block), room);
-        weights = room;
-      } else {
-        weights = decoded.at(group, block);
-      }
+      const T* weights = weights_as<T>(kernels, panel, decoded.at(group, block), wide);
       const Task<T> task{channel, rows,         panel,
                          weights, chunk * step, std::min(step, pixels - chunk * step),
                          out_w};
@@ -378,7 +353,7 @@ void multiply_frames(const Call& call, const T* frames, const std::vector<Quanti
         multiply_pixels(call, task, runs, frame,
                         [&](std::int64_t first, std::int64_t n, const auto* sums) {
                           scaling.plus = more ? more + first * stride : nullptr;
-                          write_values(kernels, sums, n, scaling, out + first * stride, stride);
+                          values(kernels, sums, n, scaling, out + first * stride, stride);
                         });
       }
       if (!whole) sink.write(task, value);

@@ -74,7 +74,7 @@ class Planes {
     thread_local Buffer scratch;
     const std::int64_t values = (call.h + call.s.top + call.s.bottom) * pitch_ * call.s.stride_w;
     padded_ = reinterpret_cast<float*>(scratch.reserve((values + row_) * sizeof(float)));
-    std::memset(padded_, 0, values * sizeof(float));
+    std::memset(padded_, 0, (values + row_) * sizeof(float));
     result_ = padded_ + values;
     taps_ = offsets_.fill(
         call.s, [](std::int64_t, std::int64_t) { return true; },
@@ -88,17 +88,13 @@ class Planes {
       for (std::int64_t i = 0; i < std::min(s.stride_w, call_.w); ++i)
         spread(x + i, s.stride_w, (call_.w - 1 - i) / s.stride_w + 1,
                padded_ + place(y + s.top, i + s.left));
-    const Finish& finish = call_.finish;
-    Finish first{finish.bias ? finish.bias + channel : nullptr};
-    if (!plus) first.low = finish.low, first.high = finish.high;
+    Finish finish = call_.finish;
+    if (finish.bias) finish.bias += channel;
+    if (plus) finish.plus = result_;
     for (std::int64_t y = 0; y < call_.out_h; ++y) {
+      if (plus) std::memcpy(result_, plus + y * call_.out_w, call_.out_w * sizeof(float));
       call_.kernels.row(taps_, padded_ + place(y * s.stride_h, 0), call_.weights + channel, row_,
-                        first, result_);
-      for (std::int64_t i = 0; plus && i < call_.out_w; ++i) {
-        const float sum = result_[i] + plus[y * call_.out_w + i];
-        const float above = sum < finish.low ? finish.low : sum;  // NaN stays
-        result_[i] = above > finish.high ? finish.high : above;
-      }
+                        finish, result_);
       std::memcpy(out + y * call_.out_w, result_, call_.out_w * sizeof(float));
     }
   }

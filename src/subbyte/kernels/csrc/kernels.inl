@@ -541,26 +541,28 @@ void pixels(const Taps& taps, const float* x, std::int64_t step, const float* we
   for (; n > 0; advance(1)) windows<1>(taps, x, step, weights, channels, at, y);
 }
 
+// N vectors of a row, from i on.
 template <int N>
-inline void row_part(const Taps& taps, const float* x, const float* weights, const Finish& finish,
-                     float* y) {
+inline void row_part(const Taps& taps, const float* x, const float* weights, std::int64_t i,
+                     const Finish& finish, float* y) {
   Floats sum[N];
-  for (int i = 0; i < N; ++i) sum[i] = (finish.bias ? *finish.bias : 0.0f) + Floats{};
+  for (int v = 0; v < N; ++v) sum[v] = (finish.bias ? *finish.bias : 0.0f) + Floats{};
   for (int t = 0; t < taps.count; ++t) {
     const Floats w = weights[taps.weights[t]] + Floats{};
-    for (int i = 0; i < N; ++i) sum[i] += w * floats(x + taps.x[t] + i * kFloats);
+    for (int v = 0; v < N; ++v) sum[v] += w * floats(x + taps.x[t] + i + v * kFloats);
   }
-  for (int i = 0; i < N; ++i) {
-    sum[i] = limited(sum[i], finish);
-    std::memcpy(y + i * kFloats, &sum[i], sizeof(Floats));
+  for (int v = 0; v < N; ++v) {
+    if (finish.plus) sum[v] += floats(finish.plus + i + v * kFloats);
+    sum[v] = limited(sum[v], finish);
+    std::memcpy(y + i + v * kFloats, &sum[v], sizeof(Floats));
   }
 }
 
 void row(const Taps& taps, const float* x, const float* weights, std::int64_t n,
          const Finish& finish, float* y) {
   std::int64_t i = 0;
-  for (; i + 4 * kFloats <= n; i += 4 * kFloats) row_part<4>(taps, x + i, weights, finish, y + i);
-  for (; i < n; i += kFloats) row_part<1>(taps, x + i, weights, finish, y + i);
+  for (; i + 4 * kFloats <= n; i += 4 * kFloats) row_part<4>(taps, x, weights, i, finish, y);
+  for (; i < n; i += kFloats) row_part<1>(taps, x, weights, i, finish, y);
 }
 
 #ifdef SUBBYTE_TABLES

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "arithmetic.hpp"
 #include "memory.hpp"
 #include "threads.hpp"
 
@@ -63,7 +64,7 @@ struct Sink {
       const std::int64_t place = first * panel.rows + row;
       scaling.scale = columns.scale.data() + first;
       if (finish.plus) scaling.plus = finish.plus + place;
-      values(sums, n, scaling, y + place, panel.rows);
+      values(kernels, sums, n, scaling, y + place, panel.rows);
       return;
     }
     for (std::int64_t c = first; c < first + n; ++c, sums += kBlockRows) {
@@ -77,18 +78,9 @@ struct Sink {
       scaling.plus = plus ? value : nullptr;
       scaling.low = done ? finish.low : -Finish::kInfinity;
       scaling.high = done ? finish.high : Finish::kInfinity;
-      values(sums, 1, scaling, value, kBlockRows);
+      values(kernels, sums, 1, scaling, value, kBlockRows);
       std::memcpy(y + place, value, rows * sizeof(float));
     }
-  }
-
-  void values(const std::int32_t* sums, std::int64_t n, const Scaling& scaling, float* out,
-              std::int64_t step) const {
-    kernels.values(sums, n, scaling, out, step);
-  }
-  void values(const float* sums, std::int64_t n, const Scaling& scaling, float* out,
-              std::int64_t step) const {
-    kernels.values_float(sums, n, scaling, out, step);
   }
 };
 
@@ -111,60 +103,33 @@ void few_columns(const Kernels& kernels, const Panel& panel, const Columns& colu
   });
 }
 
-void many_columns(const Kernels& kernels, const Panel& panel, const Columns& columns,
-                  const Sink& sink, int threads) {
-  const std::int64_t offset = 0;
-  const std::int32_t length = static_cast<std::int32_t>(panel.groups() * panel.traits().positions);
-  const Runs runs{1, &offset, &length};
+// x: columns of T, `stride` apart.
+template <class T>
+void many_columns(const Kernels& kernels, const Panel& panel, const Columns& columns, const T* x,
+                  std::int64_t stride, const Sink& sink, int threads) {
+  const std::int64_t offset = 0, length = panel.groups() * panel.traits().group();
+  // In groups of 4 bytes: 4 activations, or a float.
+  const std::int32_t groups = static_cast<std::int32_t>(sizeof(T) == 1 ? length / 4 : panel.k);
+  const Runs runs{1, &offset, &groups};
   // A block's weights are decoded once for all columns, unless there are fewer blocks than threads.
   const std::int64_t tiles = (columns.count() + kernels.tile - 1) / kernels.tile;
   const std::int64_t parts = panel.blocks() >= threads ? 1 : std::min<std::int64_t>(threads, tiles);
   parallel(threads, panel.blocks() * parts, [&](std::int64_t begin, std::int64_t end) {
-    thread_local Buffer scratch;
-    auto* weights = reinterpret_cast<std::int8_t*>(scratch.reserve(length * kRunBytes));
-    alignas(64) std::int32_t sums[kMaxTile * kBlockRows] = {};
-    const std::uint8_t* x[kMaxTile];
-    for (std::int64_t task = begin; task < end; ++task) {
-      const std::int64_t block = task / parts, part = task % parts;
-      kernels.decode(panel, block, weights);
-      for (std::int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
-        const std::int64_t first = tile * kernels.tile;
-        const std::int64_t n = std::min<std::int64_t>(kernels.tile, columns.count() - first);
-        for (int c = 0; c < kernels.tile; ++c)
-          x[c] = reinterpret_cast<const std::uint8_t*>(columns.at(first + (c < n ? c : 0)));
-        kernels.multiply(weights, panel.max_abs, panel.rows - block * kBlockRows, runs, x, sums);
-        sink.write(block, first, n, sums, 1, panel.excess(kernels.flip, block));
-      }
-    }
-  });
-}
-
-// Columns as they are: the rows of x.
-void float_columns(const Kernels& kernels, const Panel& panel, const Columns& columns,
-                   const float* x, const Sink& sink, int threads) {
-  const std::int64_t offset = 0, length = panel.groups() * panel.traits().group();
-  const std::int32_t k = static_cast<std::int32_t>(panel.k);
-  const Runs runs{1, &offset, &k};
-  const std::int64_t tiles = (columns.n + kernels.tile - 1) / kernels.tile;
-  const std::int64_t parts = panel.blocks() >= threads ? 1 : std::min<std::int64_t>(threads, tiles);
-  parallel(threads, panel.blocks() * parts, [&](std::int64_t begin, std::int64_t end) {
-    thread_local Buffer bytes, floats;
-    auto* decoded = reinterpret_cast<std::int8_t*>(bytes.reserve(length * kBlockRows));
-    auto* weights = reinterpret_cast<float*>(floats.reserve(length * kBlockRows * sizeof(float)));
-    alignas(64) float sums[kMaxTile * kBlockRows] = {};
+    thread_local Buffer scratch, wide;
+    auto* decoded = reinterpret_cast<std::int8_t*>(scratch.reserve(length * kBlockRows));
+    alignas(64) SumOf<T> sums[kMaxTile * kBlockRows] = {};
     const std::uint8_t* column[kMaxTile];
     for (std::int64_t task = begin; task < end; ++task) {
       const std::int64_t block = task / parts, part = task % parts;
       kernels.decode(panel, block, decoded);
-      kernels.widen(panel, decoded, weights);
+      const T* weights = weights_as<T>(kernels, panel, decoded, wide);
       for (std::int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
         const std::int64_t first = tile * kernels.tile;
-        const std::int64_t n = std::min<std::int64_t>(kernels.tile, columns.n - first);
+        const std::int64_t n = std::min<std::int64_t>(kernels.tile, columns.count() - first);
         for (int c = 0; c < kernels.tile; ++c)
-          column[c] =
-              reinterpret_cast<const std::uint8_t*>(x + (first + (c < n ? c : 0)) * panel.k);
-        kernels.multiply_float(weights, panel.rows - block * kBlockRows, runs, n, column, sums);
-        sink.write(block, first, n, sums, 1, panel.excess(0, block));
+          column[c] = reinterpret_cast<const std::uint8_t*>(x + (first + (c < n ? c : 0)) * stride);
+        multiply(kernels, panel, weights, panel.rows - block * kBlockRows, runs, n, column, sums);
+        sink.write(block, first, n, sums, 1, panel.excess(kernels.flip, block));
       }
     }
   });
@@ -176,31 +141,27 @@ std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, con
                                  std::int64_t n, float* y, const Finish& finish,
                                  Precision precision, int threads) {
   thread_local Buffer scratch;
+  const bool single = precision == Precision::kFloat32;
   const int planes = planes_of(precision);
   const std::int64_t stride = panel.groups() * panel.traits().group();
-  auto* q = reinterpret_cast<std::int8_t*>(scratch.reserve(n * planes * stride));
-  const bool single = precision == Precision::kFloat32, few = n * planes <= kMaxSmall;
-  const std::uint8_t flip = few ? 0 : kernels.flip;
-  Columns columns{n,
-                  panel.k,
-                  stride,
-                  planes,
-                  flip,
-                  q,
-                  std::vector<Quantized>(n),
-                  std::vector<float>(n * planes)};
+  Columns columns{n, panel.k, stride, planes, kernels.flip, nullptr, {}, {}};
+  columns.scale.assign(n * planes, 1.0f);
   const Sink sink{kernels, panel, columns, y, finish};
-  if (columns.count() * panel.rows * panel.k * (single ? 4 : 1) < kSerial) threads = 1;
+  const std::int64_t cost = columns.count() * panel.rows * panel.k * (single ? 4 : 1);
+  const int team = cost < kSerial ? 1 : threads;
   if (single) {
-    columns.scale.assign(n, 1.0f);
-    float_columns(kernels, panel, columns, x, sink, threads);
+    many_columns(kernels, panel, columns, x, panel.k, sink, team);
     return {};
   }
-  quantize_rows(kernels, x, threads, columns);
+  const bool few = columns.count() <= kMaxSmall;
+  if (few) columns.flip = 0;
+  columns.q = reinterpret_cast<std::int8_t*>(scratch.reserve(n * planes * stride));
+  columns.of.resize(n);
+  quantize_rows(kernels, x, team, columns);
   if (few)
-    few_columns(kernels, panel, columns, sink, threads);
+    few_columns(kernels, panel, columns, sink, team);
   else
-    many_columns(kernels, panel, columns, sink, threads);
+    many_columns(kernels, panel, columns, columns.q, stride, sink, team);
   std::vector<std::int64_t> odd;
   for (std::int64_t i = 0; i < n; ++i)
     if (!columns.of[i].fits) odd.push_back(i);
