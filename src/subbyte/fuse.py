@@ -23,7 +23,13 @@ from subbyte.errors import SubbyteError
 from subbyte.functional import read_scale
 from subbyte.grids import PerChannel, ScaleDomain
 from subbyte.kernels import Activation
-from subbyte.modules import PackedConv2d, PackedLinear, PackedWeight
+from subbyte.modules import (
+    PACKED,
+    PackedConv2d,
+    PackedLinear,
+    PackedMultiheadAttention,
+    PackedWeight,
+)
 
 _ACTIVATIONS: dict[Any, Activation] = {
     nn.ReLU: "relu", F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu",
@@ -68,10 +74,12 @@ def fuse(net: nn.Module) -> nn.Module:
     return fused
 
 
+_WHOLE = (*PACKED.values(), PackedMultiheadAttention, Affine)
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        ours = type(module).__module__ in (PackedWeight.__module__, Affine.__module__)
-        return ours or super().is_leaf_module(module, name)
+        return isinstance(module, _WHOLE) or super().is_leaf_module(module, name)
 
 
 def _optional(net: nn.Module) -> dict[str, None]:

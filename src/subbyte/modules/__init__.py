@@ -1,0 +1,21 @@
+"""Packed layers: uint8 words, a scale and a bias in plain buffers; float activations.
+
+Buffers are plain tensors, so state_dict, deepcopy, `.to(device)` and safetensors work as for any
+module.
+"""
+
+from subbyte.modules.attention import PackedMultiheadAttention
+from subbyte.modules.build import is_fused, pack
+from subbyte.modules.layers import PACKED, PackedConv2d, PackedEmbedding, PackedLinear
+from subbyte.modules.weight import PackedWeight
+
+__all__ = [
+    "PACKED",
+    "PackedConv2d",
+    "PackedEmbedding",
+    "PackedLinear",
+    "PackedMultiheadAttention",
+    "PackedWeight",
+    "is_fused",
+    "pack",
+]

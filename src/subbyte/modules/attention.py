@@ -1,0 +1,150 @@
+"""Attention with packed projections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from subbyte import kernels
+from subbyte.kernels import Precision
+from subbyte.modules.layers import packed_linear
+from subbyte.modules.weight import PackedWeight, copied
+from subbyte.tensors import QuantizedLayer
+
+
+class PackedMultiheadAttention(nn.Module):
+    """`nn.MultiheadAttention` with packed projections, same call and results.
+
+    projections: one `in_proj`, or `q_proj`, `k_proj`, `v_proj` when their widths differ. A
+    projection that a recipe keeps in float stays a float tensor. Plain self-attention multiplies
+    by the kernels; `why_not` says in words when a call does not.
+    """
+
+    precision: Precision = "float32"
+
+    in_proj: nn.Module
+    in_proj_bias: Tensor | None
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+
+    merge_masks = nn.MultiheadAttention.merge_masks  # TransformerEncoderLayer calls it
+
+    def __init__(self, like: nn.MultiheadAttention, packed: Mapping[str, QuantizedLayer]) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads = like.embed_dim, like.num_heads
+        self.dropout, self.batch_first = like.dropout, like.batch_first
+        self.add_zero_attn = like.add_zero_attn
+        self._qkv_same_embed_dim = like._qkv_same_embed_dim  # TransformerEncoderLayer reads it
+        for name in ("in_proj",) if self._qkv_same_embed_dim else ("q_proj", "k_proj", "v_proj"):
+            setattr(self, name, _projection(getattr(like, f"{name}_weight"), packed.get(name)))
+        for name in ("in_proj_bias", "bias_k", "bias_v"):
+            value = getattr(like, name)
+            self.register_buffer(name, copied(value))
+        self.out_proj = like.out_proj
+
+    @property
+    def in_proj_weight(self) -> Tensor | None:
+        """[3 * embed_dim, embed_dim], decoded at each call; None for separate projections."""
+        return self.in_proj() if self._qkv_same_embed_dim else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not self.why_not(
+            query, key, value, key_padding_mask, need_weights, attn_mask, is_causal=is_causal
+        ):
+            return self._attend(query), None
+        swap = self.batch_first and query.dim() == 3
+        if swap:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        weight = self.in_proj_weight
+        out, weights = F.multi_head_attention_forward(
+            query, key, value, self.embed_dim, self.num_heads,
+            None if weight is None else weight.to(query.dtype),
+            self.in_proj_bias, self.bias_k, self.bias_v, self.add_zero_attn, self.dropout,
+            self.out_proj.weight.to(query.dtype), self.out_proj.bias,
+            training=self.training, key_padding_mask=key_padding_mask, need_weights=need_weights,
+            attn_mask=attn_mask, average_attn_weights=average_attn_weights, is_causal=is_causal,
+            use_separate_proj_weight=weight is None,
+            **self._separate_weights(query.dtype),
+        )  # fmt: skip
+        return (out.transpose(0, 1) if swap else out), weights
+
+    def why_not(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> str | None:
+        """Why this call decodes its weights instead of using the kernels; None if it does not."""
+        projection = self._modules.get("in_proj")
+        if not isinstance(projection, PackedWeight):
+            return "query, key and value have projections of their own, or float ones"
+        if not (query is key is value):
+            return "query, key and value are not one tensor"
+        if query.dim() != 3:
+            return f"queries are {tuple(query.shape)}, not [batch, tokens, width]"
+        if key_padding_mask is not None or attn_mask is not None or is_causal:
+            return "attention is masked"
+        if need_weights:
+            return "attention weights are asked for (need_weights)"
+        if self.bias_k is not None or self.bias_v is not None or self.add_zero_attn:
+            return "keys and values are extended (bias_k, bias_v or add_zero_attn)"
+        if self.training and self.dropout:
+            return "dropout is on"
+        return kernels.why_not(query, projection.grid, self.embed_dim)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """Self-attention of x [batch, tokens, width], or [tokens, batch, width]."""
+        projected = packed_linear(
+            x, cast(PackedWeight, self.in_proj), self.in_proj_bias, self.precision
+        )
+        if not self.batch_first:
+            projected = projected.transpose(0, 1)
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in projected.chunk(3, dim=-1)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        if not self.batch_first:
+            mixed = mixed.transpose(0, 1)
+        out: Tensor = self.out_proj(mixed)
+        return out
+
+    def _separate_weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        names = () if self._qkv_same_embed_dim else ("q_proj", "k_proj", "v_proj")
+        return {f"{name}_weight": getattr(self, name)().to(dtype) for name in names}
+
+
+class _FloatWeight(nn.Module):
+    """A projection that stays float, called like a PackedWeight."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.detach())
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+def _projection(weight: Tensor, layer: QuantizedLayer | None) -> nn.Module:
+    return _FloatWeight(weight) if layer is None else PackedWeight(layer)

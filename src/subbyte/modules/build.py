@@ -1,0 +1,139 @@
+"""A network with its quantized layers replaced by packed ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from subbyte import kernels
+from subbyte.batchnorm import BatchNormMode, absorb_batchnorm, check_mode
+from subbyte.errors import SubbyteError
+from subbyte.kernels import Precision
+from subbyte.layers import Site, sites, supported_type
+from subbyte.modules.attention import PackedMultiheadAttention
+from subbyte.modules.layers import PACKED, PackedConv2d, PackedLinear
+from subbyte.tensors import QuantizedLayer
+
+
+def pack(
+    model: nn.Module,
+    layers: Mapping[str, QuantizedLayer],
+    *,
+    batchnorm: BatchNormMode = "keep",
+    precision: Precision = "int8",
+) -> nn.Module:
+    """A copy of the model in which the named layers are packed; in eval mode.
+
+    model: the float network, or the prepared one that `layers` were frozen from; it stays as it is.
+    batchnorm: "absorb" turns every BatchNorm into one scale and one shift a channel,
+    "power_of_two" rounds those scales too (`subbyte.batchnorm`); codes stay as they are.
+    precision: of the activations in products, "int8", "int16" or "float32" (`subbyte.kernels`);
+    the attribute `precision` of a packed layer changes it later.
+    Raises SubbyteError for a name the model does not have, a shape that differs, or a prepared
+    layer that `layers` leaves out.
+    """
+    check_mode(batchnorm)
+    kernels.check_precision(precision)
+    if batchnorm != "keep":
+        model = absorb_batchnorm(model, rounded=batchnorm == "power_of_two")
+    net = copy.deepcopy(model)
+    by_owner = _by_owner(net, layers)
+    replaced: dict[int, nn.Module] = {}
+    for parent in reversed(list(net.modules())):  # children first: attention takes its out_proj
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in by_owner:
+                packed = replaced.get(id(child)) or _packed(child, by_owner[id(child)])
+                replaced[id(child)] = packed
+                setattr(parent, name, packed)
+    if id(net) in by_owner:
+        net = _packed(net, by_owner[id(net)])
+    for module in net.modules():
+        if isinstance(module, PackedLinear | PackedConv2d | PackedMultiheadAttention):
+            module.precision = precision
+    return net.eval()
+
+
+def _by_owner(
+    net: nn.Module, layers: Mapping[str, QuantizedLayer]
+) -> dict[int, dict[str, QuantizedLayer]]:
+    """id of each module to replace -> its quantized weights, by the last part of their names."""
+    known = {site.name: site for site in sites(net)}
+    missing = sorted(set(layers) - set(known))
+    if missing:
+        raise SubbyteError(f"the model has no layer {missing[0]!r}; it has {', '.join(known)}")
+    by_owner: dict[int, dict[str, QuantizedLayer]] = {}
+    for name, layer in layers.items():
+        site = known[name]
+        owner = net.get_submodule(site.owner)
+        _check_fit(site, layer, owner)
+        _check_plain(name, owner)
+        part = site.parameter.removesuffix("_weight")
+        by_owner.setdefault(id(owner), {})[part] = layer
+    _check_all_prepared(net, known.values(), layers)
+    for module in net.modules():  # attention reads its out_proj's weight, so it must know it packed
+        if isinstance(module, nn.MultiheadAttention) and id(module.out_proj) in by_owner:
+            by_owner.setdefault(id(module), {})
+    return by_owner
+
+
+def _packed(module: nn.Module, layers: Mapping[str, QuantizedLayer]) -> nn.Module:
+    """The packed counterpart of one module, whose children may be packed already."""
+    if isinstance(module, nn.MultiheadAttention):
+        packed: nn.Module = PackedMultiheadAttention(module, layers)
+    else:
+        kind = supported_type(module)
+        assert kind is not None
+        packed = PACKED[kind](module, layers["weight"])
+    return packed.train(module.training)
+
+
+def _check_fit(site: Site, layer: QuantizedLayer, owner: nn.Module) -> None:
+    """Weight and bias have the shapes of the layer that they go into."""
+    bias = getattr(owner, "bias", None) if site.parameter == "weight" else None
+    wanted = {"shape": site.shape, "bias": None if bias is None else tuple(bias.shape)}
+    found = {
+        "shape": tuple(layer.weight.shape),
+        "bias": None if layer.bias is None else tuple(layer.bias.shape),
+    }
+    rows = site.shape[site.channel_axis]
+    if layer.adapter is not None and layer.adapter.up.shape[0] != rows:
+        raise SubbyteError(
+            f"the adapter of '{site.name}' has {layer.adapter.up.shape[0]} rows, the layer has "
+            f"{rows} output channels"
+        )
+    for part, shape in wanted.items():
+        if found[part] != shape:
+            raise SubbyteError(
+                f"layer '{site.name}' has {part} {shape}, its codes come with {found[part]}; "
+                "they are of another network"
+            )
+
+
+def _check_plain(name: str, owner: nn.Module) -> None:
+    """Packing replaces the module, so it must not carry what the packed one has no place for."""
+    hooks = len(owner._forward_hooks) + len(owner._forward_pre_hooks) + len(owner._backward_hooks)
+    if hooks:
+        raise SubbyteError(
+            f"layer '{name}' has {hooks} hooks, which packing would drop; remove them"
+        )
+    if owner._buffers:
+        raise SubbyteError(
+            f"layer '{name}' has buffers of its own ({', '.join(owner._buffers)}), which packing "
+            "would drop; keep it float"
+        )
+
+
+def _check_all_prepared(net: nn.Module, known: Any, layers: Mapping[str, QuantizedLayer]) -> None:
+    for site in known:
+        owner = net.get_submodule(site.owner)
+        prepared = site.parameter in getattr(owner, "parametrizations", {})
+        if prepared and site.name not in layers:
+            raise SubbyteError(f"layer '{site.name}' is prepared but not among the frozen layers")
+
+
+def is_fused(net: nn.Module) -> bool:
+    """Whether a layer of the network does more than its own, by `fuse`."""
+    return any(getattr(module, "fused", False) for module in net.modules())

@@ -1,0 +1,277 @@
+"""Linear layers, convolutions and embeddings with packed weights; float activations.
+
+Linear layers and 2-d convolutions multiply in integers (`subbyte.kernels`) where `precision` allows
+and the kernels serve them. Everything else runs on the reference: decode the weight, run the float
+operation, drop the decoded weight again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from subbyte import kernels
+from subbyte.errors import SubbyteError
+from subbyte.functional import decode, read_scale
+from subbyte.grids import PerChannel
+from subbyte.kernels import Activation, Precision
+from subbyte.modules.weight import PackedWeight, copied
+from subbyte.packing import radix
+from subbyte.tensors import QuantizedLayer
+
+
+def _decoded(self: Any) -> Tensor:
+    """The weight of a packed layer as float32, decoded at each call."""
+    weight: Tensor = self.packed()
+    return weight
+
+
+def packed_linear(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    precision: Precision,
+    plus: Tensor | None = None,
+    activation: Activation = "none",
+) -> Tensor:
+    """x [..., in] -> activation(x W' + bias + plus) [..., out], the adapter included."""
+    buffers: Any = packed._buffers
+    if buffers["up"] is not None:
+        up, down = packed.factors()  # type: ignore[misc]
+        extra = F.linear(F.linear(x, down), up)
+        plus = extra if plus is None else extra + plus
+    return kernels.linear(
+        x, buffers["words"], buffers["scale"], bias, packed.grid, packed.shape, precision, plus,
+        activation,
+    )  # fmt: skip
+
+
+def _then(layer: PackedLinear | PackedConv2d) -> str:
+    """For a layer's repr: what it does with its products."""
+    return "" if layer.activation == "none" else f", then {layer.activation}"
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` with a packed weight [out, in]; x [..., in] -> [..., out] in x's dtype.
+
+    activation, and `plus` [..., out] added before it: what `fuse` moves into the layer.
+    """
+
+    bias: Tensor | None
+    precision: Precision = "float32"
+    activation: Activation = "none"
+    fused = False  # `fuse` has moved something into it
+
+    def __init__(self, like: nn.Linear, layer: QuantizedLayer) -> None:
+        super().__init__()
+        self.in_features, self.out_features = like.in_features, like.out_features
+        self.packed = PackedWeight(layer)
+        self.register_buffer("bias", copied(layer.bias))
+
+    weight = property(_decoded)
+
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        if self.why_not(x):
+            y = F.linear(x, self.weight.to(x.dtype), self.bias)
+            return kernels.finish(y, plus, self.activation)
+        # From the dictionaries: nn.Module's look-up by attribute takes a microsecond a name.
+        packed: Any = self._modules["packed"]
+        return packed_linear(
+            x, packed, self._buffers["bias"], self.precision, plus, self.activation
+        )
+
+    def why_not(self, x: Tensor, plus: Tensor | None = None) -> str | None:
+        """Why the kernels do not multiply x, in words; None if they do."""
+        packed: Any = self._modules["packed"]
+        return kernels.why_not(x, packed.grid, self.in_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}{_then(self)}"
+
+
+class _PackedConv(nn.Module):
+    """A convolution with a packed weight; the subclass names its function."""
+
+    function: Callable[..., Tensor]
+    bias: Tensor | None
+
+    def __init__(self, like: Any, layer: QuantizedLayer) -> None:
+        super().__init__()
+        self.stride, self.padding, self.dilation = like.stride, like.padding, like.dilation
+        self.groups, self.padding_mode = like.groups, like.padding_mode
+        self.pads = tuple(like._reversed_padding_repeated_twice)
+        self.packed = PackedWeight(layer)
+        self.register_buffer("bias", copied(layer.bias))
+
+    weight = property(_decoded)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self.pads, mode=self.padding_mode), 0
+        weight = self.weight.to(x.dtype)
+        return type(self).function(
+            x, weight, self.bias, self.stride, padding, self.dilation, self.groups
+        )
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, padding={self.padding}, groups={self.groups}"
+
+
+class PackedConv1d(_PackedConv):
+    """`nn.Conv1d` with a packed weight [out, in / groups, k]."""
+
+    function = staticmethod(F.conv1d)
+
+
+class PackedConv2d(_PackedConv):
+    """`nn.Conv2d` with a packed weight [out, in / groups, kh, kw].
+
+    activation, and `plus` added before it: what `fuse` moves into the layer.
+    """
+
+    function = staticmethod(F.conv2d)
+    precision: Precision = "float32"
+    activation: Activation = "none"
+    fused = False  # `fuse` has moved something into it
+
+    def __init__(self, like: nn.Conv2d, layer: QuantizedLayer) -> None:
+        super().__init__(like, layer)
+        left, right, top, bottom = self.pads
+        strides, dilations = tuple(self.stride), tuple(self.dilation)
+        self.geometry = (*strides, *dilations, top, bottom, left, right, self.groups)
+
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        if self.why_not(x):
+            return kernels.finish(super().forward(x), plus, self.activation)
+        packed, groups = self.packed, self.groups
+        buffers: Any = packed._buffers
+        factors = packed.factors()
+        if factors is not None:
+            up, down = factors
+            down = down.reshape(-1, *packed.shape[1:])
+            inner = F.conv2d(x, down, None, self.stride, self.padding, self.dilation, groups)
+            extra = F.conv2d(inner, up[:, :, None, None], groups=groups)
+            plus = extra if plus is None else extra + plus
+        return kernels.conv2d(
+            x, buffers["words"], buffers["scale"], self._buffers["bias"], packed.grid,
+            packed.shape, self.geometry, self.precision, plus, self.activation,
+        )  # fmt: skip
+
+    def why_not(self, x: Tensor, plus: Tensor | None = None) -> str | None:
+        """Why the kernels do not convolve x, in words; None if they do."""
+        packed: Any = self._modules["packed"]
+        return kernels.why_not_conv(x, packed.grid, packed.shape, self.groups, self.padding_mode)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _then(self)
+
+
+class PackedConv3d(_PackedConv):
+    """`nn.Conv3d` with a packed weight [out, in / groups, kd, kh, kw]."""
+
+    function = staticmethod(F.conv3d)
+
+
+class _PackedConvTranspose(nn.Module):
+    """A transposed convolution with a packed weight; the subclass names its function."""
+
+    function: Callable[..., Tensor]
+    bias: Tensor | None
+
+    def __init__(self, like: Any, layer: QuantizedLayer) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.padding = like.kernel_size, like.stride, like.padding
+        self.output_padding, self.dilation = like.output_padding, like.dilation
+        self.groups = like.groups
+        self.packed = PackedWeight(layer, channel_axis=1)
+        self.register_buffer("bias", copied(layer.bias))
+
+    weight = property(_decoded)
+
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        extra = self.output_padding if output_size is None else self._extra(x, output_size)
+        weight = self.weight.to(x.dtype)
+        return type(self).function(
+            x, weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation
+        )
+
+    def _extra(self, x: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:
+        """Output padding that gives the spatial output_size."""
+        n_dims = len(self.kernel_size)
+        wanted = tuple(output_size)[-n_dims:]
+        smallest = [
+            (x.shape[d - n_dims] - 1) * self.stride[d]
+            - 2 * self.padding[d]
+            + self.dilation[d] * (self.kernel_size[d] - 1)
+            + 1
+            for d in range(n_dims)
+        ]
+        extra = tuple(want - small for want, small in zip(wanted, smallest, strict=True))
+        if any(not 0 <= e < s for e, s in zip(extra, self.stride, strict=True)):
+            raise SubbyteError(
+                f"output_size {wanted} cannot be had; it must be at least {tuple(smallest)} and "
+                f"less than one stride {self.stride} above it"
+            )
+        return extra
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, padding={self.padding}, groups={self.groups}"
+
+
+class PackedConvTranspose1d(_PackedConvTranspose):
+    """`nn.ConvTranspose1d` with a packed weight [in, out / groups, k]."""
+
+    function = staticmethod(F.conv_transpose1d)
+
+
+class PackedConvTranspose2d(_PackedConvTranspose):
+    """`nn.ConvTranspose2d` with a packed weight [in, out / groups, kh, kw]."""
+
+    function = staticmethod(F.conv_transpose2d)
+
+
+class PackedEmbedding(nn.Module):
+    """`nn.Embedding` with a packed table [entries, features]; [...] -> [..., features].
+
+    Only the rows that are looked up are decoded.
+    """
+
+    dtype_of: Tensor
+
+    def __init__(self, like: nn.Embedding, layer: QuantizedLayer) -> None:
+        super().__init__()
+        self.packed = PackedWeight(layer)
+        self.register_buffer("dtype_of", torch.empty(0), persistent=False)  # follows .to(dtype)
+
+    weight = property(_decoded)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        packed = self.packed
+        entries, features = packed.shape
+        nothing = self.dtype_of.new_zeros(1, 1).expand(entries, 1)
+        F.embedding(indices, nothing)  # raises what nn.Embedding raises for a bad index
+        rows = indices.flatten().long()
+        codes = radix.unpack_rows(packed.words, packed.grid.n_levels, rows, features)
+        scale = read_scale(packed.scale, packed.grid.scale_domain)
+        by_row = packed.grid.granularity == PerChannel(0)
+        found = decode(codes, scale[rows] if by_row else scale, packed.grid)
+        factors = packed.factors()
+        if factors is not None:
+            found = found + factors[0][rows] @ factors[1]
+        return found.to(self.dtype_of.dtype).reshape(*indices.shape, features)
+
+
+PACKED: dict[type[nn.Module], type[Any]] = {
+    nn.Linear: PackedLinear,
+    nn.Conv1d: PackedConv1d,
+    nn.Conv2d: PackedConv2d,
+    nn.Conv3d: PackedConv3d,
+    nn.ConvTranspose1d: PackedConvTranspose1d,
+    nn.ConvTranspose2d: PackedConvTranspose2d,
+    nn.Embedding: PackedEmbedding,
+}

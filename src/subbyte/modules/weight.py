@@ -1,0 +1,83 @@
+"""What every packed layer holds: uint8 words and a scale in plain buffers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from subbyte.functional import decode, read_scale, store_scale
+from subbyte.grids import Grid
+from subbyte.packing import radix
+from subbyte.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_weight, low_rank_product
+
+
+class PackedWeight(nn.Module):
+    """A layer's QuantizedTensor in radix words, and its low-rank adapter if it has one.
+
+    words: uint8 [8 * n_words]. scale: [groups] as the grid's domain stores it: float32, float16 or
+    int8 exponents. up, down, adapter_scale: see `LowRank`; None without an adapter. channel_axis:
+    the dimension of the weight that the rows of `up` belong to.
+    """
+
+    words: Tensor
+    scale: Tensor
+    up: Tensor | None
+    down: Tensor | None
+    adapter_scale: Tensor | None
+
+    def __init__(self, layer: QuantizedLayer, channel_axis: int = 0) -> None:
+        super().__init__()
+        weight, adapter = layer.weight, layer.adapter
+        self.grid: Grid = weight.grid
+        self.shape = tuple(weight.shape)
+        self.channel_axis = channel_axis
+        parts = (None,) * 3 if adapter is None else (adapter.up, adapter.down, adapter.scale)
+        for name, part in zip(("up", "down", "adapter_scale"), parts, strict=True):
+            self.register_buffer(name, copied(part))
+        self.register_buffer("words", radix.pack(weight.codes, weight.grid.n_levels))
+        self.register_buffer("scale", store_scale(weight.scale, weight.grid.scale_domain))
+
+    @property
+    def n_weights(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    def codes(self) -> Tensor:
+        """uint8, the weight's shape."""
+        return radix.unpack(self.words, self.grid.n_levels, self.n_weights).reshape(self.shape)
+
+    def quantized(self) -> QuantizedTensor:
+        """Back to the value it was made of, bit for bit."""
+        scale = read_scale(self.scale, self.grid.scale_domain)
+        return QuantizedTensor(self.codes(), scale, self.grid)
+
+    def adapter(self) -> LowRank | None:
+        """Back to the value it was made of."""
+        if self.up is None or self.down is None or self.adapter_scale is None:
+            return None
+        return LowRank(self.up, self.down, self.adapter_scale)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """The adapter's up [out, rank], scaled, and down [groups * rank, width], float32."""
+        if self.up is None or self.down is None or self.adapter_scale is None:
+            return None
+        scale = self.adapter_scale.float().reshape(-1, 1, self.up.shape[1])
+        up = self.up.float().reshape(scale.shape[0], -1, self.up.shape[1]) * scale
+        return up.reshape(self.up.shape), self.down.float()
+
+    def forward(self) -> Tensor:
+        """The weight that the layer computes with, as float32: decoded, plus the adapter."""
+        scale = read_scale(self.scale, self.grid.scale_domain)
+        weight = decode(self.codes(), scale, self.grid)
+        if self.up is None or self.down is None or self.adapter_scale is None:
+            return weight
+        extra = low_rank_product(self.up, self.down, self.adapter_scale.float())
+        return weight + as_weight(extra, self.shape, self.channel_axis)
+
+    def extra_repr(self) -> str:
+        rank = "" if self.up is None else f", rank={self.up.shape[1]}"
+        return f"shape={self.shape}, levels={self.grid.n_levels}, scales={self.scale.numel()}{rank}"
+
+
+def copied(tensor: Tensor | None) -> Tensor | None:
+    """Frozen values are never written to, so a module gets its own, laid out as a file gives it."""
+    return None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)
