@@ -23,6 +23,8 @@ RUNS = {
     "sgm3": "SGM, 3 bits (7 levels)",
     "sgm2-long": "SGM, 2 bits, later gathering",
     "sgm3-long": "SGM, 3 bits, later gathering",
+    "sgm2-reach": "SGM, 2 bits, reach 0.05",
+    "sgm3-reach": "SGM, 3 bits, reach 0.05",
     "lsq2": "LSQ, 3 levels",
     "twn": "TWN, 3 levels",
 }

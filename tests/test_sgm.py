@@ -57,21 +57,42 @@ def test_the_forward_pass_sees_float_weights_and_the_exact_gradient():
     assert torch.allclose(layer.parametrizations.weight.original.grad, g.T @ x)
 
 
+def clipped(w, method):
+    """A prepared layer as a step leaves it, and its float weight in float64."""
+    layer = layer_of(w)
+    sb.prepare(layer, method)
+    sb.after_step(layer, 0.0)
+    return layer, layer.parametrizations.weight.original.detach().double()
+
+
 @pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
 def test_the_penalty_and_its_gradient_follow_the_formula(progress):
     method = SGM(bits=3, start=1e-2, end=50.0)
-    w = torch.randn(20, 10) * 0.2
-    layer = layer_of(w)
-    sb.prepare(layer, method)
+    layer, w64 = clipped(torch.randn(20, 10) * 0.2, method)
     loss = sb.penalty(layer, progress)
     loss.backward()
     d = sb.freeze(layer)[""].weight.scale.double()
-    w64 = w.double()
     away = w64 - d * (w64 / d + 0.5).floor().clamp(-3, 3)
     kappa = 1e-2 * (50.0 / 1e-2) ** progress
     assert loss.item() == pytest.approx(float(kappa / 2 * away.square().sum()), rel=1e-5)
     grad = layer.parametrizations.weight.original.grad.double()
     assert (grad - kappa * away).abs().max() <= 1e-5 * kappa * float(d)
+
+
+@pytest.mark.parametrize("reach", [0.05, 0.2])
+def test_beyond_its_reach_the_pull_grows_no_more(reach):
+    method = SGM(bits=3, start=2.0, end=2.0, reach=reach)
+    layer, w64 = clipped(torch.randn(20, 10) * 0.2, method)
+    loss = sb.penalty(layer, 0.5)
+    loss.backward()
+    d = float(sb.freeze(layer)[""].weight.scale)
+    away = w64 - d * (w64 / d + 0.5).floor().clamp(-3, 3)
+    pull = away.clamp(-reach * d, reach * d)
+    assert 0.1 < (away.abs() > reach * d).double().mean() < 0.95
+    grad = layer.parametrizations.weight.original.grad.double()
+    assert (grad - 2 * pull).abs().max() <= 1e-5 * d
+    energy = (pull.abs() * (away.abs() - pull.abs() / 2)).sum()  # the work against that pull
+    assert loss.item() == pytest.approx(float(2 * energy), rel=1e-5)
 
 
 def test_weights_are_clipped_to_the_outer_modes():
@@ -227,7 +248,8 @@ def test_the_file_is_fixed_point(trained):
 @pytest.mark.parametrize(
     ("options", "says"),
     [({"bits": 1}, "bits=1.*2 to 8"), ({"bits": 9}, "bits=9"), ({"start": 0.0}, "start=0.0"),
-     ({"late": -1.0}, "late=-1.0"),
+     ({"late": -1.0}, "late=-1.0"), ({"reach": 0.6}, "reach=0.6.*at most 0.5"),
+     ({"reach": 0.0}, "reach=0.0"),
      ({"end": float("nan")}, "end=nan"), ({"start": 2.0, "end": 1.0}, "end=1.0 is below")],
 )  # fmt: skip
 def test_bad_options_are_named(options, says):

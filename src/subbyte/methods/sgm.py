@@ -1,7 +1,8 @@
 """Fixed-point weights by gradient descent: a symmetric mixture of Gaussian modes (SGM, SYMOG).
 
     Q(w) = D clip(round(w / D), -T, T)    D = 2^-f, a power of two a layer; T = 2^(b-1) - 1
-    loss = task + sum over layers of kappa / 2 * sum_i (w_i - Q(w_i))^2
+    loss = task + sum over layers of kappa sum_i h(w_i - Q(w_i))
+    h(d) = d^2 / 2 where |d| <= r D, and r D (|d| - r D / 2) beyond; r = 1/2 is d^2 / 2 everywhere
     kappa = start (end / start)^(progress^late)      exponential growth (late = 1), or later
     after every step: clip |w| to D T
     at the end: w := Q(w)
@@ -18,6 +19,9 @@ formulas are ours. Ours too:
   fixed;
 - the pull on a weight is kappa (w - Q(w)), whatever the layer's size: lambda_l = kappa M_l / 2
   where the regulariser is written as lambda_l / M_l times the squared distance;
+- `reach`, r above: a pull that is no stronger halfway between two modes than at r D from one. A
+  weight that changes its mode must climb against it all the way; so at equal chances to change,
+  the weights that stay lie closer to their modes, and the task is seen as it will be;
 - start and end of kappa;
 - `late`: weights settle once kappa / lr passes about 0.1; with a rate that falls over the run,
   growth that comes later lets them choose their modes under less noise;
@@ -31,6 +35,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from subbyte.errors import SubbyteError
 from subbyte.functional import encode, fake_quantize, power_of_two, scale_exponent
@@ -49,13 +54,15 @@ class SGM:
     start, end: the pull kappa at the first and the last step, in units of the gradient per unit of
     weight (as weight decay is). The end must be strong enough to gather the weights on their modes;
     `lr * end` must stay below 2 (1 + momentum), or the pull itself oscillates. late: 1 for plain
-    exponential growth; above 1 kappa stays near start for longer.
+    exponential growth; above 1 kappa stays near start for longer. reach: how far from a mode the
+    pull still grows, in steps D; 0.5, all the way to the next mode, is the papers'.
     """
 
     bits: int = 2
     start: float = 1e-3
     end: float = 100.0
     late: float = 1.0
+    reach: float = 0.5
 
     def __post_init__(self) -> None:
         fixed_point(self.bits)
@@ -63,6 +70,8 @@ class SGM:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise SubbyteError(f"{name}={value!r}; use a finite number above 0")
+        if not 0 < self.reach <= 0.5:
+            raise SubbyteError(f"reach={self.reach!r}; use a number above 0, at most 0.5 (steps)")
         if self.end < self.start:
             raise SubbyteError(
                 f"end={self.end!r} is below start={self.start!r}; the pull must not fall"
@@ -98,8 +107,9 @@ class SGMQuantizer(WeightQuantizer):
         return w
 
     def penalty(self, w: Tensor, progress: float) -> Tensor:
-        distance = w - fake_quantize(w, self.scale, self.grid)
-        return 0.5 * self.method.pull(progress) * distance.square().sum()
+        modes = fake_quantize(w, self.scale, self.grid)
+        reach = self.method.reach * float(self.scale)
+        return self.method.pull(progress) * F.huber_loss(w, modes, reduction="sum", delta=reach)
 
     def pull(self, progress: float) -> float:
         return self.method.pull(progress)
