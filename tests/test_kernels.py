@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import subbyte as sb
 from subbyte import kernels
 from subbyte.grids import Grid, PerChannel, PerTensor, ScaleDomain, uniform
-from subbyte.kernels import native
+from subbyte.kernels import ops, panels
 from subbyte.methods import LowRes
 from subbyte.tensors import LowRank, QuantizedLayer, QuantizedTensor
 
@@ -266,7 +266,7 @@ def exact_product(like):
 @pytest.mark.parametrize("levels", [2, 3, 5, 8, 16, 17, 128])
 def test_conv_is_the_exact_product_of_rounded_activations_on_every_tier(spec, levels):
     like, weight = convolution(spec, levels)
-    reason = native.why_not_conv(
+    reason = kernels.why_not_conv(
         torch.zeros(1), weight.grid, weight.shape, like.groups, like.padding_mode
     )
     torch.manual_seed(levels)
@@ -390,9 +390,9 @@ def test_the_ops_pass_pytorchs_own_checks():
     linear = packed_linear(quantized(3, (6, 8)), torch.randn(6))
     packed = linear.packed
     x = torch.randn(3, 8, requires_grad=True)
-    arguments = (packed.words, packed.scale, linear.bias, *native._plain(packed.grid), [6, 8])
+    arguments = (packed.words, packed.scale, linear.bias, *ops.plain(packed.grid), [6, 8])
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(native.linear_op, (x, *arguments, "int8"), test_utils=tests)
+    torch.library.opcheck(ops.linear_op, (x, *arguments, "int8"), test_utils=tests)
 
 
 @pytest.mark.parametrize("spec", [*CONVS[:9], None], ids=str)
@@ -430,9 +430,9 @@ def test_panels_are_counted_and_die_with_their_words():
     net(x)
     # 10 rows in a block of 32, at 2 bits a weight
     assert kernels.panel_bytes(words) == 32 * 576 * 2 // 8
-    before = len(native._PANELS)
+    before = len(panels._PANELS)
     del net, words
-    assert len(native._PANELS) == before - 2
+    assert len(panels._PANELS) == before - 2
 
 
 def test_several_python_threads_may_call_at_once():
@@ -474,15 +474,15 @@ def test_the_number_of_threads_changes_nothing(threads):
 
 def test_why_not_says_it_in_words():
     grid, x = uniform(3), torch.zeros(1, 4)
-    assert native.why_not(x, grid, 4) is None
-    assert "bfloat16" in native.why_not(x.bfloat16(), grid, 4)
-    assert "meta" in native.why_not(x.to("meta"), grid, 4)
-    assert "256 levels" in native.why_not(x, uniform(256), 4)
-    assert "step" in native.why_not(x, Grid((-1.0, 0.1, 1.0)), 4)
-    assert "32 bits" in native.why_not(x, uniform(255), 10**6)
-    reason = native.why_not_conv(torch.zeros(1), grid, (4, 2, 3, 3), 1, "reflect")
+    assert kernels.why_not(x, grid, 4) is None
+    assert "bfloat16" in kernels.why_not(x.bfloat16(), grid, 4)
+    assert "meta" in kernels.why_not(x.to("meta"), grid, 4)
+    assert "256 levels" in kernels.why_not(x, uniform(256), 4)
+    assert "step" in kernels.why_not(x, Grid((-1.0, 0.1, 1.0)), 4)
+    assert "32 bits" in kernels.why_not(x, uniform(255), 10**6)
+    reason = kernels.why_not_conv(torch.zeros(1), grid, (4, 2, 3, 3), 1, "reflect")
     assert "reflect" in reason
-    assert "output channels" in native.why_not_conv(torch.zeros(1), grid, (8, 2, 3, 3), 4, "zeros")
+    assert "output channels" in kernels.why_not_conv(torch.zeros(1), grid, (8, 2, 3, 3), 4, "zeros")
 
 
 def test_what_the_kernels_do_not_serve_runs_on_the_reference():

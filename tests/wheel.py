@@ -30,7 +30,7 @@ packed = sb.pack(layer, sb.freeze(layer), precision="int16")
 exact = torch.nn.functional.linear(x, packed[0].weight, packed[0].bias)
 worst = x.abs().amax(1, keepdim=True) / 32512 * packed[0].weight.abs().sum(1) + 1e-5
 assert ((packed(x) - exact).abs() <= worst).all()
-print(kernels.tier(), *(kernels.native._native.tiers() if kernels.tier() else ()))
+print(kernels.tier(), *(kernels.served._native.tiers() if kernels.tier() else ()))
 """
 
 

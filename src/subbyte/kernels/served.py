@@ -1,0 +1,109 @@
+"""What the C++ core multiplies, and why it would not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from subbyte.errors import SubbyteError
+from subbyte.grids import Grid
+
+try:
+    from subbyte import _native
+except ImportError:  # a source tree without a compiler: the reference does everything
+    _native = None  # type: ignore[assignment]
+
+Precision = Literal["int8", "int16", "float32"]
+
+_LARGEST = 127  # integer weights are signed bytes
+_SUMS = 2**31
+_FEW_CHANNELS = 8  # of a group; panels have 32 rows, so less would mostly multiply by nothing
+
+
+def check_precision(precision: str) -> None:
+    """Raises SubbyteError for what is no precision."""
+    if precision not in get_args(Precision):
+        known = ", ".join(map(repr, get_args(Precision)))
+        raise SubbyteError(f"precision={precision!r}; use one of {known}")
+
+
+def tier() -> str | None:
+    """The instruction set in use ("avx2", ...), None without the C++ core.
+
+    Raises SubbyteError if SUBBYTE_ISA names one that this machine lacks.
+    """
+    if _native is None:
+        return None
+    try:
+        return _native.tier()
+    except ValueError as error:
+        raise SubbyteError(str(error)) from None
+
+
+def why_not(x: Tensor, grid: Grid, row_length: int) -> str | None:
+    """Why the C++ core does not multiply x with such a weight, in words; None if it does.
+
+    row_length: weights that a value of the result is the sum of.
+    """
+    if x.dtype is not torch.float32:
+        return f"activations are {str(x.dtype).removeprefix('torch.')}, not float32"
+    if not x.is_cpu:
+        return f"activations are on {x.device}"
+    return _why_not_grid(grid, row_length)
+
+
+def why_not_conv(
+    x: Tensor,
+    grid: Grid,
+    shape: Sequence[int],
+    groups: int,
+    padding_mode: str,
+) -> str | None:
+    """The same for a convolution with a weight [out, in / groups, kh, kw]."""
+    if padding_mode != "zeros":
+        return f"padding mode is {padding_mode!r}"
+    if shape[0] // groups < _FEW_CHANNELS and not is_depthwise(shape, groups):
+        return f"groups have {shape[0] // groups} output channels"
+    return why_not(x, grid, torch.Size(shape[1:]).numel())
+
+
+def is_depthwise(shape: Sequence[int], groups: int) -> bool:
+    """Whether a convolution is computed in float32 whatever its precision."""
+    return shape[0] == groups and shape[1] == 1
+
+
+def _why_not_grid(grid: Grid, row_length: int) -> str | None:
+    """Cached: a grid is frozen, and this is asked at every call."""
+    key = (grid, row_length)
+    if key not in _REASONS:
+        _REASONS[key] = _find_reason(grid, row_length)
+    return _REASONS[key]
+
+
+_REASONS: dict[tuple[Grid, int], str | None] = {}
+
+
+def _find_reason(grid: Grid, row_length: int) -> str | None:
+    if _native is None:
+        return "the C++ core (subbyte._native) was not built"
+    found = integers(grid)
+    if found is None:
+        return "levels are no multiples of one step"
+    factor, center = found
+    largest = max(abs(center), abs(factor * (grid.n_levels - 1) - center))
+    if largest > _LARGEST:
+        return f"{grid.n_levels} levels are integers up to {largest}; {_LARGEST} fit"
+    if factor * max(largest, grid.n_levels - 1) * 255 * (row_length + 64) >= _SUMS:
+        return f"sums of {row_length} products do not fit in 32 bits"
+    return None
+
+
+def integers(grid: Grid) -> tuple[int, int] | None:
+    """(factor, center): every level is proportional to the integer factor * code - center."""
+    if grid.affine is None:
+        return None
+    factor = 1 if grid.affine[0] == int(grid.affine[0]) else 2
+    return factor, int(-factor * grid.affine[0])
