@@ -242,10 +242,12 @@ class _Work:
     def calibrate(self, effect: bool) -> None:
         """Statistics of the teaching images; effect: of the rows too, for a search and adapters."""
         images, own = self._teaching(), list(self.sites.values())
-        self.tell(f"calibrating on {len(images):,} images")
-        seen = _with_mirrored(images).split(64)
+        seen = _with_mirrored(images)
+        mirrored = " and their mirror images" if len(seen) > len(images) else ""
+        self.tell(f"calibrating on {len(images):,} images{mirrored}")
         self.statistics = {
-            name: found.shrunk() for name, found in input_statistics(self.model, own, seen).items()
+            name: found.shrunk()
+            for name, found in input_statistics(self.model, own, seen.split(64)).items()
         }
         by_row = self._effects(images) if effect else {}
         for site in own:
