@@ -23,7 +23,6 @@ from subbyte.ptq.calibration import Statistics
 from subbyte.ptq.equalize import equalize, norms_behind
 from subbyte.ptq.norms import correct_norms
 from subbyte.ptq.published import butterworth, equivalent_bits, search_ranks
-from subbyte.ptq.quantize import _with_mirrored
 from subbyte.ptq.search import Layer, _options, search
 from subbyte.ptq.tune import divergence, tune
 from subbyte.report import size_report
@@ -90,15 +89,6 @@ def test_digits_survive(method, least, bits, net, images, test_set, tmp_path):
         assert (layer.levels, layer.rank, layer.disk_bytes) == (
             planned.levels, planned.rank, planned.n_bytes,
         )  # fmt: skip
-
-
-def test_a_few_photographs_are_seen_mirrored_too():
-    few, many = torch.rand(3, 1, 4, 5), torch.rand(400, 1, 2, 2)
-    seen = _with_mirrored(few)
-    assert torch.equal(seen[:3], few)
-    assert torch.equal(seen[3:, ..., 0], few[..., 4])
-    for images in (many, torch.rand(3, 20), torch.rand(3, 4, 20)):  # enough; not photographs
-        assert _with_mirrored(images) is images
 
 
 def test_a_half_precision_network_is_quantized_in_float32(net, images):

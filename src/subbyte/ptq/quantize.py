@@ -242,12 +242,10 @@ class _Work:
     def calibrate(self, effect: bool) -> None:
         """Statistics of the teaching images; effect: of the rows too, for a search and adapters."""
         images, own = self._teaching(), list(self.sites.values())
-        seen = _with_mirrored(images)
-        mirrored = " and their mirror images" if len(seen) > len(images) else ""
-        self.tell(f"calibrating on {len(images):,} images{mirrored}")
+        self.tell(f"calibrating on {len(images):,} images")
         self.statistics = {
             name: found.shrunk()
-            for name, found in input_statistics(self.model, own, seen.split(64)).items()
+            for name, found in input_statistics(self.model, own, images.split(64)).items()
         }
         by_row = self._effects(images) if effect else {}
         for site in own:
@@ -312,7 +310,7 @@ class _Work:
         known = [layer for layer in self.known if layer.site.name in planned]
         done = solve_in_order(
             self.teacher, known, lambda x: self._solved(x, planned[x.site.name], method),
-            _with_mirrored(self._some(_IN_ORDER)).split(64),
+            self._some(_IN_ORDER).split(64),
         )  # fmt: skip
         return self._keep_if_better("layers solved in order", done.model, done.layers)
 
@@ -415,12 +413,6 @@ class _Work:
             hits = net(x).argmax(-1) == wanted.argmax(-1)
             same, total = same + int(hits.sum()), total + hits.numel()
         return 100.0 * same / max(1, total)
-
-
-def _with_mirrored(images: Tensor) -> Tensor:
-    """Photographs so few that their mirror images tell something new, and those as well."""
-    few = images.ndim == 4 and 2 * len(images) <= _IN_ORDER
-    return torch.cat([images, images.flip(-1)]) if few else images
 
 
 def _sized(layer: Layer, given: LayerPlan | None, adapter_bits: int) -> LayerPlan:
