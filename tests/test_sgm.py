@@ -57,21 +57,16 @@ def test_the_forward_pass_sees_float_weights_and_the_exact_gradient():
     assert torch.allclose(layer.parametrizations.weight.original.grad, g.T @ x)
 
 
-def clipped(w, method):
-    """A prepared layer as a step leaves it, and its float weight in float64."""
-    layer = layer_of(w)
-    sb.prepare(layer, method)
-    sb.after_step(layer, 0.0)
-    return layer, layer.parametrizations.weight.original.detach().double()
-
-
 @pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
 def test_the_penalty_and_its_gradient_follow_the_formula(progress):
     method = SGM(bits=3, start=1e-2, end=50.0)
-    layer, w64 = clipped(torch.randn(20, 10) * 0.2, method)
+    w = torch.randn(20, 10) * 0.2
+    layer = layer_of(w)
+    sb.prepare(layer, method)
     loss = sb.penalty(layer, progress)
     loss.backward()
     d = sb.freeze(layer)[""].weight.scale.double()
+    w64 = w.double()
     away = w64 - d * (w64 / d + 0.5).floor().clamp(-3, 3)
     kappa = 1e-2 * (50.0 / 1e-2) ** progress
     assert loss.item() == pytest.approx(float(kappa / 2 * away.square().sum()), rel=1e-5)
@@ -82,10 +77,13 @@ def test_the_penalty_and_its_gradient_follow_the_formula(progress):
 @pytest.mark.parametrize("reach", [0.05, 0.2])
 def test_beyond_its_reach_the_pull_grows_no_more(reach):
     method = SGM(bits=3, start=2.0, end=2.0, reach=reach)
-    layer, w64 = clipped(torch.randn(20, 10) * 0.2, method)
+    w = torch.randn(20, 10) * 0.2
+    layer = layer_of(w)
+    sb.prepare(layer, method)
     loss = sb.penalty(layer, 0.5)
     loss.backward()
     d = float(sb.freeze(layer)[""].weight.scale)
+    w64 = w.double()
     away = w64 - d * (w64 / d + 0.5).floor().clamp(-3, 3)
     pull = away.clamp(-reach * d, reach * d)
     assert 0.1 < (away.abs() > reach * d).double().mean() < 0.95

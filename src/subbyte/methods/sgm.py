@@ -55,7 +55,7 @@ class SGM:
     weight (as weight decay is). The end must be strong enough to gather the weights on their modes;
     `lr * end` must stay below 2 (1 + momentum), or the pull itself oscillates. late: 1 for plain
     exponential growth; above 1 kappa stays near start for longer. reach: how far from a mode the
-    pull still grows, in steps D; 0.5, all the way to the next mode, is the papers'.
+    pull still grows, in steps D; 0.5, halfway to the next and no limit, is the papers'.
     """
 
     bits: int = 2
@@ -108,7 +108,7 @@ class SGMQuantizer(WeightQuantizer):
 
     def penalty(self, w: Tensor, progress: float) -> Tensor:
         modes = fake_quantize(w, self.scale, self.grid)
-        reach = self.method.reach * float(self.scale)
+        reach = self.method.reach * float(self.scale) if self.method.reach < 0.5 else math.inf
         return self.method.pull(progress) * F.huber_loss(w, modes, reduction="sum", delta=reach)
 
     def pull(self, progress: float) -> float:
