@@ -54,6 +54,12 @@ class Statistics:
         """n / (n + width), 0 .. 1: how far n patches are to be believed about width^2 values."""
         return self.patches / (self.patches + self.gram.shape[-1])
 
+    def pooled(self, other: Statistics) -> Statistics:
+        """Of the patches of both."""
+        patches = self.patches + other.patches
+        share = other.patches / patches
+        return Statistics(torch.lerp(self.gram, other.gram, share), patches)
+
     def shrunk(self) -> Statistics:
         """As if `width` more patches had been seen, of values that do not go together.
 

@@ -19,7 +19,7 @@ adapters, biases and norms are ours.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,22 +52,30 @@ class Solved:
 
 @torch.no_grad()
 def solve_in_order(
-    teacher: nn.Module, known: Sequence[Layer], solve: Solve, batches: Sequence[Tensor]
+    teacher: nn.Module,
+    known: Sequence[Layer],
+    solve: Solve,
+    batches: Sequence[Tensor],
+    *,
+    more: Sequence[Tensor] = (),
+    starved: Collection[str] = (),
 ) -> Solved:
     """Solve every layer of `known`, in the order in which the float network runs them.
 
     known: layers to quantize, with the float network's statistics. solve: codes and adapter of a
-    layer, in the metric of the statistics it is given. batches: inputs of the network. Layers
-    without statistics are solved first, as they are.
+    layer, in the metric of the statistics it is given. batches: inputs of the network. more: yet
+    more, for the layers named in `starved` alone. Layers without statistics are solved first, as
+    they are.
     """
-    work = _Work(teacher, batches)
+    work = _Work(teacher, batches, more, starved)
     for layer in known:
         if layer.statistics is None:
             work.take(layer, solve(layer), None)
     measured = {layer.site.name: layer for layer in known if layer.statistics is not None}
     needs = work.needs([layer.site for layer in measured.values()])
     for ahead in _spans(list(_stages(list(needs))), needs, AHEAD_BYTES):
-        wanted = work.patches(teacher, [measured[name].site for names in ahead for name in names])
+        sites = [measured[name].site for names in ahead for name in names]
+        wanted = list(work.patches(teacher, sites))
         for names in ahead:
             paired = work.paired([measured[name].site for name in names], wanted)
             for name in names:
@@ -95,8 +103,14 @@ class _Paired:
 class _Work:
     """The float network, the one quantized so far (in float arithmetic), and its layers."""
 
-    def __init__(self, teacher: nn.Module, batches: Sequence[Tensor]) -> None:
-        self.teacher, self.batches = teacher, batches
+    def __init__(
+        self,
+        teacher: nn.Module,
+        batches: Sequence[Tensor],
+        more: Sequence[Tensor],
+        starved: Collection[str],
+    ) -> None:
+        self.teacher, self.batches, self.more, self.starved = teacher, batches, more, starved
         self.model, self.student = copy.deepcopy(teacher), copy.deepcopy(teacher)
         self.norms = norms_behind(teacher, batches[0][:1])
         self.layers: dict[str, QuantizedLayer] = {}
@@ -108,17 +122,20 @@ class _Work:
         images = sum(len(x) for x in self.batches)
         return {n: images * sum(x.nbytes for x in chunks) for n, chunks in seen.items()}
 
-    def patches(self, model: nn.Module, stage: Sequence[Site]) -> list[_Patches]:
-        """Of each batch."""
-        return [_patches(model, stage, x, self.quota * len(x)) for x in self.batches]
+    def patches(self, model: nn.Module, stage: Sequence[Site]) -> Iterator[_Patches]:
+        """Of each batch; then of more batches, if any of the layers needs them."""
+        starved = [site for site in stage if site.name in self.starved]
+        for x in self.batches:
+            yield _patches(model, stage, x, self.quota * len(x))
+        for x in self.more if starved else ():
+            yield _patches(model, starved, x, self.quota * len(x))
 
     def paired(self, stage: Sequence[Site], wanted: Sequence[_Patches]) -> dict[str, _Paired]:
         """wanted: the float network's patches of each batch, of these layers and maybe more."""
         sums: dict[str, list[Tensor]] = {}
         counts = dict.fromkeys((site.name for site in stage), 0)
-        for batch, x in zip(self.batches, wanted, strict=True):
-            z = _patches(self.student, stage, batch, self.quota * len(batch))
-            for name in counts:
+        for x, z in zip(wanted, self.patches(self.student, stage), strict=False):
+            for name in z:
                 # z is of the first call alone, if the pass ended there
                 for a, b in zip(x[name], z[name], strict=False):
                     products = (b @ b.mT, a @ b.mT, b.sum(2, True), a.sum(2, True))

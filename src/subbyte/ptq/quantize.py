@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol, get_args
 
@@ -29,6 +29,7 @@ from subbyte.ptq.calibration import Statistics, effects, input_statistics
 from subbyte.ptq.codes import channel_grid, gptq, rtn
 from subbyte.ptq.in_order import solve_in_order
 from subbyte.ptq.lowrank import Metric, fit_adapter
+from subbyte.ptq.mosaics import Mosaics, rounds_needed
 from subbyte.ptq.norms import correct_norms, has_norms
 from subbyte.ptq.plan import LayerPlan, RankPlan
 from subbyte.ptq.published import PublishedCoRa, published_layers, search_ranks
@@ -168,12 +169,14 @@ class _Work:
         self.teacher = self.teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = copy.deepcopy(self.teacher)  # its norms and biases may change
         self.images, self.listener = images, listener
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
         self.layers: dict[str, QuantizedLayer] = {}
         self.iterations = 0
         self.notes: list[str] = []
         self.sites = self._sites()
         self.statistics: Mapping[str, Statistics] = {}
+        self.starved: Sequence[str] = ()  # layers that need mosaics
+        self.mosaics: Sequence[Tensor] = ()
         self.known: list[Layer] = []
         self.distance: float | None = None  # of what is kept so far, once it was judged
 
@@ -215,6 +218,7 @@ class _Work:
         self.calibrate(effect=adapters)
         chosen = self.plan(method) if plan is None else self.checked(plan, method)
         self.tell(str(chosen))
+        self.see_more()
         self.solve(chosen, method)
         if not self.solve_in_order(chosen, method):
             self.correct(method)
@@ -243,10 +247,7 @@ class _Work:
         """Statistics of the teaching images; effect: of the rows too, for a search and adapters."""
         images, own = self._teaching(), list(self.sites.values())
         self.tell(f"calibrating on {len(images):,} images")
-        self.statistics = {
-            name: found.shrunk()
-            for name, found in input_statistics(self.model, own, images.split(64)).items()
-        }
+        self.statistics = input_statistics(self.model, own, images.split(64))
         by_row = self._effects(images) if effect else {}
         for site in own:
             statistics = self.statistics.get(site.name)
@@ -258,7 +259,29 @@ class _Work:
             weight = getattr(self.model.get_submodule(site.owner), site.parameter).detach()
             groups = 1 if statistics is None else len(statistics.gram)
             matrix = as_matrix(weight, site.channel_axis)
-            self.known.append(Layer(site, matrix, groups, statistics, by_row.get(site.name)))
+            sure = None if statistics is None else statistics.shrunk()
+            self.known.append(Layer(site, matrix, groups, sure, by_row.get(site.name)))
+
+    def see_more(self) -> None:
+        """Of layers that saw fewer vectors than they have inputs, mosaics of the images added.
+
+        After the search: an error costs what it does on images as they are.
+        """
+        images, seen = self._teaching(), self.statistics
+        rounds = {n: rounds_needed(x.patches, x.gram.shape[-1]) for n, x in seen.items()}
+        self.starved = [name for name, needed in rounds.items() if needed]
+        if images.ndim != 4 or not self.starved:
+            return
+        most = max(rounds.values())
+        self.tell(f"few inputs for {', '.join(self.starved)}: {most} mosaics an image as well")
+        self.mosaics = Mosaics(images, most, self.seed)
+        starved = [self.sites[name] for name in self.starved]
+        more = input_statistics(self.model, starved, self.mosaics)
+        for i, layer in enumerate(self.known):
+            name = layer.site.name
+            if name in more:
+                pooled = seen[name].pooled(more[name])
+                self.known[i] = replace(layer, statistics=pooled.shrunk())
 
     def _effects(self, images: Tensor) -> dict[str, Tensor]:
         return effects(
@@ -310,7 +333,7 @@ class _Work:
         known = [layer for layer in self.known if layer.site.name in planned]
         done = solve_in_order(
             self.teacher, known, lambda x: self._solved(x, planned[x.site.name], method),
-            self._some(_IN_ORDER).split(64),
+            self._some(_IN_ORDER).split(64), more=self.mosaics, starved=self.starved,
         )  # fmt: skip
         return self._keep_if_better("layers solved in order", done.model, done.layers)
 
