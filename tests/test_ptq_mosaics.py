@@ -8,7 +8,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import subbyte as sb
+from subbyte.layers import sites
+from subbyte.ptq.calibration import input_statistics
+from subbyte.ptq.codes import channel_grid, rtn
+from subbyte.ptq.in_order import solve_in_order
 from subbyte.ptq.mosaics import Mosaics, mosaic, rounds_needed
+from subbyte.ptq.search import Layer
+from subbyte.tensors import QuantizedLayer, QuantizedTensor, as_matrix, as_weight
 
 quantizing = sys.modules["subbyte.ptq.quantize"]  # the function of that name hides it
 
@@ -84,6 +90,30 @@ def test_only_starved_layers_see_them(monkeypatch):
     seen.clear()
     sb.quantize(classifier(), sb.CoRa(levels=4, tune=0), calibration=[pictures(80, 1)])
     assert seen == [(["0", "4"], 64)]
+
+
+def test_solving_in_order_sees_them_too():
+    net, x = classifier(), pictures(24, 3)
+    found = input_statistics(net, sites(net), [x])
+    known = [
+        Layer(site, as_matrix(net.get_submodule(site.owner).weight.detach()), 1, found[site.name],
+              None)
+        for site in sites(net)
+    ]  # fmt: skip
+    seen = {}
+
+    def solve(layer):
+        seen[layer.site.name] = layer.statistics
+        codes = rtn(layer.matrix, None, channel_grid(16, 0))
+        weight = as_weight(codes.codes, layer.site.shape)
+        return QuantizedLayer(QuantizedTensor(weight, codes.scale, codes.grid))
+
+    more = Mosaics(x, 2, seed=0)
+    solve_in_order(net, known, solve, x.split(10), more=more, starved=["4"])
+    assert {name: statistics.patches for name, statistics in seen.items()} == {
+        "0": 24 * 14 * 14,
+        "4": 24 + 48,
+    }
 
 
 def test_a_flat_input_goes_without():

@@ -16,7 +16,6 @@ import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -28,17 +27,17 @@ from subbyte.modules import pack
 from subbyte.ptq.calibration import Statistics, effects, input_statistics
 from subbyte.ptq.codes import channel_grid, gptq, rtn
 from subbyte.ptq.in_order import solve_in_order
+from subbyte.ptq.judge import HELD_OUT, Judge, judging, teaching
 from subbyte.ptq.lowrank import Metric, fit_adapter
 from subbyte.ptq.mosaics import Mosaics, rounds_needed
 from subbyte.ptq.norms import correct_norms, has_norms
 from subbyte.ptq.plan import LayerPlan, RankPlan
 from subbyte.ptq.published import PublishedCoRa, published_layers, search_ranks
 from subbyte.ptq.search import LEVELS, Layer, layer_bytes, search
-from subbyte.ptq.tune import TEMPERATURE, divergence, tune
+from subbyte.ptq.tune import TEMPERATURE, tune
 from subbyte.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_matrix, as_weight
 
 CodesBy = Literal["gptq", "rtn"]
-_HELD_OUT = 5  # one calibration image in so many judges, the others teach
 _EFFECT_BATCH = 16
 _IN_ORDER = 640  # images for the passes in order; twice as many took twice as long for little
 _NORM_VALUES = 2**25  # input values of the batch that corrects the norms
@@ -141,10 +140,9 @@ def quantize(
     else:
         chosen = work.reclaimed(method, plan)
     packed = pack(work.model, work.layers)
-    return Quantization(
-        packed, chosen, time.perf_counter() - started, work.iterations, work.agreement(packed),
-        tuple(work.notes),
-    )  # fmt: skip
+    seconds, agreement = time.perf_counter() - started, work.judge.agreement(packed)
+    notes = tuple(work.notes)
+    return Quantization(packed, chosen, seconds, work.iterations, agreement, notes)
 
 
 def _inputs(calibration: Iterable[Any]) -> tuple[Tensor, Tensor | None]:
@@ -168,7 +166,8 @@ class _Work:
         self.teacher: nn.Module = copy.deepcopy(model).cpu().float().eval()
         self.teacher = self.teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = copy.deepcopy(self.teacher)  # its norms and biases may change
-        self.images, self.listener = images, listener
+        self.images, self.teaching, self.listener = images, teaching(images), listener
+        self.judge = Judge(self.teacher, judging(images))
         self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
         self.layers: dict[str, QuantizedLayer] = {}
         self.iterations = 0
@@ -245,7 +244,7 @@ class _Work:
 
     def calibrate(self, effect: bool) -> None:
         """Statistics of the teaching images; effect: of the rows too, for a search and adapters."""
-        images, own = self._teaching(), list(self.sites.values())
+        images, own = self.teaching, list(self.sites.values())
         self.tell(f"calibrating on {len(images):,} images")
         self.statistics = input_statistics(self.model, own, images.split(64))
         by_row = self._effects(images) if effect else {}
@@ -267,7 +266,7 @@ class _Work:
 
         After the search: an error costs what it does on images as they are.
         """
-        images, seen = self._teaching(), self.statistics
+        images, seen = self.teaching, self.statistics
         rounds = {n: rounds_needed(x.patches, x.gram.shape[-1]) for n, x in seen.items()}
         self.starved = [name for name, needed in rounds.items() if needed]
         if images.ndim != 4 or not self.starved:
@@ -363,18 +362,18 @@ class _Work:
             return
         model = copy.deepcopy(self.model)
         per_image = max(1, self.images[0].numel())
-        images = self._teaching()[: max(32, _NORM_VALUES // per_image)]
+        images = self.teaching[: max(32, _NORM_VALUES // per_image)]
         correct_norms(model, self.teacher, self.layers, images)
         self._keep_if_better("corrected norms", model, self.layers)
 
     def tune(self, method: CoRa) -> None:
         if not method.tune:
             return
-        if len(self.images) < 2 * _HELD_OUT:
+        if len(self.images) < 2 * HELD_OUT:
             self.note(f"not tuned: {len(self.images)} calibration images are too few to judge by")
             return
         done = tune(
-            self.model, self.teacher, self.layers, self.sites, self._teaching(), method.tune,
+            self.model, self.teacher, self.layers, self.sites, self.teaching, method.tune,
             self.generator,
         )  # fmt: skip
         self.iterations = method.tune
@@ -386,8 +385,10 @@ class _Work:
         self, what: str, model: nn.Module, layers: dict[str, QuantizedLayer]
     ) -> bool:
         """Only what brings the held-out images closer to the float network is kept."""
-        before = self._distance(self.model, self.layers) if self.distance is None else self.distance
-        after = self._distance(model, layers)
+        before = self.distance
+        if before is None:
+            before = self.judge.distance(self.model, self.layers)
+        after = self.judge.distance(model, layers)
         better = after < before
         self.note(
             f"{what}: {'kept' if better else 'dropped'}, divergence from the float network on "
@@ -398,44 +399,9 @@ class _Work:
             self.model, self.layers = model, layers
         return better
 
-    def _teaching(self) -> Tensor:
-        """Calibration images but those that judge."""
-        judge = torch.arange(len(self.images)) % _HELD_OUT == 0
-        return self.images[~judge] if len(self.images) >= _HELD_OUT else self.images
-
     def _some(self, most: int) -> Tensor:
         """About so many of the teaching images at most, from all over the set."""
-        images = self._teaching()
-        return images[:: max(1, round(len(images) / most))]
-
-    def _judging(self) -> Sequence[Tensor]:
-        return self.images[::_HELD_OUT].split(64)
-
-    @cached_property
-    def _wanted(self) -> list[Tensor]:
-        """The float network's logits of the images that judge."""
-        with torch.no_grad():
-            return [self.teacher(x) for x in self._judging()]
-
-    @torch.no_grad()
-    def _distance(self, model: nn.Module, layers: dict[str, QuantizedLayer]) -> float:
-        """Mean divergence of the held-out images; infinite if any logit is not finite."""
-        net = pack(model, layers, precision="float32")
-        total = 0.0
-        for x, wanted in zip(self._judging(), self._wanted, strict=True):
-            logits = net(x)
-            if not logits.isfinite().all():
-                return float("inf")
-            total += float(divergence(logits, wanted, TEMPERATURE)) * len(x)
-        return total / max(1, sum(len(x) for x in self._judging()))
-
-    @torch.no_grad()
-    def agreement(self, net: nn.Module) -> float:
-        same = total = 0
-        for x, wanted in zip(self._judging(), self._wanted, strict=True):
-            hits = net(x).argmax(-1) == wanted.argmax(-1)
-            same, total = same + int(hits.sum()), total + hits.numel()
-        return 100.0 * same / max(1, total)
+        return self.teaching[:: max(1, round(len(self.teaching) / most))]
 
 
 def _sized(layer: Layer, given: LayerPlan | None, adapter_bits: int) -> LayerPlan:
