@@ -26,13 +26,13 @@ from common import append
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from subbyte.convert import drawn
+from subbyte.commands.quantize import drawn
+from subbyte.core.grids import PerChannel, uniform
+from subbyte.core.tensors import as_matrix
 from subbyte.data import load_images
-from subbyte.grids import PerChannel, uniform
 from subbyte.models import build, load_weights
 from subbyte.ptq import CoRa, quantize
-from subbyte.ptq.codes import rtn
-from subbyte.tensors import as_matrix
+from subbyte.ptq.solvers.codes import rtn
 from subbyte.train import evaluate
 
 SHARED = Path("../shared/data")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from common import ROOT, append, machine
 
-from subbyte.artifact import read
-from subbyte.config import read_config
 from subbyte.report import size_report
+from subbyte.storage import read
 from subbyte.train import RunResult, run
+from subbyte.train.config import read_config
 from subbyte.train.curves import save_curves
 
 CONFIGS = {"float32": "cifar10-cvnn1-float", "5 levels": "cifar10-cvnn1-n5"}

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from common import RESULTS, ROOT, append
 
-from subbyte.config import read_config
 from subbyte.report import size_report
 from subbyte.train import run
+from subbyte.train.config import read_config
 
 RUNS = {
     "sgm2": "SGM, 2 bits (3 levels)",

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from common import RESULTS, append
 
-from subbyte.convert import Request, convert
+from subbyte.commands.quantize import Request, convert
 from subbyte.ptq import CoRa, PublishedCoRa
 from subbyte.ptq.published import equivalent_bits
 

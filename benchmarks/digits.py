@@ -14,9 +14,9 @@ from pathlib import Path
 
 from common import append
 
-from subbyte.demo import BASE
+from subbyte.commands.demo import BASE
+from subbyte.core.recipe import Recipe, Rule
 from subbyte.methods import LowRes
-from subbyte.recipe import Recipe, Rule
 from subbyte.report import size_report
 from subbyte.train import RunConfig, run
 

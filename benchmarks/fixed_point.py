@@ -4,7 +4,8 @@
         --data ../shared/data/mnist --images 1000
 
 Runs the first test images through the packed network in float32 and through
-`subbyte.integer.integer_network` at several formats, with BatchNorm kept, absorbed, and absorbed
+`subbyte.graph.integer.integer_network` at several formats, with BatchNorm kept, absorbed, and
+absorbed
 with power-of-two scales; appends a line to benchmarks/results/fixed-point.jsonl. Slow: int64.
 """
 
@@ -13,10 +14,10 @@ import argparse
 import torch
 from common import append
 
-from subbyte import artifact
-from subbyte.batchnorm import absorb_batchnorm
+from subbyte import storage
 from subbyte.data import ImageSet, load_images
-from subbyte.integer import integer_network
+from subbyte.graph.integer import integer_network
+from subbyte.modules.absorb import absorb_batchnorm
 
 FORMATS = ((4, 8), (6, 10), (8, 16), (12, 24))
 
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--images", type=int, default=1000)
     options = parser.parse_args()
-    net = artifact.load(options.file, precision="float32")
+    net = storage.load(options.file, precision="float32")
     data = load_images(options.data, "test").head(options.images)
     versions = {
         "kept": net,

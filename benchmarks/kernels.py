@@ -33,9 +33,9 @@ from torch import Tensor, nn
 import subbyte as sb
 from subbyte import _native, kernels
 from subbyte.bench import Spread, bench, in_turn
+from subbyte.core.tensors import QuantizedLayer, QuantizedTensor
 from subbyte.kernels import Precision
 from subbyte.models import build
-from subbyte.tensors import QuantizedLayer, QuantizedTensor
 
 LEVELS = (3, 5)
 OURS: tuple[tuple[int, Precision], ...] = ((3, "int8"), (5, "int8"), (3, "float32"))

@@ -13,9 +13,9 @@ from dataclasses import replace
 
 from common import ROOT, append
 
-from subbyte.config import read_config
 from subbyte.report import size_report
 from subbyte.train import RunResult, run
+from subbyte.train.config import read_config
 
 
 def trained(name: str, seed: int, threads: int, weights: str | None = None) -> RunResult:

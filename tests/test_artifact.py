@@ -12,8 +12,8 @@ from torch import nn
 
 import subbyte as sb
 from nets import Mixed, mixed_input
-from subbyte import LowRes, SubbyteError, artifact
-from subbyte.functional import entropy
+from subbyte import LowRes, SubbyteError, storage
+from subbyte.core.functional import entropy
 from subbyte.models import build
 from subbyte.packing import radix
 
@@ -37,7 +37,7 @@ def edit(path, change, tensors_too=None):
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     manifest = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["subbyte"])
-    found = artifact.read(path)
+    found = storage.read(path)
     tensors = dict(found.tensors)
     change(manifest)
     if tensors_too:
@@ -88,7 +88,7 @@ def test_scales_are_stored_in_their_domain(tmp_path):
     for domain, dtype in (("float32", torch.float32), ("float16", torch.float16),
                           ("power_of_two", torch.int8)):  # fmt: skip
         sb.save(packed(nn.Linear(5, 3), LowRes(scale_domain=domain)), tmp_path / "n.safetensors")
-        assert artifact.read(tmp_path / "n.safetensors").tensors["scale"].dtype == dtype
+        assert storage.read(tmp_path / "n.safetensors").tensors["scale"].dtype == dtype
 
 
 def big(levels, n_weights=1_000_000):
@@ -104,7 +104,7 @@ def big(levels, n_weights=1_000_000):
 def test_a_compressed_file_is_within_two_percent_of_the_entropy(tmp_path, levels):
     net = big(levels, 100_000)
     sb.save(net, tmp_path / "n.safetensors", compress=True)
-    stored = artifact.read(tmp_path / "n.safetensors").tensors["0.codes"].numel()
+    stored = storage.read(tmp_path / "n.safetensors").tensors["0.codes"].numel()
     codes = net[0].packed.codes()
     assert 8 * stored / codes.numel() <= 1.02 * entropy(codes, levels)
 
@@ -112,12 +112,12 @@ def test_a_compressed_file_is_within_two_percent_of_the_entropy(tmp_path, levels
 def test_the_manifest_is_under_one_percent_of_a_megabyte(tmp_path):
     net = packed(build("resnet56"))
     total = sb.save(net, tmp_path / "n.safetensors")
-    tensors = artifact.read(tmp_path / "n.safetensors").tensors
+    tensors = storage.read(tmp_path / "n.safetensors").tensors
     overhead = total - sum(t.numel() * t.element_size() for t in tensors.values())
     print(f"resnet56: {overhead} of {total} bytes")
     net = big(5, 4_000_000)
     total = sb.save(net, tmp_path / "n.safetensors")
-    tensors = artifact.read(tmp_path / "n.safetensors").tensors
+    tensors = storage.read(tmp_path / "n.safetensors").tensors
     overhead = total - sum(t.numel() * t.element_size() for t in tensors.values())
     assert total > 1_000_000
     assert overhead <= 0.01 * total
@@ -128,7 +128,7 @@ def test_incompressible_codes_stay_in_words(tmp_path):
     with torch.no_grad():
         layer.weight.uniform_(-1, 1)
     sb.save(packed(layer, LowRes(levels=16, beta=2.0)), tmp_path / "n.safetensors", compress=True)
-    assert artifact.read(tmp_path / "n.safetensors").entries[""].encoding == artifact.WORDS
+    assert storage.read(tmp_path / "n.safetensors").entries[""].encoding == storage.WORDS
 
 
 # ------------------------------------------------------------ hostile and broken files
@@ -371,7 +371,7 @@ def test_words_in_the_file_are_those_of_the_specification(tmp_path):
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.safetensors")), ids=lambda p: p.stem)
 def test_golden_files_of_every_version_load(path):
     expected = json.loads(path.with_suffix(".json").read_text())
-    layers = artifact.read(path).layers()
+    layers = storage.read(path).layers()
     assert set(layers) == set(expected)
     for name, layer in layers.items():
         assert layer.weight.codes.flatten().tolist() == expected[name]["codes"]
@@ -379,5 +379,5 @@ def test_golden_files_of_every_version_load(path):
         assert layer.bias.tolist() == expected[name]["bias"]
     like = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(300, 4))
     assert sb.load(path, model=like)(torch.randn(2, 2, 12, 12)).isfinite().all()
-    encodings = {entry.encoding for entry in artifact.read(path).entries.values()}
-    assert (artifact.ZSTD in encodings) == ("zstd" in path.stem)
+    encodings = {entry.encoding for entry in storage.read(path).entries.values()}
+    assert (storage.ZSTD in encodings) == ("zstd" in path.stem)

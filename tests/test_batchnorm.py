@@ -8,7 +8,7 @@ import subbyte as sb
 from nets import Mixed, mixed_input
 from oracle import U, assert_within
 from subbyte import SGM, SubbyteError
-from subbyte.batchnorm import Affine, absorb_batchnorm
+from subbyte.modules.absorb import Affine, absorb_batchnorm
 
 SHAPES = {nn.BatchNorm1d: (6, 5), nn.BatchNorm2d: (3, 5, 4, 2), nn.BatchNorm3d: (2, 5, 3, 2, 2)}
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from subbyte.config import DataConfig, LoopConfig, ModelConfig, read_config
 from subbyte.errors import SubbyteError
 from subbyte.methods import METHODS
+from subbyte.train.config import DataConfig, LoopConfig, ModelConfig, read_config
 
 BASE = """
 [model]

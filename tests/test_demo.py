@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from subbyte import SubbyteError, demo
+from subbyte import SubbyteError
+from subbyte.commands import demo
 
 
 @pytest.fixture
@@ -28,13 +29,13 @@ def test_the_demo_compares_three_versions(short, tmp_path):
 
 
 def test_the_demo_fails_when_a_file_disagrees(short, tmp_path, monkeypatch):
-    real = demo.artifact.load
+    real = demo.storage.load
 
     def wrong(path, precision):
         net = real(path, precision=precision)
         net.classifier[1].packed.scale.mul_(1.01)
         return net
 
-    monkeypatch.setattr(demo.artifact, "load", wrong)
+    monkeypatch.setattr(demo.storage, "load", wrong)
     with pytest.raises(SubbyteError, match="differ from training"):
         demo.run_demo(tmp_path, quiet=True)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from oracle import U
 from subbyte import Grid, PerChannel, ScaleDomain, uniform
-from subbyte import functional as fn
+from subbyte.core import functional as fn
 
 UNEVEN = Grid((-2.0, -0.3, 0.0, 0.1, 5.0))
 ASYMMETRIC = Grid(tuple(float(i) for i in range(-3, 13)))

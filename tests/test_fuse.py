@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 import subbyte as sb
 from subbyte.bench import bench
+from subbyte.core.tensors import LowRank, QuantizedLayer
 from subbyte.modules import PackedConv2d
-from subbyte.tensors import LowRank, QuantizedLayer
 
 EPS = 2.0**-24
 

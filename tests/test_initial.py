@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import subbyte as sb
 from subbyte import SGM, LowRes, Recipe, Rule, SubbyteError
-from subbyte.demo import BASE
+from subbyte.commands.demo import BASE
 from subbyte.models import build
 from subbyte.train import run, train
 from subbyte.train.initial import load_initial

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 import subbyte as sb
 from oracle import assert_within, exact_weight, gamma
 from subbyte import SGM, LowRes, SubbyteError
-from subbyte.batchnorm import absorb_batchnorm
-from subbyte.integer import integer_network, integer_weight, to_fixed_point
+from subbyte.graph.integer import integer_network, integer_weight, to_fixed_point
+from subbyte.modules.absorb import absorb_batchnorm
 
 CONVS = [
     {"kernel_size": 3},

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 import subbyte as sb
 from subbyte import kernels
-from subbyte.grids import Grid, PerChannel, PerTensor, ScaleDomain, uniform
+from subbyte.core.grids import Grid, PerChannel, PerTensor, ScaleDomain, uniform
+from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor
 from subbyte.kernels import ops, panels
 from subbyte.methods import LowRes
-from subbyte.tensors import LowRank, QuantizedLayer, QuantizedTensor
 
 core = pytest.importorskip("subbyte._native", reason="the C++ core was not built")
 
@@ -423,13 +423,19 @@ def test_changed_words_and_scales_are_noticed():
     assert torch.equal(again(x), net(x))
 
 
+PANEL_BITS_OF_3_LEVELS = {  # docs/kernels.md; one table look-up by bytes packs five digits into one
+    "portable": 2, "avx2": 2, "neon": 2, "avx512vnni": 2, "avx512vbmi": 1.6,
+}  # fmt: skip
+
+
 def test_panels_are_counted_and_die_with_their_words():
     net, x = small_net(), torch.randn(1, 3, 6, 6)
     words = net[3].packed.words
     assert kernels.panel_bytes(words) == 0
     net(x)
-    # 10 rows in a block of 32, at 2 bits a weight
-    assert kernels.panel_bytes(words) == 32 * 576 * 2 // 8
+    bits = panels.linear_panel(words, net[3].packed.scale, net[3].packed.grid, (10, 576)).bits
+    assert bits == PANEL_BITS_OF_3_LEVELS[kernels.tier()]
+    assert kernels.panel_bytes(words) == 32 * 576 * bits / 8  # 10 rows in a block of 32
     before = len(panels._PANELS)
     del net, words
     assert len(panels._PANELS) == before - 2

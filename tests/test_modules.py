@@ -15,7 +15,7 @@ import subbyte as sb
 from nets import Mixed, mixed_input
 from oracle import U, assert_within, exact_weight, gamma
 from subbyte import LowRes, Recipe, Rule, SubbyteError, kernels
-from subbyte.layers import CHANNEL_AXIS
+from subbyte.core.sites import CHANNEL_AXIS
 from subbyte.packing import radix
 
 LEVELS = [2, 3, 4, 5, 7, 8, 9, 15, 16, 17]

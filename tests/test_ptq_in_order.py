@@ -5,12 +5,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import subbyte as sb
-from subbyte.layers import sites
-from subbyte.ptq.calibration import input_statistics
-from subbyte.ptq.codes import channel_grid, rtn
-from subbyte.ptq.in_order import _spans, _stages, solve_in_order
-from subbyte.ptq.search import Layer
-from subbyte.tensors import QuantizedLayer, QuantizedTensor, as_matrix, as_weight
+from subbyte.core.sites import sites
+from subbyte.core.tensors import QuantizedLayer, QuantizedTensor, as_matrix, as_weight
+from subbyte.ptq.evidence.statistics import input_statistics
+from subbyte.ptq.plan.search import Layer
+from subbyte.ptq.solvers.codes import channel_grid, rtn
+from subbyte.ptq.steps.in_order import _spans, _stages, solve_in_order
 
 
 def known(net, x):
@@ -128,7 +128,7 @@ def test_the_limit_changes_no_layer(monkeypatch):
     x = torch.randn(200, 3, 8, 8)
     layers = known(net, x)
     together = solve_in_order(net, layers, nearly, x.split(50))
-    monkeypatch.setattr("subbyte.ptq.in_order.AHEAD_BYTES", 1)
+    monkeypatch.setattr("subbyte.ptq.steps.in_order.AHEAD_BYTES", 1)
     alone = solve_in_order(net, layers, nearly, x.split(50))
     for name, layer in together.layers.items():
         assert torch.equal(layer.weight.codes, alone.layers[name].weight.codes)

@@ -11,10 +11,11 @@ import subbyte as sb
 from nets import Mixed, mixed_input
 from oracle import assert_within, exact_weight, gamma
 from subbyte import SubbyteError
-from subbyte.functional import encode
-from subbyte.layers import sites
-from subbyte.ptq.calibration import Statistics, effects, input_statistics
-from subbyte.ptq.codes import (
+from subbyte.core.functional import encode
+from subbyte.core.sites import sites
+from subbyte.core.tensors import LowRank, QuantizedLayer, as_matrix, as_weight
+from subbyte.ptq.evidence.statistics import Statistics, effects, input_statistics
+from subbyte.ptq.solvers.codes import (
     _compensate,
     _descend,
     _refit,
@@ -26,8 +27,7 @@ from subbyte.ptq.codes import (
     rtn,
     tensor_grid,
 )
-from subbyte.ptq.lowrank import Metric, adapter_bytes, fit_adapter, largest_rank, reclaimed
-from subbyte.tensors import LowRank, QuantizedLayer, as_matrix, as_weight
+from subbyte.ptq.solvers.lowrank import Metric, adapter_bytes, fit_adapter, largest_rank, reclaimed
 
 CONVS = [
     nn.Conv2d(3, 4, 3),

@@ -14,19 +14,19 @@ from typer.testing import CliRunner
 import subbyte as sb
 from subbyte import CoRa, SubbyteError
 from subbyte.cli import app
+from subbyte.commands.demo import BASE
+from subbyte.core.sites import sites
+from subbyte.core.tensors import as_matrix
 from subbyte.data import load_images
-from subbyte.demo import BASE
-from subbyte.layers import sites
 from subbyte.models import build, load_weights
 from subbyte.ptq import LayerPlan, PublishedCoRa, RankPlan, quantize
-from subbyte.ptq.calibration import Statistics
 from subbyte.ptq.equalize import equalize, norms_behind
-from subbyte.ptq.norms import correct_norms
+from subbyte.ptq.evidence.statistics import Statistics
+from subbyte.ptq.plan.search import Layer, _options, search
 from subbyte.ptq.published import butterworth, equivalent_bits, search_ranks
-from subbyte.ptq.search import Layer, _options, search
-from subbyte.ptq.tune import divergence, tune
+from subbyte.ptq.steps.norms import correct_norms
+from subbyte.ptq.steps.tune import divergence, tune
 from subbyte.report import size_report
-from subbyte.tensors import as_matrix
 from subbyte.train import evaluate, run
 
 
@@ -365,7 +365,7 @@ def test_what_does_not_help_is_dropped(net, images, monkeypatch):
     module = importlib.import_module("subbyte.ptq.quantize")  # the name is the function's too
 
     def worse(model, teacher, layers, *rest, **more):
-        from subbyte.ptq.tune import Tuned
+        from subbyte.ptq.steps.tune import Tuned
 
         broken = build("digitsnet")
         return Tuned(broken.eval(), layers, ())

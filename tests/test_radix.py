@@ -123,7 +123,7 @@ def test_damaged_frames_are_refused():
 def test_compression_is_within_two_percent_of_the_entropy(shares):
     p = torch.tensor(shares)
     codes = torch.multinomial(p, 300_000, replacement=True).to(torch.uint8)
-    from subbyte.functional import entropy
+    from subbyte.core.functional import entropy
 
     bits = 8 * radix.compress(codes, len(shares)).numel() / codes.numel()
     assert bits <= 1.02 * entropy(codes, len(shares)), bits

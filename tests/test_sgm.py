@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 import subbyte as sb
 from subbyte import LSQ, SGM, TWN, Recipe, Rule, SubbyteError
 from subbyte.cli import app
-from subbyte.config import read_config
-from subbyte.demo import BASE
+from subbyte.commands.demo import BASE
 from subbyte.methods import quantizers
 from subbyte.methods.sgm import least_squares_power_of_two
 from subbyte.models import build
 from subbyte.report import size_report
 from subbyte.train import run
+from subbyte.train.config import read_config
 from subbyte.train.watch import BINS, histograms
 
 ROOT = Path(__file__).resolve().parents[1]

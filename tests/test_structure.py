@@ -14,11 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "subbyte"
 
 ORDER = [
-    "errors", "files", "jsontext", "grids", "functional", "tensors", "_native", "packing",
-    "kernels", "layers", "recipe", "methods", "batchnorm", "modules", "fuse", "integer", "models",
-    "artifact", "bench", "data", "ptq", "train", "report", "config", "demo", "convert", "cli",
+    "errors", "core", "_native", "packing", "kernels", "methods", "modules", "graph", "models",
+    "storage", "bench", "data", "ptq", "train", "report", "commands", "cli",
 ]  # fmt: skip
-TYPE_ONLY = {("recipe", "methods")}  # names for type checkers, not imported at run time
+TYPE_ONLY = {("core", "methods")}  # names for type checkers, not imported at run time
 
 
 def part(path):
@@ -55,11 +54,11 @@ def test_the_public_surface_is_documented():
 
 
 def test_the_format_document_states_the_version_and_every_encoding():
-    from subbyte import artifact
+    from subbyte import storage
 
     text = (ROOT / "docs" / "format.md").read_text()
-    assert f"version {artifact.VERSION}" in text
-    for word in (artifact.WORDS, artifact.ZSTD, "float32", "float16", "power_of_two"):
+    assert f"version {storage.VERSION}" in text
+    for word in (storage.WORDS, storage.ZSTD, "float32", "float16", "power_of_two"):
         assert f"`{word}`" in text
 
 
@@ -73,7 +72,7 @@ def test_every_network_and_command_of_the_readme_exists():
 
 
 def test_every_example_is_a_valid_config():
-    from subbyte.config import read_config
+    from subbyte.train.config import read_config
 
     examples = sorted((ROOT / "examples").glob("*.toml"))
     assert examples

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrize
 
-from subbyte import artifact
+from subbyte import storage
+from subbyte.core.jsontext import to_json
+from subbyte.core.recipe import Recipe, Rule
 from subbyte.data import ImageSet
 from subbyte.errors import SubbyteError
-from subbyte.jsontext import to_json
 from subbyte.methods import LowRes, float_state_dict, prepare, quantizers
 from subbyte.models import Network, NetworkSpec, build
-from subbyte.recipe import Recipe, Rule
 from subbyte.train import (
     DataConfig,
     EpochRecord,
@@ -563,7 +563,7 @@ def test_digits_in_three_levels_and_the_file_scores_the_same(tmp_path, capfd):
     assert result.saved.loss == pytest.approx(result.trained.loss, rel=1e-4)
     assert result.file.name == "net.safetensors"
     assert result.n_bytes < 94_506 * 4 / 10
-    net = artifact.load(result.file)
+    net = storage.load(result.file)
     assert not any(parametrize.is_parametrized(module) for module in net.modules())
 
 
@@ -577,7 +577,7 @@ def test_the_saved_score_is_of_the_file_that_was_read(tmp_path, monkeypatch):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
 
-    monkeypatch.setattr(artifact, "load", wiped)
+    monkeypatch.setattr(storage, "load", wiped)
     result = run(run_config(tmp_path, TERNARY, epochs=1), quiet=True)
     assert result.saved.loss == pytest.approx(math.log(10), rel=1e-6)
     assert result.trained.loss != pytest.approx(math.log(10), rel=1e-3)

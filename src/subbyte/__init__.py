@@ -10,10 +10,11 @@ result = sb.quantize(model, sb.CoRa(bits=3), calibration=batches)    # without t
 sb.save(result.model, "net.safetensors")
 """
 
-from subbyte.artifact import load, save
+from subbyte.core.grids import Grid, PerChannel, PerTensor, ScaleDomain, fixed_point, uniform
+from subbyte.core.recipe import Plan, Recipe, Rule
+from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor
 from subbyte.errors import SubbyteError
-from subbyte.fuse import fuse
-from subbyte.grids import Grid, PerChannel, PerTensor, ScaleDomain, fixed_point, uniform
+from subbyte.graph.fuse import fuse
 from subbyte.methods import (
     LSQ,
     SGM,
@@ -27,8 +28,7 @@ from subbyte.methods import (
 )
 from subbyte.modules import pack
 from subbyte.ptq import CoRa, PublishedCoRa, quantize
-from subbyte.recipe import Plan, Recipe, Rule
-from subbyte.tensors import LowRank, QuantizedLayer, QuantizedTensor
+from subbyte.storage import load, save
 
 __version__ = "0.1.0"
 

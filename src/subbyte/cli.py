@@ -15,23 +15,23 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from subbyte import artifact
+from subbyte import storage
 from subbyte.bench import bench as measure
 from subbyte.bench import from_file, from_shapes, parse_numbers, parse_shapes
 from subbyte.bench import table as bench_table
-from subbyte.config import read_config
-from subbyte.convert import SAMPLES, Request, arguments_for, convert, method_of
-from subbyte.convert import table as conversion_table
+from subbyte.commands.demo import run_demo
+from subbyte.commands.demo import table as demo_table
+from subbyte.commands.quantize import SAMPLES, Request, arguments_for, convert, method_of
+from subbyte.commands.quantize import table as conversion_table
+from subbyte.core.jsontext import to_json
 from subbyte.data import ImageSet, load_images
-from subbyte.demo import run_demo
-from subbyte.demo import table as demo_table
 from subbyte.errors import SubbyteError
-from subbyte.jsontext import to_json
 from subbyte.models import NETWORKS, build, load_weights
 from subbyte.report import size_report
 from subbyte.report import table as size_table
 from subbyte.train import console_progress, run
 from subbyte.train import evaluate as score
+from subbyte.train.config import read_config
 
 app = typer.Typer(
     add_completion=False,
@@ -229,7 +229,7 @@ def _network(target: str, weights: Path | None, images: ImageSet, precision: Any
     if target not in NETWORKS:
         if weights is not None:
             raise SubbyteError(f"{target} is a file; --weights goes with the name of a network")
-        return artifact.load(target, precision=precision)
+        return storage.load(target, precision=precision)
     if weights is None:
         raise SubbyteError(f"network '{target}' needs its float weights: --weights FILE")
     network = build(target, **arguments_for(target, images))

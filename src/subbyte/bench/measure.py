@@ -19,7 +19,7 @@ from subbyte.bench.report import BenchReport, LayerBench, Times
 from subbyte.bench.roofs import Roofs, measure_roofs
 from subbyte.bench.timing import in_turn
 from subbyte.errors import SubbyteError
-from subbyte.fuse import fuse
+from subbyte.graph.fuse import fuse
 from subbyte.modules import PackedConv2d, PackedEmbedding, PackedWeight, is_fused
 
 _ROOFS_SHARE, _NETWORK_SHARE = 0.1, 0.2  # of the time; layers get the rest

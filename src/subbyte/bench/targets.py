@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subbyte import artifact
+from subbyte import storage
+from subbyte.core.grids import PerChannel, uniform
+from subbyte.core.tensors import QuantizedLayer, QuantizedTensor
 from subbyte.errors import SubbyteError
-from subbyte.grids import PerChannel, uniform
 from subbyte.kernels import Precision
 from subbyte.models import Network
 from subbyte.modules import pack
-from subbyte.tensors import QuantizedLayer, QuantizedTensor
 
 LARGEST = 1 << 31  # weights of a layer to make up
 
@@ -62,7 +62,7 @@ def from_file(
     size: of the input without its batch; by default as the network says. Raises SubbyteError if it
     does not say.
     """
-    net = artifact.load(path, precision=precision)
+    net = storage.load(path, precision=precision)
     size = _input_size(net) if size is None else tuple(size)
     if size is None:
         raise SubbyteError(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from subbyte.core.grids import Grid
 from subbyte.errors import SubbyteError
-from subbyte.grids import Grid
 from subbyte.kernels import products
 from subbyte.kernels.ops import conv2d_op, linear_op, plain
 from subbyte.kernels.products import Activation, finish

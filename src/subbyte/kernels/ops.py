@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from subbyte.grids import Grid, PerChannel, PerTensor, ScaleDomain
+from subbyte.core.grids import Grid, PerChannel, PerTensor, ScaleDomain
 from subbyte.kernels import products
 
 

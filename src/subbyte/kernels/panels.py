@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subbyte.functional import read_scale
-from subbyte.grids import Grid
+from subbyte.core.functional import read_scale
+from subbyte.core.grids import Grid
 from subbyte.kernels.served import _native, integers
 from subbyte.packing import radix
 

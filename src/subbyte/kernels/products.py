@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from subbyte.functional import decode, read_scale
-from subbyte.grids import Grid
+from subbyte.core.functional import decode, read_scale
+from subbyte.core.grids import Grid
 from subbyte.kernels.panels import conv_panels, linear_panel
 from subbyte.packing import radix
 

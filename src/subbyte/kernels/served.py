@@ -8,8 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from subbyte.core.grids import Grid
 from subbyte.errors import SubbyteError
-from subbyte.grids import Grid
 
 try:
     from subbyte import _native

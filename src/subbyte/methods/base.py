@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from subbyte.core.functional import spread
+from subbyte.core.recipe import Plan, Recipe, as_recipe
+from subbyte.core.sites import Site, join, sites, stored_weight
+from subbyte.core.tensors import QuantizedLayer, QuantizedTensor
 from subbyte.errors import SubbyteError
-from subbyte.functional import spread
-from subbyte.layers import Site, join, sites, stored_weight
-from subbyte.recipe import Plan, Recipe, as_recipe
-from subbyte.tensors import QuantizedLayer, QuantizedTensor
 
 
 class WeightQuantizer(nn.Module):

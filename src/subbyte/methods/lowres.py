@@ -25,8 +25,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from subbyte.errors import SubbyteError
-from subbyte.functional import (
+from subbyte.core.functional import (
     divide,
     encode,
     fake_quantize,
@@ -37,10 +36,11 @@ from subbyte.functional import (
     std_scale,
     straight_through,
 )
-from subbyte.grids import Grid, PerChannel, PerTensor, ScaleDomain, uniform
-from subbyte.layers import Site
+from subbyte.core.grids import Grid, PerChannel, PerTensor, ScaleDomain, uniform
+from subbyte.core.sites import Site
+from subbyte.core.tensors import QuantizedTensor
+from subbyte.errors import SubbyteError
 from subbyte.methods.base import WeightQuantizer, describe
-from subbyte.tensors import QuantizedTensor
 
 Gamma = Literal["recomputed", "frozen"]
 Statistic = Literal["mean_abs", "std"]

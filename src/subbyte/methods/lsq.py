@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from subbyte.functional import encode, snap, straight_through
-from subbyte.grids import Grid, fixed_point
-from subbyte.layers import Site
+from subbyte.core.functional import encode, snap, straight_through
+from subbyte.core.grids import Grid, fixed_point
+from subbyte.core.sites import Site
+from subbyte.core.tensors import QuantizedTensor
 from subbyte.methods.base import WeightQuantizer, describe
-from subbyte.tensors import QuantizedTensor
 
 SMALLEST_STEP = 1e-8
 

@@ -37,12 +37,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from subbyte.core.functional import encode, fake_quantize, power_of_two, scale_exponent
+from subbyte.core.grids import Grid, fixed_point
+from subbyte.core.sites import Site
+from subbyte.core.tensors import QuantizedTensor
 from subbyte.errors import SubbyteError
-from subbyte.functional import encode, fake_quantize, power_of_two, scale_exponent
-from subbyte.grids import Grid, fixed_point
-from subbyte.layers import Site
 from subbyte.methods.base import WeightQuantizer, describe
-from subbyte.tensors import QuantizedTensor
 
 _EXPONENTS_TRIED = 8  # on either side of the largest weight's
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subbyte.functional import straight_through
-from subbyte.grids import uniform
-from subbyte.layers import Site
+from subbyte.core.functional import straight_through
+from subbyte.core.grids import uniform
+from subbyte.core.sites import Site
+from subbyte.core.tensors import QuantizedTensor
 from subbyte.methods.base import WeightQuantizer
-from subbyte.tensors import QuantizedTensor
 
 THRESHOLD = 0.75
 GRID = uniform(3)

@@ -5,8 +5,10 @@ module.
 """
 
 from subbyte.modules.attention import PackedMultiheadAttention
-from subbyte.modules.build import is_fused, pack
-from subbyte.modules.layers import PACKED, PackedConv2d, PackedEmbedding, PackedLinear
+from subbyte.modules.build import PACKED, is_fused, pack
+from subbyte.modules.conv import PackedConv2d
+from subbyte.modules.embedding import PackedEmbedding
+from subbyte.modules.linear import PackedLinear
 from subbyte.modules.weight import PackedWeight
 
 __all__ = [

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subbyte import kernels
+from subbyte.core.tensors import QuantizedLayer
 from subbyte.kernels import Precision
-from subbyte.modules.layers import packed_linear
+from subbyte.modules.linear import packed_linear
 from subbyte.modules.weight import PackedWeight, copied
-from subbyte.tensors import QuantizedLayer
 
 
 class PackedMultiheadAttention(nn.Module):

@@ -9,13 +9,31 @@ from typing import Any
 from torch import nn
 
 from subbyte import kernels
-from subbyte.batchnorm import BatchNormMode, absorb_batchnorm, check_mode
+from subbyte.core.sites import Site, sites, supported_type
+from subbyte.core.tensors import QuantizedLayer
 from subbyte.errors import SubbyteError
 from subbyte.kernels import Precision
-from subbyte.layers import Site, sites, supported_type
+from subbyte.modules.absorb import BatchNormMode, absorb_batchnorm, check_mode
 from subbyte.modules.attention import PackedMultiheadAttention
-from subbyte.modules.layers import PACKED, PackedConv2d, PackedLinear
-from subbyte.tensors import QuantizedLayer
+from subbyte.modules.conv import (
+    PackedConv1d,
+    PackedConv2d,
+    PackedConv3d,
+    PackedConvTranspose1d,
+    PackedConvTranspose2d,
+)
+from subbyte.modules.embedding import PackedEmbedding
+from subbyte.modules.linear import PackedLinear
+
+PACKED: dict[type[nn.Module], type[Any]] = {
+    nn.Linear: PackedLinear,
+    nn.Conv1d: PackedConv1d,
+    nn.Conv2d: PackedConv2d,
+    nn.Conv3d: PackedConv3d,
+    nn.ConvTranspose1d: PackedConvTranspose1d,
+    nn.ConvTranspose2d: PackedConvTranspose2d,
+    nn.Embedding: PackedEmbedding,
+}
 
 
 def pack(
@@ -29,7 +47,7 @@ def pack(
 
     model: the float network, or the prepared one that `layers` were frozen from; it stays as it is.
     batchnorm: "absorb" turns every BatchNorm into one scale and one shift a channel,
-    "power_of_two" rounds those scales too (`subbyte.batchnorm`); codes stay as they are.
+    "power_of_two" rounds those scales too (`subbyte.modules.absorb`); codes stay as they are.
     precision: of the activations in products, "int8", "int16" or "float32" (`subbyte.kernels`);
     the attribute `precision` of a packed layer changes it later.
     Raises SubbyteError for a name the model does not have, a shape that differs, or a prepared

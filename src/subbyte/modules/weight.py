@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from subbyte.functional import decode, read_scale, store_scale
-from subbyte.grids import Grid
+from subbyte.core.functional import decode, read_scale, store_scale
+from subbyte.core.grids import Grid
+from subbyte.core.tensors import (
+    LowRank,
+    QuantizedLayer,
+    QuantizedTensor,
+    as_weight,
+    low_rank_product,
+)
 from subbyte.packing import radix
-from subbyte.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_weight, low_rank_product
 
 
 class PackedWeight(nn.Module):
@@ -81,3 +89,9 @@ class PackedWeight(nn.Module):
 def copied(tensor: Tensor | None) -> Tensor | None:
     """Frozen values are never written to, so a module gets its own, laid out as a file gives it."""
     return None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def decoded_weight(self: Any) -> Tensor:
+    """The weight of a packed layer as float32, decoded at each call."""
+    weight: Tensor = self.packed()
+    return weight

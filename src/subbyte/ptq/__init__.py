@@ -1,6 +1,6 @@
 """Post-training quantization: a trained network and some images are enough; no labels needed."""
 
-from subbyte.ptq.plan import LayerPlan, RankPlan
+from subbyte.ptq.plan.ranks import LayerPlan, RankPlan
 from subbyte.ptq.published import PublishedCoRa
 from subbyte.ptq.quantize import CoRa, Listener, Quantization, quantize
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subbyte.core.functional import power_of_two, scale_exponent
+from subbyte.core.grids import PerChannel, uniform
+from subbyte.core.tensors import as_matrix
 from subbyte.errors import SubbyteError
-from subbyte.functional import power_of_two, scale_exponent
-from subbyte.grids import PerChannel, uniform
-from subbyte.ptq.codes import rtn
-from subbyte.tensors import as_matrix
+from subbyte.ptq.solvers.codes import rtn
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from subbyte.core.tensors import QuantizedLayer
 from subbyte.modules import pack
-from subbyte.ptq.tune import TEMPERATURE, divergence
-from subbyte.tensors import QuantizedLayer
+from subbyte.ptq.steps.tune import TEMPERATURE, divergence
 
 HELD_OUT = 5  # one calibration image in so many judges, the others teach
 _BATCH = 64

@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from subbyte.core.grids import Grid
+from subbyte.core.sites import Site
+from subbyte.core.tensors import QuantizedLayer, QuantizedTensor, as_matrix, as_weight
 from subbyte.errors import SubbyteError
-from subbyte.grids import Grid
-from subbyte.layers import Site
 from subbyte.packing import radix
-from subbyte.ptq.codes import k_sigma
-from subbyte.ptq.lowrank import Metric, adapter_bytes, fit_adapter
-from subbyte.ptq.plan import LayerPlan, RankPlan
-from subbyte.tensors import QuantizedLayer, QuantizedTensor, as_matrix, as_weight
+from subbyte.ptq.plan.ranks import LayerPlan, RankPlan
+from subbyte.ptq.solvers.codes import k_sigma
+from subbyte.ptq.solvers.lowrank import Metric, adapter_bytes, fit_adapter
 
 _BATCH = 32
 _CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")

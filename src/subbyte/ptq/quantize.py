@@ -21,21 +21,21 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
+from subbyte.core.sites import Site, join, owners_of_tied_weights, sites, unsupported
+from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_matrix, as_weight
 from subbyte.errors import SubbyteError
-from subbyte.layers import Site, join, owners_of_tied_weights, sites, unsupported
 from subbyte.modules import pack
-from subbyte.ptq.calibration import Statistics, effects, input_statistics
-from subbyte.ptq.codes import channel_grid, gptq, rtn
-from subbyte.ptq.in_order import solve_in_order
+from subbyte.ptq.evidence.mosaics import Mosaics, rounds_needed
+from subbyte.ptq.evidence.statistics import Statistics, effects, input_statistics
 from subbyte.ptq.judge import HELD_OUT, Judge, judging, teaching
-from subbyte.ptq.lowrank import Metric, fit_adapter
-from subbyte.ptq.mosaics import Mosaics, rounds_needed
-from subbyte.ptq.norms import correct_norms, has_norms
-from subbyte.ptq.plan import LayerPlan, RankPlan
+from subbyte.ptq.plan.ranks import LayerPlan, RankPlan
+from subbyte.ptq.plan.search import LEVELS, Layer, layer_bytes, search
 from subbyte.ptq.published import PublishedCoRa, published_layers, search_ranks
-from subbyte.ptq.search import LEVELS, Layer, layer_bytes, search
-from subbyte.ptq.tune import TEMPERATURE, tune
-from subbyte.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_matrix, as_weight
+from subbyte.ptq.solvers.codes import channel_grid, gptq, rtn
+from subbyte.ptq.solvers.lowrank import Metric, fit_adapter
+from subbyte.ptq.steps.in_order import solve_in_order
+from subbyte.ptq.steps.norms import correct_norms, has_norms
+from subbyte.ptq.steps.tune import TEMPERATURE, tune
 
 CodesBy = Literal["gptq", "rtn"]
 _EFFECT_BATCH = 16

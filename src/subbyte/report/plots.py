@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from subbyte.functional import level_shares
-from subbyte.tensors import QuantizedTensor
+from subbyte.core.functional import level_shares
+from subbyte.core.tensors import QuantizedTensor
 from subbyte.train.curves import COLORS, Histories, new_figure, plot_curves
 
 

@@ -13,13 +13,13 @@ from rich.table import Table
 from torch import Tensor
 
 from subbyte import kernels
-from subbyte.artifact import WORDS, Artifact, LayerEntry, assemble, packed_layers, read
+from subbyte.core.functional import entropy, level_shares
+from subbyte.core.sites import join
+from subbyte.core.tensors import QuantizedLayer
 from subbyte.errors import SubbyteError
-from subbyte.functional import entropy, level_shares
-from subbyte.layers import join
 from subbyte.modules import PackedConv2d, PackedLinear, PackedMultiheadAttention
 from subbyte.packing import radix
-from subbyte.tensors import QuantizedLayer
+from subbyte.storage import WORDS, Artifact, LayerEntry, assemble, packed_layers, read
 from subbyte.train.watch import far_from_levels
 
 

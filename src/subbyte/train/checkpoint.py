@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from subbyte.core.atomic import write_atomically
 from subbyte.errors import SubbyteError
-from subbyte.files import write_atomically
 from subbyte.train.settings import RunConfig
 from subbyte.train.watch import Histograms
 

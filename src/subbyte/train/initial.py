@@ -7,9 +7,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from subbyte import artifact
+from subbyte import storage
+from subbyte.core.sites import join, sites
 from subbyte.errors import SubbyteError
-from subbyte.layers import join, sites
 from subbyte.models import load_state, load_weights
 from subbyte.train.checkpoint import read_checkpoint
 
@@ -36,14 +36,14 @@ def _is_packed(path: Path) -> bool:
     """Whether a safetensors file has a manifest; what is no such file is left to `load_weights`."""
     try:
         with safe_open(path, framework="pt") as file:
-            return artifact.FORMAT in (file.metadata() or {})
+            return storage.FORMAT in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False
 
 
 def _of_packed(model: nn.Module, path: Path) -> dict[str, Tensor]:
     """The decoded weights of a packed file, in the float network's names."""
-    packed = artifact.read(path)
+    packed = storage.read(path)
     if packed.affine:
         raise SubbyteError(
             f"{path}: its BatchNorms were absorbed, so it cannot be trained further; start from a "

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from subbyte.core.atomic import write_atomically
+from subbyte.core.jsontext import to_json
 from subbyte.data import ImageSet, batches
 from subbyte.errors import SubbyteError
-from subbyte.files import write_atomically
-from subbyte.jsontext import to_json
 from subbyte.models import Network
 from subbyte.train.checkpoint import (
     Checkpoint,

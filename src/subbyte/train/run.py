@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from subbyte import artifact
+from subbyte import storage
 from subbyte.data import load_images
 from subbyte.errors import SubbyteError
 from subbyte.methods import freeze, quantizers
@@ -68,12 +68,12 @@ def _save(result: TrainResult, config: RunConfig) -> tuple[Path, nn.Module]:
     path, last = config.out / NETWORK, result.history[-1]
     soft = last.rounded_top1 is not None
     net = pack(result.model, freeze(result.model), batchnorm=config.batchnorm)
-    artifact.save(net, path, compress=config.compress, distance=last.distance if soft else None)
-    return path, artifact.load(path, precision="float32")
+    storage.save(net, path, compress=config.compress, distance=last.distance if soft else None)
+    return path, storage.load(path, precision="float32")
 
 
 def _save_float(model: Network, path: Path) -> tuple[Path, nn.Module]:
-    artifact.write_safetensors(model.state_dict(), {}, path)
+    storage.write_safetensors(model.state_dict(), {}, path)
     net = build(model.spec.name, **model.spec.arguments)
     load_weights(net, path)
     return path, net

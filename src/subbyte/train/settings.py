@@ -1,7 +1,7 @@
 """What a run is asked to do, as frozen values; each checks its own ranges when it is made.
 
-`subbyte.config` reads them from TOML. A `SubbyteError` from here names the field, its value and
-the range; the reader adds the file and the section.
+`subbyte.train.config` reads them from TOML. A `SubbyteError` from here names the field, its value
+and the range; the reader adds the file and the section.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from subbyte.batchnorm import BatchNormMode
+from subbyte.core.recipe import Recipe
 from subbyte.data import Augment
 from subbyte.errors import SubbyteError
-from subbyte.recipe import Recipe
+from subbyte.modules.absorb import BatchNormMode
 
 OptimizerName = Literal["sgd", "adamw"]
 ScheduleName = Literal["cosine", "step", "constant"]
@@ -165,7 +165,7 @@ class LoopConfig:
 class RunConfig:
     """A whole run. recipe: None trains in float.
 
-    compress: of the saved network (`artifact.save`). batchnorm: in it, "keep", "absorb" or
+    compress: of the saved network (`storage.save`). batchnorm: in it, "keep", "absorb" or
     "power_of_two" (`pack`). out: the folder of the checkpoint, the metrics and the network.
     """
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from subbyte.core.functional import divide, spread
+from subbyte.core.tensors import QuantizedLayer, QuantizedTensor
 from subbyte.data import ImageSet
-from subbyte.functional import divide, spread
 from subbyte.methods import freeze, quantizers
 from subbyte.modules import pack
-from subbyte.tensors import QuantizedLayer, QuantizedTensor
 from subbyte.train.evaluate import evaluate
 
 

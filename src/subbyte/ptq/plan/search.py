@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from subbyte.core.sites import Site
 from subbyte.errors import SubbyteError
-from subbyte.layers import Site
 from subbyte.packing import radix
-from subbyte.ptq.calibration import Statistics
-from subbyte.ptq.codes import channel_grid, gptq, rtn
-from subbyte.ptq.lowrank import Metric, adapter_bytes, largest_rank, reclaimed
-from subbyte.ptq.plan import LayerPlan, RankPlan
+from subbyte.ptq.evidence.statistics import Statistics
+from subbyte.ptq.plan.ranks import LayerPlan, RankPlan
+from subbyte.ptq.solvers.codes import channel_grid, gptq, rtn
+from subbyte.ptq.solvers.lowrank import Metric, adapter_bytes, largest_rank, reclaimed
 
 LEVELS = (2, 3, 4, 5, 8, 9, 16, 17, 32, 64, 256)
 MOST_RANK = 16

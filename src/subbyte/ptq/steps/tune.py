@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from subbyte.core.functional import decode, round_scale
+from subbyte.core.sites import Site
+from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_matrix, as_weight
 from subbyte.data import random_crop, random_flip
-from subbyte.functional import decode, round_scale
-from subbyte.layers import Site
-from subbyte.ptq.lowrank import stored
-from subbyte.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_matrix, as_weight
+from subbyte.ptq.solvers.lowrank import stored
 
 BATCH = 32
 TEMPERATURE = 4.0

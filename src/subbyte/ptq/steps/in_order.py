@@ -27,12 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subbyte.layers import Site
-from subbyte.ptq.calibration import PATCHES, Statistics, fitting, inputs_of, patches_an_image
-from subbyte.ptq.codes import damped
+from subbyte.core.sites import Site
+from subbyte.core.tensors import QuantizedLayer, as_matrix, as_weight
 from subbyte.ptq.equalize import norms_behind
-from subbyte.ptq.search import Layer
-from subbyte.tensors import QuantizedLayer, as_matrix, as_weight
+from subbyte.ptq.evidence.statistics import (
+    PATCHES,
+    Statistics,
+    fitting,
+    inputs_of,
+    patches_an_image,
+)
+from subbyte.ptq.plan.search import Layer
+from subbyte.ptq.solvers.codes import damped
 
 STAGES = 32  # of more layers, neighbours share a pass over the images
 AHEAD_BYTES = 2**30  # of the float network's patches: so many stages share its pass

@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from subbyte.core.tensors import LowRank
 from subbyte.errors import SubbyteError
-from subbyte.ptq.codes import damped
-from subbyte.tensors import LowRank
+from subbyte.ptq.solvers.codes import damped
 
 _INT8_TOP = 127
 _SMALLEST_ROW = 1e-6  # of the mean effect: rows without effect must not be divided by 0

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from subbyte.core.atomic import write_atomically
+from subbyte.core.jsontext import to_json
 from subbyte.errors import SubbyteError
-from subbyte.files import write_atomically
-from subbyte.jsontext import to_json
 
 
 @dataclass(frozen=True, slots=True)

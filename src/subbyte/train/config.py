@@ -38,10 +38,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from subbyte.batchnorm import BatchNormMode
+from subbyte.core.recipe import Recipe, Rule
 from subbyte.errors import SubbyteError
 from subbyte.methods import METHODS, Method
-from subbyte.recipe import Recipe, Rule
+from subbyte.modules.absorb import BatchNormMode
 from subbyte.train.settings import DataConfig, LoopConfig, ModelConfig, RunConfig
 
 if sys.version_info >= (3, 11):

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subbyte.core.tensors import QuantizedLayer
 from subbyte.modules import pack
-from subbyte.tensors import QuantizedLayer
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _LEAST, _MOST = 0.25, 4.0  # a variance changes at most so far

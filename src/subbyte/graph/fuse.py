@@ -18,10 +18,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from subbyte.batchnorm import Affine, as_affine
+from subbyte.core.functional import read_scale
+from subbyte.core.grids import PerChannel, ScaleDomain
 from subbyte.errors import SubbyteError
-from subbyte.functional import read_scale
-from subbyte.grids import PerChannel, ScaleDomain
 from subbyte.kernels import Activation
 from subbyte.modules import (
     PACKED,
@@ -30,6 +29,7 @@ from subbyte.modules import (
     PackedMultiheadAttention,
     PackedWeight,
 )
+from subbyte.modules.absorb import Affine, as_affine
 
 _ACTIVATIONS: dict[Any, Activation] = {
     nn.ReLU: "relu", F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu",

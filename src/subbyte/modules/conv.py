@@ -1,8 +1,7 @@
-"""Linear layers, convolutions and embeddings with packed weights; float activations.
+"""Convolutions with packed weights; float activations.
 
-Linear layers and 2-d convolutions multiply in integers (`subbyte.kernels`) where `precision` allows
-and the kernels serve them. Everything else runs on the reference: decode the weight, run the float
-operation, drop the decoded weight again.
+Two-dimensional ones multiply in integers (`subbyte.kernels`) where `precision` allows and the
+kernels serve them. All others run on the reference: decode the weight, run the float operation.
 """
 
 from __future__ import annotations
@@ -10,87 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subbyte import kernels
+from subbyte.core.tensors import QuantizedLayer
 from subbyte.errors import SubbyteError
-from subbyte.functional import decode, read_scale
-from subbyte.grids import PerChannel
 from subbyte.kernels import Activation, Precision
-from subbyte.modules.weight import PackedWeight, copied
-from subbyte.packing import radix
-from subbyte.tensors import QuantizedLayer
-
-
-def _decoded(self: Any) -> Tensor:
-    """The weight of a packed layer as float32, decoded at each call."""
-    weight: Tensor = self.packed()
-    return weight
-
-
-def packed_linear(
-    x: Tensor,
-    packed: PackedWeight,
-    bias: Tensor | None,
-    precision: Precision,
-    plus: Tensor | None = None,
-    activation: Activation = "none",
-) -> Tensor:
-    """x [..., in] -> activation(x W' + bias + plus) [..., out], the adapter included."""
-    buffers: Any = packed._buffers
-    if buffers["up"] is not None:
-        up, down = packed.factors()  # type: ignore[misc]
-        extra = F.linear(F.linear(x, down), up)
-        plus = extra if plus is None else extra + plus
-    return kernels.linear(
-        x, buffers["words"], buffers["scale"], bias, packed.grid, packed.shape, precision, plus,
-        activation,
-    )  # fmt: skip
-
-
-def _then(layer: PackedLinear | PackedConv2d) -> str:
-    """For a layer's repr: what it does with its products."""
-    return "" if layer.activation == "none" else f", then {layer.activation}"
-
-
-class PackedLinear(nn.Module):
-    """`nn.Linear` with a packed weight [out, in]; x [..., in] -> [..., out] in x's dtype.
-
-    activation, and `plus` [..., out] added before it: what `fuse` moves into the layer.
-    """
-
-    bias: Tensor | None
-    precision: Precision = "float32"
-    activation: Activation = "none"
-    fused = False  # `fuse` has moved something into it
-
-    def __init__(self, like: nn.Linear, layer: QuantizedLayer) -> None:
-        super().__init__()
-        self.in_features, self.out_features = like.in_features, like.out_features
-        self.packed = PackedWeight(layer)
-        self.register_buffer("bias", copied(layer.bias))
-
-    weight = property(_decoded)
-
-    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        if self.why_not(x):
-            y = F.linear(x, self.weight.to(x.dtype), self.bias)
-            return kernels.finish(y, plus, self.activation)
-        # From the dictionaries: nn.Module's look-up by attribute takes a microsecond a name.
-        packed: Any = self._modules["packed"]
-        return packed_linear(
-            x, packed, self._buffers["bias"], self.precision, plus, self.activation
-        )
-
-    def why_not(self, x: Tensor, plus: Tensor | None = None) -> str | None:
-        """Why the kernels do not multiply x, in words; None if they do."""
-        packed: Any = self._modules["packed"]
-        return kernels.why_not(x, packed.grid, self.in_features)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}{_then(self)}"
+from subbyte.modules.linear import then
+from subbyte.modules.weight import PackedWeight, copied, decoded_weight
 
 
 class _PackedConv(nn.Module):
@@ -107,7 +34,7 @@ class _PackedConv(nn.Module):
         self.packed = PackedWeight(layer)
         self.register_buffer("bias", copied(layer.bias))
 
-    weight = property(_decoded)
+    weight = property(decoded_weight)
 
     def forward(self, x: Tensor) -> Tensor:
         padding: Any = self.padding
@@ -168,7 +95,7 @@ class PackedConv2d(_PackedConv):
         return kernels.why_not_conv(x, packed.grid, packed.shape, self.groups, self.padding_mode)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _then(self)
+        return super().extra_repr() + then(self)
 
 
 class PackedConv3d(_PackedConv):
@@ -191,7 +118,7 @@ class _PackedConvTranspose(nn.Module):
         self.packed = PackedWeight(layer, channel_axis=1)
         self.register_buffer("bias", copied(layer.bias))
 
-    weight = property(_decoded)
+    weight = property(decoded_weight)
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         extra = self.output_padding if output_size is None else self._extra(x, output_size)
@@ -233,45 +160,3 @@ class PackedConvTranspose2d(_PackedConvTranspose):
     """`nn.ConvTranspose2d` with a packed weight [in, out / groups, kh, kw]."""
 
     function = staticmethod(F.conv_transpose2d)
-
-
-class PackedEmbedding(nn.Module):
-    """`nn.Embedding` with a packed table [entries, features]; [...] -> [..., features].
-
-    Only the rows that are looked up are decoded.
-    """
-
-    dtype_of: Tensor
-
-    def __init__(self, like: nn.Embedding, layer: QuantizedLayer) -> None:
-        super().__init__()
-        self.packed = PackedWeight(layer)
-        self.register_buffer("dtype_of", torch.empty(0), persistent=False)  # follows .to(dtype)
-
-    weight = property(_decoded)
-
-    def forward(self, indices: Tensor) -> Tensor:
-        packed = self.packed
-        entries, features = packed.shape
-        nothing = self.dtype_of.new_zeros(1, 1).expand(entries, 1)
-        F.embedding(indices, nothing)  # raises what nn.Embedding raises for a bad index
-        rows = indices.flatten().long()
-        codes = radix.unpack_rows(packed.words, packed.grid.n_levels, rows, features)
-        scale = read_scale(packed.scale, packed.grid.scale_domain)
-        by_row = packed.grid.granularity == PerChannel(0)
-        found = decode(codes, scale[rows] if by_row else scale, packed.grid)
-        factors = packed.factors()
-        if factors is not None:
-            found = found + factors[0][rows] @ factors[1]
-        return found.to(self.dtype_of.dtype).reshape(*indices.shape, features)
-
-
-PACKED: dict[type[nn.Module], type[Any]] = {
-    nn.Linear: PackedLinear,
-    nn.Conv1d: PackedConv1d,
-    nn.Conv2d: PackedConv2d,
-    nn.Conv3d: PackedConv3d,
-    nn.ConvTranspose1d: PackedConvTranspose1d,
-    nn.ConvTranspose2d: PackedConvTranspose2d,
-    nn.Embedding: PackedEmbedding,
-}

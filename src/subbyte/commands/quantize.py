@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from subbyte import artifact
+from subbyte import storage
 from subbyte.data import ImageSet, load_images
 from subbyte.errors import SubbyteError
 from subbyte.models import NETWORKS, Network, build, load_weights
@@ -93,13 +93,13 @@ def convert(
     )
     if request.save_plan is not None:
         result.plan.save(request.save_plan)
-    n_bytes = artifact.save(result.model, request.out, compress=request.compress)
+    n_bytes = storage.save(result.model, request.out, compress=request.compress)
     before = after = None
     if request.score is not None:
         test = load_images(request.calibrate, request.score, size=request.size)
         before = evaluate(net, test, preprocess=preprocess)
         skeleton = None if isinstance(net, Network) else net
-        packed = artifact.load(request.out, skeleton, precision="float32")
+        packed = storage.load(request.out, skeleton, precision="float32")
         after = evaluate(packed, test, preprocess=preprocess)
     return Conversion(request.out, n_bytes, result, before, after)
 

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from subbyte.core.functional import decode, encode, nearest_level, round_scale
+from subbyte.core.grids import Grid, PerChannel, PerTensor, ScaleDomain, uniform
+from subbyte.core.tensors import QuantizedTensor
 from subbyte.errors import SubbyteError
-from subbyte.functional import decode, encode, nearest_level, round_scale
-from subbyte.grids import Grid, PerChannel, PerTensor, ScaleDomain, uniform
-from subbyte.tensors import QuantizedTensor
 
 DAMPING = 0.01  # of the gram's mean diagonal
 _BLOCK = 128

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subbyte.core.grids import Grid, PerChannel, ScaleDomain
 from subbyte.errors import SubbyteError
-from subbyte.grids import Grid, PerChannel, ScaleDomain
 
 MIN_EXPONENT, MAX_EXPONENT = -126, 127
 _FLOAT16_MAX = 65504.0

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subbyte.core.functional import decode, n_groups
+from subbyte.core.grids import Grid
 from subbyte.errors import SubbyteError
-from subbyte.functional import decode, n_groups
-from subbyte.grids import Grid
 
 
 @dataclass(frozen=True, slots=True, eq=False)

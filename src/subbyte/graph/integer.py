@@ -23,9 +23,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from subbyte.core.functional import scale_exponent
+from subbyte.core.grids import ScaleDomain
 from subbyte.errors import SubbyteError
-from subbyte.functional import scale_exponent
-from subbyte.grids import ScaleDomain
 from subbyte.modules import PackedConv2d, PackedLinear, PackedWeight
 
 Integers = NDArray[np.int64]

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from subbyte.core.sites import Site, join, owners_of_tied_weights, sites, unsupported
 from subbyte.errors import SubbyteError
-from subbyte.layers import Site, join, owners_of_tied_weights, sites, unsupported
 
 if TYPE_CHECKING:
     from subbyte.methods.base import Method

@@ -15,8 +15,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from subbyte.core.functional import power_of_two, scale_exponent
 from subbyte.errors import SubbyteError
-from subbyte.functional import power_of_two, scale_exponent
 
 BatchNormMode = Literal["keep", "absorb", "power_of_two"]
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

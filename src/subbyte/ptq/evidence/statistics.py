@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from subbyte.core.sites import Site
 from subbyte.errors import SubbyteError
-from subbyte.layers import Site
 
 T = TypeVar("T")
 

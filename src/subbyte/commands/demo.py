@@ -11,13 +11,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from subbyte import artifact
+from subbyte import storage
+from subbyte.core.recipe import Recipe, Rule
 from subbyte.data import ImageSet, load_images
 from subbyte.errors import SubbyteError
 from subbyte.methods import LowRes, float_state_dict, freeze
 from subbyte.models import Network
 from subbyte.modules import pack
-from subbyte.recipe import Recipe, Rule
 from subbyte.report import size_report
 from subbyte.report.plots import Histogram, plot_demo
 from subbyte.train import (
@@ -106,15 +106,15 @@ def _version(name: str, method: LowRes | None, out: Path, quiet: bool) -> _Versi
 
 def _float_row(name: str, model: Network, test: ImageSet, path: Path) -> DemoRow:
     state = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
-    n_bytes = artifact.write_safetensors(state, {}, path)
+    n_bytes = storage.write_safetensors(state, {}, path)
     weights = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
     top1 = evaluate(model, test).top1
     return DemoRow(name, top1, top1, 4 * weights, n_bytes, 32.0, 1.0, 0.0)
 
 
 def _packed_row(name: str, model: Network, test: ImageSet, path: Path) -> DemoRow:
-    artifact.save(pack(model, freeze(model)), path)
-    net, sizes = artifact.load(path, precision="float32"), size_report(path)
+    storage.save(pack(model, freeze(model)), path)
+    net, sizes = storage.load(path, precision="float32"), size_report(path)
     difference = _largest_difference(model, net, test)
     return DemoRow(
         name,

@@ -1,0 +1,1 @@
+"""What a quantized network is: grids, codes, layers, recipes."""

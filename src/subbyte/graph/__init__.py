@@ -1,0 +1,1 @@
+"""What runs: rewrites of a packed network."""

@@ -1,0 +1,44 @@
+"""Look-up tables with packed rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from subbyte.core.functional import decode, read_scale
+from subbyte.core.grids import PerChannel
+from subbyte.core.tensors import QuantizedLayer
+from subbyte.modules.weight import PackedWeight, decoded_weight
+from subbyte.packing import radix
+
+
+class PackedEmbedding(nn.Module):
+    """`nn.Embedding` with a packed table [entries, features]; [...] -> [..., features].
+
+    Only the rows that are looked up are decoded.
+    """
+
+    dtype_of: Tensor
+
+    def __init__(self, like: nn.Embedding, layer: QuantizedLayer) -> None:
+        super().__init__()
+        self.packed = PackedWeight(layer)
+        self.register_buffer("dtype_of", torch.empty(0), persistent=False)  # follows .to(dtype)
+
+    weight = property(decoded_weight)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        packed = self.packed
+        entries, features = packed.shape
+        nothing = self.dtype_of.new_zeros(1, 1).expand(entries, 1)
+        F.embedding(indices, nothing)  # raises what nn.Embedding raises for a bad index
+        rows = indices.flatten().long()
+        codes = radix.unpack_rows(packed.words, packed.grid.n_levels, rows, features)
+        scale = read_scale(packed.scale, packed.grid.scale_domain)
+        by_row = packed.grid.granularity == PerChannel(0)
+        found = decode(codes, scale[rows] if by_row else scale, packed.grid)
+        factors = packed.factors()
+        if factors is not None:
+            found = found + factors[0][rows] @ factors[1]
+        return found.to(self.dtype_of.dtype).reshape(*indices.shape, features)

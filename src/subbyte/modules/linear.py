@@ -1,0 +1,80 @@
+"""Linear layers with packed weights; float activations.
+
+They multiply in integers (`subbyte.kernels`) where `precision` allows and the kernels serve them.
+Everything else runs on the reference: decode the weight, run the float operation, drop it again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from subbyte import kernels
+from subbyte.core.tensors import QuantizedLayer
+from subbyte.kernels import Activation, Precision
+from subbyte.modules.weight import PackedWeight, copied, decoded_weight
+
+
+def packed_linear(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    precision: Precision,
+    plus: Tensor | None = None,
+    activation: Activation = "none",
+) -> Tensor:
+    """x [..., in] -> activation(x W' + bias + plus) [..., out], the adapter included."""
+    buffers: Any = packed._buffers
+    if buffers["up"] is not None:
+        up, down = packed.factors()  # type: ignore[misc]
+        extra = F.linear(F.linear(x, down), up)
+        plus = extra if plus is None else extra + plus
+    return kernels.linear(
+        x, buffers["words"], buffers["scale"], bias, packed.grid, packed.shape, precision, plus,
+        activation,
+    )  # fmt: skip
+
+
+def then(layer: Any) -> str:
+    """For a layer's repr: what it does with its products."""
+    return "" if layer.activation == "none" else f", then {layer.activation}"
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` with a packed weight [out, in]; x [..., in] -> [..., out] in x's dtype.
+
+    activation, and `plus` [..., out] added before it: what `fuse` moves into the layer.
+    """
+
+    bias: Tensor | None
+    precision: Precision = "float32"
+    activation: Activation = "none"
+    fused = False  # `fuse` has moved something into it
+
+    def __init__(self, like: nn.Linear, layer: QuantizedLayer) -> None:
+        super().__init__()
+        self.in_features, self.out_features = like.in_features, like.out_features
+        self.packed = PackedWeight(layer)
+        self.register_buffer("bias", copied(layer.bias))
+
+    weight = property(decoded_weight)
+
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        if self.why_not(x):
+            y = F.linear(x, self.weight.to(x.dtype), self.bias)
+            return kernels.finish(y, plus, self.activation)
+        # From the dictionaries: nn.Module's look-up by attribute takes a microsecond a name.
+        packed: Any = self._modules["packed"]
+        return packed_linear(
+            x, packed, self._buffers["bias"], self.precision, plus, self.activation
+        )
+
+    def why_not(self, x: Tensor, plus: Tensor | None = None) -> str | None:
+        """Why the kernels do not multiply x, in words; None if they do."""
+        packed: Any = self._modules["packed"]
+        return kernels.why_not(x, packed.grid, self.in_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}{then(self)}"

@@ -1,0 +1,1 @@
+"""What the calibration examples show of each layer."""

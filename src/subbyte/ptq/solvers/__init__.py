@@ -1,0 +1,1 @@
+"""How a layer gets its codes and its adapter."""

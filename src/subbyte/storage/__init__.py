@@ -1,0 +1,25 @@
+"""The packed file. docs/format.md is its specification.
+
+`save` writes a packed model, `load` gives the same packed model back, bit for bit. Nothing is
+pickled and nothing is inferred from names or shapes: the manifest says what each tensor is.
+"""
+
+from subbyte.storage.manifest import FORMAT, VERSION, WORDS, ZSTD, Artifact, LayerEntry
+from subbyte.storage.reader import assemble, load, read
+from subbyte.storage.writer import PackedLayer, packed_layers, save, write_safetensors
+
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "WORDS",
+    "ZSTD",
+    "Artifact",
+    "LayerEntry",
+    "PackedLayer",
+    "assemble",
+    "load",
+    "packed_layers",
+    "read",
+    "save",
+    "write_safetensors",
+]

@@ -1,0 +1,188 @@
+"""What a packed file says of itself: the manifest, its entries, and the checks on both."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subbyte.core.functional import MIN_EXPONENT, n_groups, read_scale
+from subbyte.core.grids import Grid, ScaleDomain
+from subbyte.core.sites import join
+from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor
+from subbyte.errors import SubbyteError
+from subbyte.packing import radix
+
+FORMAT, VERSION = "subbyte", 1
+MAX_WEIGHTS = 2**40  # of one layer; a larger shape is damage
+WORDS, ZSTD = "radix64", "radix-bytes+zstd"
+ADAPTER = ("up", "down", "adapter_scale")
+SCALE_DTYPES = {
+    ScaleDomain.FLOAT32: torch.float32,
+    ScaleDomain.FLOAT16: torch.float16,
+    ScaleDomain.POWER_OF_TWO: torch.int8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerEntry:
+    """What the manifest says of one layer."""
+
+    type: str
+    shape: tuple[int, ...]
+    grid: Grid
+    encoding: str
+    bias: bool
+    adapter: bool = False
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The layer's tensors, by the last part of their names."""
+        bias = ("bias",) if self.bias else ()
+        return ("codes", "scale", *bias, *(ADAPTER if self.adapter else ()))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Artifact:
+    """A file as it was read: the manifest's content, and tensors as they are stored.
+
+    affine: names of BatchNorms that were absorbed. distance: of the float weights to their levels
+    when they were rounded, in steps; None if the method does not say.
+    """
+
+    network: dict[str, Any] | None
+    entries: dict[str, LayerEntry]
+    tensors: dict[str, Tensor]
+    state_names: tuple[str, ...]
+    n_bytes: int
+    affine: tuple[str, ...] = ()
+    distance: float | None = None
+
+    def layers(self) -> dict[str, QuantizedLayer]:
+        """The waist, read back. Raises SubbyteError naming the layer whose tensors are off."""
+        return {name: self._layer(name, entry) for name, entry in self.entries.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that is not a layer's: norms, running statistics, float layers."""
+        return {name: self.tensors[name] for name in self.state_names}
+
+    def _layer(self, name: str, entry: LayerEntry) -> QuantizedLayer:
+        try:
+            codes = _read_codes(self.tensors[join(name, "codes")], entry)
+            scale = self.tensors[join(name, "scale")]
+            _check_scale(scale, entry)
+            scale = read_scale(scale, entry.grid.scale_domain)
+            weight = QuantizedTensor(codes.reshape(entry.shape), scale, entry.grid)
+            bias = self.tensors[join(name, "bias")] if entry.bias else None
+            if bias is not None and not bias.is_floating_point():
+                raise SubbyteError(f"the bias is {bias.dtype}, not a float type")
+            return QuantizedLayer(weight, bias, self._adapter(name) if entry.adapter else None)
+        except SubbyteError as error:
+            raise SubbyteError(f"layer '{name}': {error}") from None
+
+    def _adapter(self, name: str) -> LowRank:
+        up, down, scale = (self.tensors[join(name, part)] for part in ADAPTER)
+        return LowRank(up, down, scale)
+
+
+def parse(metadata: Mapping[str, str], tensors: dict[str, Tensor], n_bytes: int) -> Artifact:
+    manifest = _manifest(metadata)
+    try:
+        grids = [Grid.from_dict(value) for value in manifest["grids"]]
+        entries = {name: _entry(v, grids) for name, v in manifest["layers"].items()}
+        state = tuple(str(name) for name in manifest["state"])
+        affine = tuple(str(name) for name in manifest.get("affine", ()))
+        distance = manifest.get("distance")
+        distance = None if distance is None else float(distance)
+        network = manifest["network"]
+    except SubbyteError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise SubbyteError(f"the manifest is malformed ({error!r})") from None
+    _check_names(entries, state, tensors)
+    return Artifact(network, entries, tensors, state, n_bytes, affine, distance)
+
+
+def _manifest(metadata: Mapping[str, str]) -> dict[str, Any]:
+    if FORMAT not in metadata:
+        raise SubbyteError(
+            "a safetensors file without a subbyte manifest; for float weights of a zoo network "
+            "use `subbyte evaluate NETWORK --weights FILE`"
+        )
+    try:
+        manifest = json.loads(metadata[FORMAT])
+        version = manifest["version"]
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']!r}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SubbyteError(f"the manifest is malformed ({error!r})") from None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise SubbyteError(f"the manifest has version {version!r}, not a whole number from 1 up")
+    if version > VERSION:
+        raise SubbyteError(
+            f"format version {version}, this subbyte reads up to {VERSION}; upgrade subbyte"
+        )
+    return manifest
+
+
+def _entry(value: Mapping[str, Any], grids: list[Grid]) -> LayerEntry:
+    shape = tuple(value["shape"])
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape)
+    if not whole or math.prod(shape) > MAX_WEIGHTS:
+        raise SubbyteError(f"the manifest has a shape {str(value['shape'])[:80]}")
+    if value["encoding"] not in (WORDS, ZSTD):
+        raise SubbyteError(f"encoding {value['encoding']!r} is unknown; upgrade subbyte")
+    if not isinstance(value["bias"], bool):
+        raise SubbyteError(f"the manifest has bias {value['bias']!r}, neither true nor false")
+    index = value["grid"]
+    if not isinstance(index, int) or not 0 <= index < len(grids):
+        raise SubbyteError(f"the manifest names grid {index!r}, it has {len(grids)}")
+    adapter = value.get("adapter", False)
+    if not isinstance(adapter, bool):
+        raise SubbyteError(f"the manifest has adapter {adapter!r}, neither true nor false")
+    return LayerEntry(
+        str(value["type"]), shape, grids[index], value["encoding"], value["bias"], adapter
+    )
+
+
+def _check_names(
+    entries: Mapping[str, LayerEntry], state: tuple[str, ...], tensors: Mapping[str, Tensor]
+) -> None:
+    """The manifest accounts for every tensor, once."""
+    stated = list(state)
+    for name, entry in entries.items():
+        stated += [join(name, part) for part in entry.parts]
+    for name in stated:
+        if name not in tensors:
+            raise SubbyteError(f"tensor '{name}' is in the manifest but not in the file")
+    extra = sorted(set(tensors) - set(stated))
+    if extra or len(set(stated)) != len(stated):
+        raise SubbyteError(f"the manifest does not account for every tensor once ({extra[:3]})")
+
+
+def _read_codes(stored: Tensor, entry: LayerEntry) -> Tensor:
+    count, n_levels = torch.Size(entry.shape).numel(), entry.grid.n_levels
+    if entry.encoding == ZSTD:
+        if stored.dtype != torch.uint8 or stored.ndim != 1:
+            raise SubbyteError(f"compressed codes are {stored.dtype} {list(stored.shape)}")
+        return radix.decompress(stored, n_levels, count)
+    fault = radix.check_words(stored, n_levels, count)
+    if fault:
+        raise SubbyteError(fault)
+    return radix.unpack(stored, n_levels, count)
+
+
+def _check_scale(scale: Tensor, entry: LayerEntry) -> None:
+    wanted = SCALE_DTYPES[entry.grid.scale_domain]
+    groups = n_groups(entry.shape, entry.grid)
+    if scale.dtype != wanted or tuple(scale.shape) != (groups,):
+        raise SubbyteError(
+            f"scale is {scale.dtype} {list(scale.shape)}, the grid needs {wanted} [{groups}]"
+        )
+    if scale.dtype == torch.int8 and scale.numel() and int(scale.min()) < MIN_EXPONENT:
+        raise SubbyteError(f"scale exponent {int(scale.min())} is below {MIN_EXPONENT}")

@@ -1,0 +1,120 @@
+"""A packed file back into the packed model that was saved, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from subbyte.core.sites import sites
+from subbyte.errors import SubbyteError
+from subbyte.kernels import Precision
+from subbyte.models import build
+from subbyte.modules import pack
+from subbyte.modules.absorb import restore
+from subbyte.storage.manifest import Artifact, LayerEntry, parse
+from subbyte.storage.writer import packed_layers
+
+
+def load(
+    path: str | Path, model: nn.Module | None = None, *, precision: Precision = "int8"
+) -> nn.Module:
+    """The packed model in a file, in eval mode, on the CPU.
+
+    A zoo network rebuilds itself from the manifest; for any other pass `model`, the float network
+    (its weights do not matter; it stays as it is). precision: of products, see `pack`. Raises
+    SubbyteError for a file that is missing, damaged, of a newer version, or of another network.
+    """
+    artifact = read(path)
+    try:
+        return assemble(artifact, model, precision=precision)
+    except SubbyteError as error:
+        raise SubbyteError(f"{path}: {error}") from None
+
+
+def assemble(
+    artifact: Artifact, model: nn.Module | None = None, *, precision: Precision = "int8"
+) -> nn.Module:
+    """The packed model of what was read from a file; as `load`, whose errors name the file too."""
+    net = pack(_skeleton(artifact, model), artifact.layers(), precision=precision)
+    restore(net, artifact.affine)
+    _load_state(net, artifact)
+    return net
+
+
+def read(path: str | Path) -> Artifact:
+    """The file's manifest and tensors, checked. Raises SubbyteError naming file and fault."""
+    path = Path(path)
+    if not path.is_file():
+        what = "not a file" if path.exists() else "no such file"
+        raise SubbyteError(f"{path}: {what}; give the path of a packed .safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise SubbyteError(
+            f"{path}: not a whole safetensors file ({error}); it is damaged or was cut off: "
+            "make or fetch it again"
+        ) from None
+    try:
+        return parse(metadata, tensors, path.stat().st_size)
+    except SubbyteError as error:
+        raise SubbyteError(f"{path}: {error}") from None
+
+
+def _skeleton(artifact: Artifact, model: nn.Module | None) -> nn.Module:
+    """The float network that the file is of: the one given, or the zoo's, checked to fit."""
+    if model is not None:
+        _check_entries(artifact.entries, model)
+        return model
+    if artifact.network is None:
+        raise SubbyteError("the file holds no zoo network; pass yours: load(path, model=net)")
+    try:
+        name, arguments = artifact.network["name"], dict(artifact.network["arguments"])
+        with torch.device("meta"):  # no memory before it is known to be the file's network
+            _check_entries(artifact.entries, build(name, **arguments))
+        return build(name, **arguments)
+    except SubbyteError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
+        raise SubbyteError(f"the manifest's network is malformed ({str(error)[:200]!r})") from None
+
+
+def _check_entries(entries: Mapping[str, LayerEntry], model: nn.Module) -> None:
+    """The file is of this network, before anything is decoded."""
+    known = {site.name: site for site in sites(model)}
+    for name, entry in entries.items():
+        if name not in known:
+            raise SubbyteError(f"the network has no layer '{name}'; it has {', '.join(known)}")
+        site = known[name]
+        if (entry.type, entry.shape) != (site.type, site.shape):
+            raise SubbyteError(
+                f"layer '{name}' is {entry.type} {entry.shape} in the file, {site.type} "
+                f"{site.shape} in the network"
+            )
+
+
+def _load_state(net: nn.Module, artifact: Artifact) -> None:
+    """Fill everything but the packed layers; names and shapes must agree exactly."""
+    own = net.state_dict()
+    for name, value in artifact.state().items():
+        if name not in own:
+            raise SubbyteError(f"the network has no '{name}'; the file is of another network")
+        if own[name].shape != value.shape:
+            raise SubbyteError(
+                f"'{name}' has shape {tuple(value.shape)} in the file, {tuple(own[name].shape)} "
+                "in the network"
+            )
+        if own[name].is_floating_point() != value.is_floating_point():
+            raise SubbyteError(
+                f"'{name}' is {value.dtype} in the file, {own[name].dtype} in the network"
+            )
+    taken = frozenset().union(*(layer.keys for layer in packed_layers(net)))
+    left = sorted(set(own) - set(artifact.state_names) - taken)
+    if left:
+        raise SubbyteError(f"the file has no '{left[0]}', which the network needs")
+    net.load_state_dict(artifact.state(), strict=False, assign=True)  # dtypes are the file's
