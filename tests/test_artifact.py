@@ -291,10 +291,6 @@ def test_state_keeps_the_dtype_of_the_file(file):
 def test_save_refuses_a_model_without_packed_layers(tmp_path):
     with pytest.raises(SubbyteError, match="no packed layer"):
         sb.save(Mixed(), tmp_path / "n.safetensors")
-    net = packed(nn.Sequential(nn.Linear(3, 3)), LowRes(scale_domain="float16"))
-    net[0].packed.scale = torch.tensor([1.0001])
-    with pytest.raises(SubbyteError, match=r"scale of '0' is torch\.float32 and does not fit"):
-        sb.save(net, tmp_path / "n.safetensors")
     assert not list(tmp_path.iterdir())
 
 

@@ -168,7 +168,7 @@ def test_other_misuse_is_named():
         sb.prepare(nn.Sequential(nn.Linear(0, 3)), LowRes())
     pruned = nn.Sequential(nn.Linear(3, 3))
     prune.identity(pruned[0], "weight")
-    with pytest.raises(SubbyteError, match="'0' is computed from other parameters"):
+    with pytest.raises(SubbyteError, match=r"'0' .* its weight is computed from other parameters"):
         sb.prepare(pruned, LowRes())
     nan_bias = sb_prepared(nn.Sequential(nn.Linear(3, 3)), LowRes())
     nan_bias[0].bias.data[1] = float("nan")

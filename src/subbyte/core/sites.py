@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -83,11 +84,12 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the quantizable parameters that a supported module has."""
     if not isinstance(module, nn.MultiheadAttention):
         return ("weight",)
-    return tuple(
-        name
-        for name in _PROJECTIONS
-        if module._parameters.get(name) is not None or is_parametrized(module, name)
-    )
+    return tuple(name for name in _PROJECTIONS if _holds(module, name))
+
+
+def _holds(module: nn.Module, name: str) -> bool:
+    """Whether a module has this parameter itself, prepared or not."""
+    return module._parameters.get(name) is not None or is_parametrized(module, name)
 
 
 def stored_weight(module: nn.Module, name: str) -> Tensor:
@@ -116,15 +118,48 @@ def why_not(module: nn.Module) -> str | None:
     """Why a layer cannot be quantized, in words; None for one that can and for what is no layer."""
     if isinstance(module, _UNSUPPORTED):
         return "there is no packed layer of this kind"
-    kind, own = supported_type(module), _plain_class(module)
+    kind = supported_type(module)
     if kind is None:
         return None
-    for method in ("forward", "_conv_forward", "_output_padding"):
-        if getattr(own, method, None) is not getattr(kind, method, None):
-            return f"it overrides {kind.__name__}.{method}, which packing would lose"
+    if isinstance(module, LazyModuleMixin):  # `sites` asks for its shape
+        return None
+    if weight_names(module) == ("weight",) and not _holds(module, "weight"):
+        return (
+            "its weight is computed from other parameters (old weight norm, pruning); make it one "
+            "again first: remove_weight_norm, prune.remove"
+        )
+    extra = _beyond(module, kind)
+    if extra:
+        return f"it {extra}, which packing would lose"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "its max_norm rewrites the weights"
     return None
+
+
+def _beyond(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """What a layer has that its torch.nn class has not, in words; None for nothing of account."""
+    own = _plain_class(module)
+    for name in (name for c in own.__mro__[: own.__mro__.index(kind)] for name in vars(c)):
+        if name not in _HARMLESS:
+            return f"{'overrides' if hasattr(kind, name) else 'adds'} {kind.__name__}.{name}"
+    for name in ("forward", "_conv_forward", "__call__", "_call_impl"):
+        if name in vars(module):
+            return f"has a {name} of its own"
+    prepared = is_parametrized(module)  # what it was given since then is for packing to refuse
+    if isinstance(module, nn.MultiheadAttention) or prepared:
+        return None
+    more = sorted({*module._parameters, *module._buffers} - {"weight", "bias"})
+    more += list(module._modules)
+    return f"has a {more[0]} of its own" if more else None
+
+
+_HARMLESS = {  # in a subclass: they change neither what a layer computes nor what it holds
+    "__init__", "__doc__", "__module__", "__qualname__", "__annotations__", "__annotate__",
+    "__annotate_func__", "__annotations_cache__", "__constants__", "__repr__", "__firstlineno__",
+    "__static_attributes__", "__parameters__", "__orig_bases__", "__dict__", "__weakref__",
+    "__classdictcell__", "__abstractmethods__", "__jit_unused_properties__", "_abc_impl",
+    "_version", "extra_repr", "reset_parameters", "_reset_parameters",
+}  # fmt: skip
 
 
 def _plain_class(module: nn.Module) -> type[nn.Module]:

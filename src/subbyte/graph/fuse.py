@@ -117,7 +117,7 @@ def _take_norm(net: fx.GraphModule, node: fx.Node, layer: PackedConv2d | PackedL
     bias = affine.shift.float()
     if layer.bias is not None:
         bias = bias + layer.bias.float() * affine.scale
-    layer.bias = bias.to(dtype)
+    layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
     _remove(net, user, node)
     return True
 

@@ -214,11 +214,6 @@ def _check_owner(owner: nn.Module, site: Site) -> None:
             f"weight of '{site.name}' already has a parametrization (prepared twice, "
             "or weight norm); start from the plain model"
         )
-    if site.parameter not in owner._parameters:
-        raise SubbyteError(
-            f"weight of '{site.name}' is computed from other parameters (old weight norm, "
-            "pruning); make it one again first: remove_weight_norm, prune.remove"
-        )
 
 
 def _check_weight(weight: Tensor, name: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,7 +12,7 @@ from subbyte import kernels
 from subbyte.core.tensors import QuantizedLayer
 from subbyte.kernels import Precision
 from subbyte.modules.linear import packed_linear
-from subbyte.modules.weight import PackedWeight, copied
+from subbyte.modules.weight import PackedWeight, cast_to, frozen_bias, keep_types, take_attributes
 
 
 class PackedMultiheadAttention(nn.Module):
@@ -26,25 +25,29 @@ class PackedMultiheadAttention(nn.Module):
 
     precision: Precision = "float32"
 
+    embed_dim: int
+    num_heads: int
+    head_dim: int
+    dropout: float
+    batch_first: bool
+    add_zero_attn: bool
     in_proj: nn.Module
-    in_proj_bias: Tensor | None
-    bias_k: Tensor | None
-    bias_v: Tensor | None
+    in_proj_bias: nn.Parameter | None
+    bias_k: nn.Parameter | None
+    bias_v: nn.Parameter | None
+    _apply = keep_types
 
     merge_masks = nn.MultiheadAttention.merge_masks  # TransformerEncoderLayer calls it
 
     def __init__(self, like: nn.MultiheadAttention, packed: Mapping[str, QuantizedLayer]) -> None:
         super().__init__()
-        self.embed_dim, self.num_heads = like.embed_dim, like.num_heads
-        self.dropout, self.batch_first = like.dropout, like.batch_first
-        self.add_zero_attn = like.add_zero_attn
         self._qkv_same_embed_dim = like._qkv_same_embed_dim  # TransformerEncoderLayer reads it
         for name in ("in_proj",) if self._qkv_same_embed_dim else ("q_proj", "k_proj", "v_proj"):
             setattr(self, name, _projection(getattr(like, f"{name}_weight"), packed.get(name)))
         for name in ("in_proj_bias", "bias_k", "bias_v"):
-            value = getattr(like, name)
-            self.register_buffer(name, copied(value))
+            self.register_parameter(name, frozen_bias(getattr(like, name)))
         self.out_proj = like.out_proj
+        take_attributes(self, like)
 
     @property
     def in_proj_weight(self) -> Tensor | None:
@@ -72,13 +75,13 @@ class PackedMultiheadAttention(nn.Module):
         weight = self.in_proj_weight
         out, weights = F.multi_head_attention_forward(
             query, key, value, self.embed_dim, self.num_heads,
-            None if weight is None else weight.to(query.dtype),
-            self.in_proj_bias, self.bias_k, self.bias_v, self.add_zero_attn, self.dropout,
-            self.out_proj.weight.to(query.dtype), self.out_proj.bias,
+            _like(query, weight), _like(query, self.in_proj_bias), _like(query, self.bias_k),
+            _like(query, self.bias_v), self.add_zero_attn, self.dropout,
+            cast_to(query, self.out_proj.weight), _like(query, self.out_proj.bias),
             training=self.training, key_padding_mask=key_padding_mask, need_weights=need_weights,
             attn_mask=attn_mask, average_attn_weights=average_attn_weights, is_causal=is_causal,
             use_separate_proj_weight=weight is None,
-            **self._separate_weights(query.dtype),
+            **self._separate_weights(query),
         )  # fmt: skip
         return (out.transpose(0, 1) if swap else out), weights
 
@@ -128,9 +131,13 @@ class PackedMultiheadAttention(nn.Module):
         out: Tensor = self.out_proj(mixed)
         return out
 
-    def _separate_weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _separate_weights(self, query: Tensor) -> dict[str, Tensor]:
         names = () if self._qkv_same_embed_dim else ("q_proj", "k_proj", "v_proj")
-        return {f"{name}_weight": getattr(self, name)().to(dtype) for name in names}
+        return {f"{name}_weight": cast_to(query, getattr(self, name)()) for name in names}
+
+
+def _like(x: Tensor, weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else cast_to(x, weight)
 
 
 class _FloatWeight(nn.Module):

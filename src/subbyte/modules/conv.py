@@ -17,32 +17,48 @@ from subbyte.core.tensors import QuantizedLayer
 from subbyte.errors import SubbyteError
 from subbyte.kernels import Activation, Precision
 from subbyte.modules.linear import then
-from subbyte.modules.weight import PackedWeight, copied, decoded_weight
+from subbyte.modules.weight import (
+    PackedWeight,
+    by_reference,
+    decoded_weight,
+    frozen_bias,
+    keep_types,
+    take_attributes,
+)
 
 
 class _PackedConv(nn.Module):
     """A convolution with a packed weight; the subclass names its function."""
 
     function: Callable[..., Tensor]
-    bias: Tensor | None
+    bias: nn.Parameter | None
+    _apply = keep_types
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
 
     def __init__(self, like: Any, layer: QuantizedLayer) -> None:
         super().__init__()
-        self.stride, self.padding, self.dilation = like.stride, like.padding, like.dilation
-        self.groups, self.padding_mode = like.groups, like.padding_mode
+        take_attributes(self, like)
         self.pads = tuple(like._reversed_padding_repeated_twice)
         self.packed = PackedWeight(layer)
-        self.register_buffer("bias", copied(layer.bias))
+        self.register_parameter("bias", frozen_bias(layer.bias))
 
     weight = property(decoded_weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input  # torch's name of the argument
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self.pads, mode=self.padding_mode), 0
-        weight = self.weight.to(x.dtype)
-        return type(self).function(
-            x, weight, self.bias, self.stride, padding, self.dilation, self.groups
+        return by_reference(
+            lambda x, weight, bias: type(self).function(
+                x, weight, bias, self.stride, padding, self.dilation, self.groups
+            ),
+            x,
+            self,
         )
 
     def extra_repr(self) -> str:
@@ -62,6 +78,8 @@ class PackedConv2d(_PackedConv):
     """
 
     function = staticmethod(F.conv2d)
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
     precision: Precision = "float32"
     activation: Activation = "none"
     fused = False  # `fuse` has moved something into it
@@ -72,7 +90,8 @@ class PackedConv2d(_PackedConv):
         strides, dilations = tuple(self.stride), tuple(self.dilation)
         self.geometry = (*strides, *dilations, top, bottom, left, right, self.groups)
 
-    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, plus: Tensor | None = None) -> Tensor:
+        x = input
         if self.why_not(x):
             return kernels.finish(super().forward(x), plus, self.activation)
         packed, groups = self.packed, self.groups
@@ -85,7 +104,7 @@ class PackedConv2d(_PackedConv):
             extra = F.conv2d(inner, up[:, :, None, None], groups=groups)
             plus = extra if plus is None else extra + plus
         return kernels.conv2d(
-            x, buffers["words"], buffers["scale"], self._buffers["bias"], packed.grid,
+            x, buffers["words"], buffers["scale"], self._parameters["bias"], packed.grid,
             packed.shape, self.geometry, self.precision, plus, self.activation,
         )  # fmt: skip
 
@@ -108,23 +127,32 @@ class _PackedConvTranspose(nn.Module):
     """A transposed convolution with a packed weight; the subclass names its function."""
 
     function: Callable[..., Tensor]
-    bias: Tensor | None
+    bias: nn.Parameter | None
+    _apply = keep_types
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
 
     def __init__(self, like: Any, layer: QuantizedLayer) -> None:
         super().__init__()
-        self.kernel_size, self.stride, self.padding = like.kernel_size, like.stride, like.padding
-        self.output_padding, self.dilation = like.output_padding, like.dilation
-        self.groups = like.groups
+        take_attributes(self, like)
         self.packed = PackedWeight(layer, channel_axis=1)
-        self.register_buffer("bias", copied(layer.bias))
+        self.register_parameter("bias", frozen_bias(layer.bias))
 
     weight = property(decoded_weight)
 
-    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        x = input  # torch's name of the argument
         extra = self.output_padding if output_size is None else self._extra(x, output_size)
-        weight = self.weight.to(x.dtype)
-        return type(self).function(
-            x, weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation
+        return by_reference(
+            lambda x, weight, bias: type(self).function(
+                x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation
+            ),
+            x,
+            self,
         )
 
     def _extra(self, x: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:

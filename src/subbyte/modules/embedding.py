@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subbyte.core.functional import decode, read_scale
 from subbyte.core.grids import PerChannel
 from subbyte.core.tensors import QuantizedLayer
-from subbyte.modules.weight import PackedWeight, decoded_weight
+from subbyte.modules.weight import PackedWeight, decoded_weight, take_attributes
 from subbyte.packing import radix
 
 
@@ -19,19 +18,17 @@ class PackedEmbedding(nn.Module):
     Only the rows that are looked up are decoded.
     """
 
-    dtype_of: Tensor
-
     def __init__(self, like: nn.Embedding, layer: QuantizedLayer) -> None:
         super().__init__()
+        take_attributes(self, like)
         self.packed = PackedWeight(layer)
-        self.register_buffer("dtype_of", torch.empty(0), persistent=False)  # follows .to(dtype)
 
     weight = property(decoded_weight)
 
-    def forward(self, indices: Tensor) -> Tensor:
-        packed = self.packed
+    def forward(self, input: Tensor) -> Tensor:
+        indices, packed = input, self.packed  # torch's name of the argument
         entries, features = packed.shape
-        nothing = self.dtype_of.new_zeros(1, 1).expand(entries, 1)
+        nothing = packed.dtype_of.new_zeros(1, 1).expand(entries, 1)
         F.embedding(indices, nothing)  # raises what nn.Embedding raises for a bad index
         rows = indices.flatten().long()
         codes = radix.unpack_rows(packed.words, packed.grid.n_levels, rows, features)
@@ -41,4 +38,4 @@ class PackedEmbedding(nn.Module):
         factors = packed.factors()
         if factors is not None:
             found = found + factors[0][rows] @ factors[1]
-        return found.to(self.dtype_of.dtype).reshape(*indices.shape, features)
+        return found.to(packed.dtype_of.dtype).reshape(*indices.shape, features)

@@ -14,7 +14,14 @@ from torch.nn import functional as F
 from subbyte import kernels
 from subbyte.core.tensors import QuantizedLayer
 from subbyte.kernels import Activation, Precision
-from subbyte.modules.weight import PackedWeight, copied, decoded_weight
+from subbyte.modules.weight import (
+    PackedWeight,
+    by_reference,
+    decoded_weight,
+    frozen_bias,
+    keep_types,
+    take_attributes,
+)
 
 
 def packed_linear(
@@ -48,27 +55,31 @@ class PackedLinear(nn.Module):
     activation, and `plus` [..., out] added before it: what `fuse` moves into the layer.
     """
 
-    bias: Tensor | None
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+    _apply = keep_types
     precision: Precision = "float32"
     activation: Activation = "none"
     fused = False  # `fuse` has moved something into it
 
     def __init__(self, like: nn.Linear, layer: QuantizedLayer) -> None:
         super().__init__()
-        self.in_features, self.out_features = like.in_features, like.out_features
+        take_attributes(self, like)
         self.packed = PackedWeight(layer)
-        self.register_buffer("bias", copied(layer.bias))
+        self.register_parameter("bias", frozen_bias(layer.bias))
 
     weight = property(decoded_weight)
 
-    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, plus: Tensor | None = None) -> Tensor:
+        x = input  # torch's name of the argument
         if self.why_not(x):
-            y = F.linear(x, self.weight.to(x.dtype), self.bias)
+            y = by_reference(F.linear, x, self)
             return kernels.finish(y, plus, self.activation)
         # From the dictionaries: nn.Module's look-up by attribute takes a microsecond a name.
         packed: Any = self._modules["packed"]
         return packed_linear(
-            x, packed, self._buffers["bias"], self.precision, plus, self.activation
+            x, packed, self._parameters["bias"], self.precision, plus, self.activation
         )
 
     def why_not(self, x: Tensor, plus: Tensor | None = None) -> str | None:

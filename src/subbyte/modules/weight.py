@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +18,25 @@ from subbyte.core.tensors import (
     as_weight,
     low_rank_product,
 )
+from subbyte.errors import SubbyteError
 from subbyte.packing import radix
+
+
+def keep_types(module: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    """`nn.Module._apply` for packed layers: `fn` moves what they store, and does not cast it.
+
+    A float16 holds no scale of 1e-9 and no bias of 1e-8; what a layer returns has the type of its
+    activations anyway. Only the empty `dtype_of` is cast.
+    """
+    stored = {**module._parameters, **module._buffers}
+    kept = {name: t.detach() for name, t in stored.items() if t is not None}
+    nn.Module._apply(module, fn, recurse)  # type: ignore[no-untyped-call]
+    for name, before in kept.items():
+        own = module._parameters if name in module._parameters else module._buffers
+        if name != "dtype_of" and own[name].dtype != before.dtype:
+            moved = before.to(own[name].device)
+            own[name] = nn.Parameter(moved, False) if own is module._parameters else moved
+    return module
 
 
 class PackedWeight(nn.Module):
@@ -25,7 +45,14 @@ class PackedWeight(nn.Module):
     words: uint8 [8 * n_words]. scale: [groups] as the grid's domain stores it: float32, float16 or
     int8 exponents. up, down, adapter_scale: see `LowRank`; None without an adapter. channel_axis:
     the dimension of the weight that the rows of `up` belong to.
+
+    dtype_of: empty, of the type that the network was cast to: `next(net.parameters())` tells the
+    type and device of any packed network. The state dict holds the grid and the shape as well, as
+    JSON in bytes: words of another grid are refused.
     """
+
+    dtype_of: nn.Parameter
+    _apply = keep_types
 
     words: Tensor
     scale: Tensor
@@ -42,6 +69,7 @@ class PackedWeight(nn.Module):
         parts = (None,) * 3 if adapter is None else (adapter.up, adapter.down, adapter.scale)
         for name, part in zip(("up", "down", "adapter_scale"), parts, strict=True):
             self.register_buffer(name, copied(part))
+        self.dtype_of = nn.Parameter(torch.empty(0), requires_grad=False)
         self.register_buffer("words", radix.pack(weight.codes, weight.grid.n_levels))
         self.register_buffer("scale", store_scale(weight.scale, weight.grid.scale_domain))
 
@@ -81,6 +109,27 @@ class PackedWeight(nn.Module):
         extra = low_rank_product(self.up, self.down, self.adapter_scale.float())
         return weight + as_weight(extra, self.shape, self.channel_axis)
 
+    def get_extra_state(self) -> Tensor:
+        """The grid and the shape, as bytes of JSON."""
+        text = json.dumps({"grid": self.grid.to_dict(), "shape": list(self.shape)})
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuses, by a SubbyteError, the state of a weight of another grid or shape."""
+        if not torch.equal(state.cpu(), self.get_extra_state()):
+            raise SubbyteError(
+                f"the state dict is of a weight {bytes(state.cpu().tolist()).decode()[:200]}, this "
+                f"one has {self.grid.n_levels} levels and shape {self.shape}; load the packed file "
+                "with subbyte.load instead"
+            )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}dtype_of"]
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict({**state, f"{prefix}dtype_of": self.dtype_of}, prefix, *rest)
+
     def extra_repr(self) -> str:
         rank = "" if self.up is None else f", rank={self.up.shape[1]}"
         return f"shape={self.shape}, levels={self.grid.n_levels}, scales={self.scale.numel()}{rank}"
@@ -95,3 +144,42 @@ def decoded_weight(self: Any) -> Tensor:
     """The weight of a packed layer as float32, decoded at each call."""
     weight: Tensor = self.packed()
     return weight
+
+
+def by_reference(function: Callable[..., Tensor], x: Tensor, layer: Any) -> Tensor:
+    """function(x, weight, bias) with the layer's decoded weight, in the activations' type.
+
+    On a CPU, activations of 16 bits are widened and the result is narrowed: a float16 weight would
+    overflow where the product does not.
+    """
+    if x.is_cpu and x.dtype in (torch.float16, torch.bfloat16):
+        return by_reference(function, x.float(), layer).to(x.dtype)
+    bias = layer.bias
+    return function(x, cast_to(x, layer.weight), None if bias is None else bias.to(x.dtype))
+
+
+def cast_to(x: Tensor, weight: Tensor) -> Tensor:
+    """A decoded weight in the activations' type. Raises SubbyteError if they are no floats."""
+    if not x.is_floating_point():
+        raise SubbyteError(
+            f"activations are {str(x.dtype).removeprefix('torch.')}; a packed layer takes floating "
+            "point numbers: call x.float() first"
+        )
+    return weight.to(x.dtype)
+
+
+def frozen_bias(bias: Tensor | None) -> nn.Parameter | None:
+    """A bias of its own for a packed layer: a parameter that takes no gradient."""
+    own = copied(bias)
+    return None if own is None else nn.Parameter(own, requires_grad=False)
+
+
+def take_attributes(packed: nn.Module, like: nn.Module) -> None:
+    """Give a packed layer what else models read of the layer that it stands for: its plain values.
+
+    Sizes and options such as `in_channels` or `padding_idx`; no tensors, modules or private names.
+    """
+    own = {"training", *vars(packed), *packed._parameters, *packed._buffers, *packed._modules}
+    for name, value in vars(like).items():
+        if not name.startswith("_") and name not in own:
+            setattr(packed, name, value)

@@ -8,19 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from subbyte.core.atomic import write_atomically
 from subbyte.core.sites import join
-from subbyte.core.tensors import LowRank
 from subbyte.errors import SubbyteError
 from subbyte.models import Network
 from subbyte.modules import PackedMultiheadAttention, PackedWeight, is_fused
 from subbyte.modules.absorb import Affine
 from subbyte.packing import radix
-from subbyte.storage.manifest import ADAPTER, FORMAT, SCALE_DTYPES, VERSION, WORDS, ZSTD
+from subbyte.storage.manifest import ADAPTER, FORMAT, VERSION, WORDS, ZSTD
 
 
 def save(
@@ -48,11 +46,11 @@ def save(
     grids = list(dict.fromkeys(layer.weight.grid for layer in packed))
     for layer in packed:
         codes, encoding = _encode(layer.weight, compress)
-        scale = _stored_scale(layer.name, layer.weight)
+        scale = layer.weight.scale
         tensors |= {join(layer.name, "codes"): codes, join(layer.name, "scale"): scale}
         if layer.bias is not None:
             tensors[join(layer.name, "bias")] = layer.bias
-        adapter = _adapter(layer)
+        adapter = layer.weight.adapter()
         if adapter is not None:
             parts = (adapter.up, adapter.down, adapter.scale)
             tensors |= {join(layer.name, n): t for n, t in zip(ADAPTER, parts, strict=True)}
@@ -110,7 +108,7 @@ def _packed_layer(path: str, modules: Mapping[str, nn.Module]) -> PackedLayer:
     weight, parent = modules[path], path.rpartition(".")[0]
     owner = modules[parent]
     assert isinstance(weight, PackedWeight)
-    keys = {f"{path}.{name}" for name, _ in weight.named_buffers()}
+    keys = {f"{path}.{name}" for name in weight.state_dict()}
     if isinstance(owner, PackedMultiheadAttention):  # a projection; the bias is the attention's
         return PackedLayer(path, "MultiheadAttention", weight, None, frozenset(keys))
     bias = getattr(owner, "bias", None)
@@ -127,27 +125,6 @@ def _encode(weight: PackedWeight, compress: bool) -> tuple[Tensor, str]:
         if frame.numel() < words.numel():
             return frame, ZSTD
     return words, WORDS
-
-
-def _stored_scale(name: str, weight: PackedWeight) -> Tensor:
-    """The scale as its grid stores it; a model that was cast may hold it in another dtype."""
-    stored = weight.scale.to(SCALE_DTYPES[weight.grid.scale_domain])
-    if not torch.equal(stored.to(weight.scale.dtype), weight.scale):
-        raise SubbyteError(
-            f"scale of '{name}' is {weight.scale.dtype} and does not fit the {stored.dtype} of its "
-            "grid; save the model before converting it to another dtype"
-        )
-    return stored
-
-
-def _adapter(layer: PackedLayer) -> LowRank | None:
-    try:
-        return layer.weight.adapter()
-    except SubbyteError as error:
-        raise SubbyteError(
-            f"adapter of '{layer.name}': {error}; save the model before converting it to another "
-            "dtype"
-        ) from None
 
 
 def _float_state(net: nn.Module, packed: list[PackedLayer]) -> dict[str, Tensor]:
