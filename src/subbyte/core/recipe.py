@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 class Rule:
     """Layers whose name and type match get `method`; None keeps them in float.
 
-    names, types: shell patterns (`*`, `?`, `[ab]`), e.g. "layer1.*" and "Conv*". A type is the
-    torch.nn class: Linear, Conv1d .. Conv3d, ConvTranspose1d/2d, Embedding, MultiheadAttention
-    (its input projections; its output projection is the Linear `<name>.out_proj`).
+    names, types: exact names, or shell patterns (`*`, `?`, `[ab]`), e.g. "layer1.*" and "Conv*".
+    A type is the torch.nn class: Linear, Conv1d .. Conv3d, ConvTranspose1d/2d, Embedding,
+    MultiheadAttention (its input projections; its output projection is the Linear
+    `<name>.out_proj`).
     """
 
     names: str = "*"
@@ -33,7 +34,8 @@ class Rule:
     method: Method | None = None
 
     def matches(self, name: str, type_name: str) -> bool:
-        return fnmatchcase(name, self.names) and fnmatchcase(type_name, self.types)
+        named = name == self.names or fnmatchcase(name, self.names)  # a name may hold brackets
+        return named and (type_name == self.types or fnmatchcase(type_name, self.types))
 
     def __str__(self) -> str:
         return f"Rule(names={self.names!r}, types={self.types!r})"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from functools import partial
+from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from subbyte import kernels
-from subbyte.core.sites import Site, sites, supported_type
+from subbyte.core.sites import Site, join, sites, supported_type
 from subbyte.core.tensors import QuantizedLayer
 from subbyte.errors import SubbyteError
 from subbyte.kernels import Precision
@@ -66,12 +69,74 @@ def pack(
                 packed = replaced.get(id(child)) or _packed(child, by_owner[id(child)])
                 replaced[id(child)] = packed
                 setattr(parent, name, packed)
+    _replace_elsewhere(net, replaced)
     if id(net) in by_owner:
         net = _packed(net, by_owner[id(net)])
     for module in net.modules():
         if isinstance(module, PackedLinear | PackedConv2d | PackedMultiheadAttention):
             module.precision = precision
     return net.eval()
+
+
+def _replace_elsewhere(net: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
+    """Packed layers in place of their float twins where forward may look besides the modules.
+
+    A network may keep its layers in a plain list, dict or tuple as well. Raises SubbyteError for a
+    twin that something else holds (a bound method, an object of its own): it would run in float.
+    """
+    for path, module in net.named_modules():
+        for name, value in list(vars(module).items()):
+            if name in ("_modules", "_parameters", "_buffers"):
+                continue
+            if isinstance(value, nn.Module | list | dict | tuple | set | deque):
+                value = _replaced(value, replaced)
+                vars(module)[name] = value
+            if any(id(twin) in replaced for twin in _modules_in(value, 0)):
+                raise SubbyteError(
+                    f"attribute '{join(path, name)}' ({type(value).__name__}) holds a layer that "
+                    "is being packed and would go on in float; keep layers in attributes, lists "
+                    "or dicts, or add a rule that keeps that layer float"
+                )
+
+
+def _replaced(value: Any, replaced: Mapping[int, nn.Module]) -> Any:
+    """The same container with packed layers in it; containers that change are changed in place."""
+    if isinstance(value, nn.Module):
+        return replaced.get(id(value), value)
+    if isinstance(value, dict):
+        for key, item in list(value.items()):
+            value[key] = _replaced(item, replaced)
+    elif isinstance(value, list | deque):
+        for i, item in enumerate(value):
+            value[i] = _replaced(item, replaced)
+    elif type(value) in (tuple, set):
+        return type(value)(_replaced(item, replaced) for item in value)
+    return value
+
+
+_DEPTH = 4  # of objects in objects that are looked through for layers
+
+
+def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
+    """Modules that a plain value holds: in containers, bound methods, partials, attributes."""
+    if isinstance(value, nn.Module):
+        yield from value.modules()
+        return
+    if depth == _DEPTH or isinstance(value, Tensor | str | bytes | int | float | type | None):
+        return
+    inner: Any = ()
+    if isinstance(value, dict):
+        inner = [*value.keys(), *value.values()]
+    elif isinstance(value, list | tuple | set | frozenset | deque):
+        inner = value
+    elif isinstance(value, MethodType):
+        inner = (value.__self__,)
+    elif isinstance(value, partial):
+        inner = (value.func, *value.args, *value.keywords.values())
+    elif hasattr(value, "__dict__") and not callable(value):
+        inner = vars(value).values()
+    for item in inner:
+        yield from _modules_in(item, depth + 1)
 
 
 def _by_owner(

@@ -128,6 +128,8 @@ class PackedWeight(nn.Module):
         del destination[f"{prefix}dtype_of"]
 
     def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        if f"{prefix}_extra_state" in state:
+            self.set_extra_state(state[f"{prefix}_extra_state"])  # before a word is written
         super()._load_from_state_dict({**state, f"{prefix}dtype_of": self.dtype_of}, prefix, *rest)
 
     def extra_repr(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,8 +51,9 @@ class LayerEntry:
 class Artifact:
     """A file as it was read: the manifest's content, and tensors as they are stored.
 
-    affine: names of BatchNorms that were absorbed. distance: of the float weights to their levels
-    when they were rounded, in steps; None if the method does not say.
+    affine: names of BatchNorms that were absorbed. ties: names in the network that share a tensor
+    of the state, each with the name that it is stored under. distance: of the float weights to
+    their levels when they were rounded, in steps; None if the method does not say.
     """
 
     network: dict[str, Any] | None
@@ -62,6 +63,7 @@ class Artifact:
     n_bytes: int
     affine: tuple[str, ...] = ()
     distance: float | None = None
+    ties: Mapping[str, str] = field(default_factory=dict)
 
     def layers(self) -> dict[str, QuantizedLayer]:
         """The waist, read back. Raises SubbyteError naming the layer whose tensors are off."""
@@ -97,6 +99,7 @@ def parse(metadata: Mapping[str, str], tensors: dict[str, Tensor], n_bytes: int)
         entries = {name: _entry(v, grids) for name, v in manifest["layers"].items()}
         state = tuple(str(name) for name in manifest["state"])
         affine = tuple(str(name) for name in manifest.get("affine", ()))
+        ties = {str(alias): str(name) for alias, name in manifest.get("ties", {}).items()}
         distance = manifest.get("distance")
         distance = None if distance is None else float(distance)
         network = manifest["network"]
@@ -105,7 +108,11 @@ def parse(metadata: Mapping[str, str], tensors: dict[str, Tensor], n_bytes: int)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise SubbyteError(f"the manifest is malformed ({error!r})") from None
     _check_names(entries, state, tensors)
-    return Artifact(network, entries, tensors, state, n_bytes, affine, distance)
+    _check_ties(ties, state)
+    fault = fault_of({name: tensors[name] for name in _float_names(entries, state)})
+    if fault:
+        raise SubbyteError(f"{fault}; the file is damaged, make or fetch it again")
+    return Artifact(network, entries, tensors, state, n_bytes, affine, distance, ties)
 
 
 def _manifest(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -163,6 +170,31 @@ def _check_names(
     extra = sorted(set(tensors) - set(stated))
     if extra or len(set(stated)) != len(stated):
         raise SubbyteError(f"the manifest does not account for every tensor once ({extra[:3]})")
+
+
+def _check_ties(ties: Mapping[str, str], state: tuple[str, ...]) -> None:
+    for alias, name in ties.items():
+        if alias in state or name not in state:
+            raise SubbyteError(
+                f"the manifest ties '{alias[:80]}' to '{name[:80]}', which is not how its state is"
+            )
+
+
+def _float_names(entries: Mapping[str, LayerEntry], state: tuple[str, ...]) -> list[str]:
+    """Tensors that are used as they are: the state and the biases."""
+    return [*state, *(join(name, "bias") for name, entry in entries.items() if entry.bias)]
+
+
+def fault_of(state: Mapping[str, Tensor]) -> str | None:
+    """What no float tensor of a network may hold, in words: NaN, infinity, a negative variance."""
+    for name, value in state.items():
+        if not value.is_floating_point():
+            continue
+        if not value.isfinite().all():
+            return f"'{name[:200]}' has NaN or infinite values"
+        if name.endswith("running_var") and (value < 0).any():
+            return f"'{name[:200]}' is a variance and has negative values"
+    return None
 
 
 def _read_codes(stored: Tensor, entry: LayerEntry) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +17,7 @@ from subbyte.models import build
 from subbyte.modules import pack
 from subbyte.modules.absorb import restore
 from subbyte.storage.manifest import Artifact, LayerEntry, parse
-from subbyte.storage.writer import packed_layers
+from subbyte.storage.writer import packed_layers, tied_names
 
 
 def load(
@@ -89,13 +90,24 @@ def _check_entries(entries: Mapping[str, LayerEntry], model: nn.Module) -> None:
     known = {site.name: site for site in sites(model)}
     for name, entry in entries.items():
         if name not in known:
-            raise SubbyteError(f"the network has no layer '{name}'; it has {', '.join(known)}")
+            raise SubbyteError(_no_layer(name, list(known)))
         site = known[name]
         if (entry.type, entry.shape) != (site.type, site.shape):
             raise SubbyteError(
                 f"layer '{name}' is {entry.type} {entry.shape} in the file, {site.type} "
                 f"{site.shape} in the network"
             )
+
+
+def _no_layer(name: str, known: list[str]) -> str:
+    for prefix, wrapper in (("_orig_mod.", "torch.compile"), ("module.", "DataParallel or DDP")):
+        if prefix in name and name.replace(prefix, "") in known:
+            return (
+                f"layer '{name}' of the file has the prefix '{prefix}' of {wrapper}; save the "
+                "network that was wrapped, or wrap the one you load into in the same way"
+            )
+    more = ", ..." if len(known) > 8 else ""
+    return f"the network has no layer '{name[:200]}'; it has {', '.join(known[:8])}{more}"
 
 
 def _load_state(net: nn.Module, artifact: Artifact) -> None:
@@ -114,7 +126,32 @@ def _load_state(net: nn.Module, artifact: Artifact) -> None:
                 f"'{name}' is {value.dtype} in the file, {own[name].dtype} in the network"
             )
     taken = frozenset().union(*(layer.keys for layer in packed_layers(net)))
-    left = sorted(set(own) - set(artifact.state_names) - taken)
+    left = sorted(set(own) - set(artifact.state_names) - taken - set(artifact.ties))
     if left:
         raise SubbyteError(f"the file has no '{left[0]}', which the network needs")
+    ties = {**tied_names(net), **artifact.ties}
     net.load_state_dict(artifact.state(), strict=False, assign=True)  # dtypes are the file's
+    _tie(net, ties, artifact)
+
+
+def _tie(net: nn.Module, ties: Mapping[str, str], artifact: Artifact) -> None:
+    """One tensor for the names that share one: as the file says, or as the network has them, unless
+    the file holds them as two that differ."""
+    state = artifact.state()
+    for alias, name in ties.items():
+        if name not in state or (alias in state and not torch.equal(state[alias], state[name])):
+            continue
+        from_, to = _place(net, name), _place(net, alias)
+        if from_ is None or to is None or from_[0][from_[1]].shape != to[0][to[1]].shape:
+            raise SubbyteError(f"the file ties '{alias}' to '{name}', the network cannot")
+        to[0][to[1]] = from_[0][from_[1]]
+
+
+def _place(net: nn.Module, name: str) -> tuple[dict[str, Any], str] | None:
+    """The dictionary that holds a parameter or buffer, and its name there."""
+    path, _, own = name.rpartition(".")
+    module = dict(net.named_modules(remove_duplicate=False)).get(path)
+    for held in () if module is None else (module._parameters, module._buffers):
+        if own in held:
+            return held, own
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from subbyte.models import Network
 from subbyte.modules import PackedMultiheadAttention, PackedWeight, is_fused
 from subbyte.modules.absorb import Affine
 from subbyte.packing import radix
-from subbyte.storage.manifest import ADAPTER, FORMAT, VERSION, WORDS, ZSTD
+from subbyte.storage.manifest import ADAPTER, FORMAT, VERSION, WORDS, ZSTD, fault_of
 
 
 def save(
@@ -36,6 +37,7 @@ def save(
     all: an older file of that name survives a full disk or a crash. Raises SubbyteError if the
     model has no packed layer, or if the file cannot be written.
     """
+    net = unwrapped(net)
     packed = packed_layers(net)
     if not packed:
         raise SubbyteError("the model has no packed layer; save takes the result of pack()")
@@ -63,6 +65,8 @@ def save(
             **({} if adapter is None else {"adapter": True}),
         }
     state = _float_state(net, packed)
+    ties = {alias: name for alias, name in tied_names(net).items() if {alias, name} <= set(state)}
+    state = {name: value for name, value in state.items() if name not in ties}
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -73,8 +77,21 @@ def save(
     }
     affine = [name for name, module in net.named_modules() if isinstance(module, Affine)]
     manifest |= {"affine": affine} if affine else {}
+    manifest |= {"ties": ties} if ties else {}
     manifest |= {} if distance is None else {"distance": distance}
     return write_safetensors({**tensors, **state}, {FORMAT: _compact(manifest)}, Path(path))
+
+
+def unwrapped(net: nn.Module) -> nn.Module:
+    """The network inside torch.compile, DataParallel and DistributedDataParallel."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(net, wrappers):
+            net = net.module
+        elif "_orig_mod" in net._modules:  # torch.compile's wrapper; its class is private
+            net = net.get_submodule("_orig_mod")
+        else:
+            return net
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str], path: Path) -> int:
@@ -97,24 +114,27 @@ class PackedLayer:
 
 
 def packed_layers(net: nn.Module) -> list[PackedLayer]:
-    """The packed layers of a model, in the order of its modules."""
-    modules = dict(net.named_modules())
-    return [
-        _packed_layer(path, modules) for path, m in modules.items() if isinstance(m, PackedWeight)
-    ]
+    """The packed layers of a model, in the order of its modules; one that stands twice once."""
+    modules = dict(net.named_modules(remove_duplicate=False))
+    paths: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        if isinstance(module, PackedWeight):
+            paths.setdefault(id(module), []).append(path)
+    return [_packed_layer(own, modules) for own in paths.values()]
 
 
-def _packed_layer(path: str, modules: Mapping[str, nn.Module]) -> PackedLayer:
-    weight, parent = modules[path], path.rpartition(".")[0]
-    owner = modules[parent]
+def _packed_layer(paths: list[str], modules: Mapping[str, nn.Module]) -> PackedLayer:
+    """paths: all names of one PackedWeight; the first is the layer's."""
+    path, parents = paths[0], [path.rpartition(".")[0] for path in paths]
+    weight, owner = modules[path], modules[parents[0]]
     assert isinstance(weight, PackedWeight)
-    keys = {f"{path}.{name}" for name in weight.state_dict()}
+    keys = {f"{p}.{name}" for p in paths for name in weight.state_dict()}
     if isinstance(owner, PackedMultiheadAttention):  # a projection; the bias is the attention's
         return PackedLayer(path, "MultiheadAttention", weight, None, frozenset(keys))
     bias = getattr(owner, "bias", None)
-    keys |= {join(parent, "bias")} if bias is not None else set()
+    keys |= {join(parent, "bias") for parent in parents} if bias is not None else set()
     type_name = type(owner).__name__.removeprefix("Packed")
-    return PackedLayer(parent, type_name, weight, bias, frozenset(keys))
+    return PackedLayer(parents[0], type_name, weight, bias, frozenset(keys))
 
 
 def _encode(weight: PackedWeight, compress: bool) -> tuple[Tensor, str]:
@@ -131,13 +151,27 @@ def _float_state(net: nn.Module, packed: list[PackedLayer]) -> dict[str, Tensor]
     taken = frozenset().union(*(layer.keys for layer in packed))
     state = {name: value for name, value in net.state_dict().items() if name not in taken}
     for name, value in state.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
-            raise SubbyteError(f"'{name}' has NaN or infinite values; nothing was saved")
         if not isinstance(value, Tensor):
             raise SubbyteError(
                 f"state '{name}' is a {type(value).__name__}; only tensors are saved"
             )
+    biases = {join(layer.name, "bias"): layer.bias for layer in packed if layer.bias is not None}
+    fault = fault_of({**state, **biases})
+    if fault:
+        raise SubbyteError(f"{fault}; nothing was saved")
     return state
+
+
+def tied_names(net: nn.Module) -> dict[str, str]:
+    """Names of parameters and buffers that are one tensor: each later name -> the first."""
+    first: dict[int, str] = {}
+    parameters = net.named_parameters(remove_duplicate=False)
+    named = itertools.chain(parameters, net.named_buffers(remove_duplicate=False))
+    return {
+        name: first[id(tensor)]
+        for name, tensor in named
+        if first.setdefault(id(tensor), name) != name
+    }
 
 
 def _network(net: nn.Module) -> dict[str, Any] | None:
