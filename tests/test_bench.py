@@ -272,7 +272,7 @@ def test_the_command_prints_a_table_and_json(file, monkeypatch, capsys):
         (("--shapes", "999999x999999"), "use 1 to"),
         (("--shapes", "4x4", "--levels", "1"), "levels=1"),
         (("--shapes", "4x4", "--batch", "1,two"), "--batch 1,two"),
-        (("--shapes", "4x4", "--input", "3,4,4"), "--input goes with a packed file"),
+        (("--shapes", "4x4", "--input", "3,4,4"), "--input and --model go with a packed file"),
         (("--shapes", "4x4", "--precision", "int4"), "precision='int4'"),
         (("--shapes", "4x4", "--seconds", "0"), "seconds=0.0"),
         (("FILE", "--input", "1,a"), "--input 1,a"),

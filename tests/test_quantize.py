@@ -517,16 +517,34 @@ def test_a_network_of_ones_own(weights, tmp_path, monkeypatch):
         "    def forward(self, x):\n"
         "        return self.classifier(self.features(x))\n"
         "three = 3\n"
+        "def number(): return 3\n"
+        "def broken(): raise RuntimeError('a fault of mine\\nin two lines')\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken.py").write_text("def x(:\n")
+    monkeypatch.chdir(tmp_path)  # the current folder is where modules are looked for
     out = tmp_path / "net.safetensors"
     common = ("--calibrate", "digits", "--samples", 64, "--bits", 4, "--tune", 0, "--out", out)
     result = command("mynet:Mine", "--weights", weights, *common, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["top1"] > 95
+    runner = CliRunner()
+    for command_name, of in (("evaluate", ("--data", "digits", "--limit", "50")),
+                             ("bench", ("--input", "1,8,8", "--seconds", "0.01"))):  # fmt: skip
+        missing = runner.invoke(app, [command_name, str(out), *of])
+        assert "--model package.module:factory" in str(missing.exception)
+        found = runner.invoke(app, [command_name, str(out), *of, "--model", "mynet:Mine", "--json"])
+        assert found.exit_code == 0, found.output
+    wrong = runner.invoke(
+        app, ["evaluate", "digitsnet", "--data", "digits", "--model", "mynet:Mine"]
+    )
+    assert "--model goes with a packed file" in str(wrong.exception)
     for name, says in (
         ("mynet:Absent", "cannot be imported"), ("nomodule:x", "cannot be imported"),
-        ("mynet:three", "does not return an nn.Module"), ("nonet", "neither a zoo network"),
+        ("mynet:three", "is a int; give a function or a class"),
+        ("mynet:Mine.__name__", "cannot be imported"),
+        ("mynet:number", "returns a int; it must return an nn.Module"),
+        ("mynet:broken", "failed: RuntimeError: a fault of mine (mynet.py, line 13)"),
+        ("broken:x", "cannot be imported: SyntaxError"), ("nonet", "neither a zoo network"),
         ("digitsnet", "needs its float weights"),
     ):  # fmt: skip
         failed = command(name, *common)

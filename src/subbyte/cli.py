@@ -15,18 +15,18 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from subbyte import storage
 from subbyte.bench import bench as measure
-from subbyte.bench import from_file, from_shapes, parse_numbers, parse_shapes
+from subbyte.bench import from_network, from_shapes, parse_numbers, parse_shapes
 from subbyte.bench import table as bench_table
 from subbyte.commands.demo import run_demo
 from subbyte.commands.demo import table as demo_table
-from subbyte.commands.quantize import SAMPLES, Request, arguments_for, convert, method_of
+from subbyte.commands.networks import float_network, packed_network
+from subbyte.commands.quantize import SAMPLES, Request, convert, method_of
 from subbyte.commands.quantize import table as conversion_table
 from subbyte.core.jsontext import to_json
 from subbyte.data import ImageSet, load_images
 from subbyte.errors import SubbyteError
-from subbyte.models import NETWORKS, build, load_weights
+from subbyte.models import NETWORKS
 from subbyte.report import size_report
 from subbyte.report import table as size_table
 from subbyte.train import console_progress, run
@@ -40,6 +40,13 @@ app = typer.Typer(
     help="Neural networks at 1 to 4 bits a weight: train them, convert them, run them.",
 )
 
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PACKAGE.MODULE:FACTORY",
+        help="The function that makes the float network, for a file of one of your own.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 
@@ -145,6 +152,7 @@ def evaluate(
     weights: Annotated[
         Path | None, typer.Option(help="Float weights (.safetensors) of the zoo network.")
     ] = None,
+    model: Model = None,
     split: Annotated[str, typer.Option(help="Split to score.")] = "test",
     size: Annotated[
         int | None, typer.Option(min=1, help="Resize images so far, as data.size in training.")
@@ -162,7 +170,7 @@ def evaluate(
         )
     images = load_images(data, split, size=size)
     images = images if limit is None else images.head(limit)
-    result = score(_network(target, weights, images, precision), images)
+    result = score(_network(target, model, weights, images, precision), images)
     if json_:
         _print_json({"target": target, "data": data, "split": images.split, **asdict(result)})
         return
@@ -191,6 +199,7 @@ def bench(
         str | None, typer.Option(metavar="OUTxIN,...", help="Random Linear layers instead.")
     ] = None,
     levels: Annotated[int, typer.Option(help="Of --shapes, 2 to 256.")] = 3,
+    model: Model = None,
     input_: Annotated[
         str | None,
         typer.Option("--input", metavar="C,H,W", help="Input size, where FILE leaves it open."),
@@ -207,14 +216,16 @@ def bench(
     batches = parse_numbers("--batch", batch)
     kind: Any = precision
     if shapes is not None:
-        if input_ is not None:
-            raise SubbyteError("--input goes with a packed file; --shapes says how wide layers are")
+        if input_ is not None or model is not None:
+            raise SubbyteError(
+                "--input and --model go with a packed file; --shapes says how wide layers are"
+            )
         net, example = from_shapes(parse_shapes(shapes), levels, kind)
         name = f"Linear layers of {levels} levels"
     else:
         assert file is not None
         size = None if input_ is None else parse_numbers("--input", input_)
-        net, example = from_file(file, size, kind)
+        net, example = from_network(packed_network(file, model, kind), str(file), size)
         name = str(file)
     report = measure(net, example, target=name, batches=batches, threads=threads, seconds=seconds,
                      whole=shapes is None)  # fmt: skip
@@ -224,17 +235,17 @@ def bench(
     _console().print(bench_table(report))
 
 
-def _network(target: str, weights: Path | None, images: ImageSet, precision: Any) -> nn.Module:
+def _network(
+    target: str, model: str | None, weights: Path | None, images: ImageSet, precision: Any
+) -> nn.Module:
     """A packed file, or a zoo network (a name wins over a file) that fits the images."""
     if target not in NETWORKS:
         if weights is not None:
             raise SubbyteError(f"{target} is a file; --weights goes with the name of a network")
-        return storage.load(target, precision=precision)
-    if weights is None:
-        raise SubbyteError(f"network '{target}' needs its float weights: --weights FILE")
-    network = build(target, **arguments_for(target, images))
-    load_weights(network, weights)
-    return network
+        return packed_network(target, model, precision)
+    if model is not None:
+        raise SubbyteError(f"--model goes with a packed file; {target} is a zoo network")
+    return float_network(target, weights, images)
 
 
 def _overrides(pairs: list[str]) -> dict[str, str]:

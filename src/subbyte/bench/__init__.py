@@ -3,7 +3,7 @@
 from subbyte.bench.measure import bench
 from subbyte.bench.report import BenchReport, LayerBench, Times, table
 from subbyte.bench.roofs import Roofs, measure_roofs
-from subbyte.bench.targets import from_file, from_shapes, parse_numbers, parse_shapes
+from subbyte.bench.targets import from_network, from_shapes, parse_numbers, parse_shapes
 from subbyte.bench.timing import Spread, in_turn, spread
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "Spread",
     "Times",
     "bench",
-    "from_file",
+    "from_network",
     "from_shapes",
     "in_turn",
     "measure_roofs",

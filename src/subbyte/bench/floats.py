@@ -45,11 +45,9 @@ def _float_layer(layer: Any) -> nn.Module:
 
 
 def _convolution(kind: Any, layer: Any, weight: Tensor) -> Any:
-    settings = {
-        name: getattr(layer, name)
-        for name in ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
-        if hasattr(layer, name)
-    }
+    names = ["stride", "padding", "dilation", "groups", "padding_mode"]
+    names += ["output_padding"] if layer.transposed else []
+    settings = {name: getattr(layer, name) for name in names}
     ends = (weight.shape[1] * layer.groups, weight.shape[0])
     if kind in (nn.ConvTranspose1d, nn.ConvTranspose2d):
         ends = (weight.shape[0], weight.shape[1] * layer.groups)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from subbyte import storage
 from subbyte.core.grids import PerChannel, uniform
 from subbyte.core.tensors import QuantizedLayer, QuantizedTensor
 from subbyte.errors import SubbyteError
@@ -54,19 +52,18 @@ def _random_layer(shape: tuple[int, int], levels: int, precision: Precision) -> 
     return pack(like, {"": QuantizedLayer(weight, None)}, precision=precision)
 
 
-def from_file(
-    path: str | Path, size: Sequence[int] | None = None, precision: Precision = "int8"
+def from_network(
+    net: nn.Module, name: str, size: Sequence[int] | None = None
 ) -> tuple[nn.Module, Tensor]:
-    """A packed file's network, and an example of its input.
+    """A packed network, and an example of its input.
 
-    size: of the input without its batch; by default as the network says. Raises SubbyteError if it
-    does not say.
+    name: for the error. size: of the input without its batch; by default as the network says.
+    Raises SubbyteError if it does not say.
     """
-    net = storage.load(path, precision=precision)
     size = _input_size(net) if size is None else tuple(size)
     if size is None:
         raise SubbyteError(
-            f"{path}: network '{_name(net)}' takes images of any size; say which: --input 3,32,32"
+            f"{name}: network '{_name(net)}' takes images of any size; say which: --input 3,32,32"
         )
     return net, torch.randn(*size)
 

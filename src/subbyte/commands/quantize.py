@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +9,18 @@ from typing import Any
 import torch
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor, nn
 
 from subbyte import storage
+from subbyte.commands.networks import float_network
+from subbyte.core.atomic import check_writable
 from subbyte.data import ImageSet, load_images
 from subbyte.errors import SubbyteError
-from subbyte.models import NETWORKS, Network, build, load_weights
+from subbyte.models import Network
 from subbyte.ptq import CoRa, Listener, PublishedCoRa, Quantization, RankPlan, quantize
 from subbyte.ptq.quantize import CodesBy
 from subbyte.report import size_report
 from subbyte.train import Evaluation, evaluate
+from subbyte.train.evaluate import preprocess_of
 
 SAMPLES = 1600
 
@@ -81,6 +80,9 @@ def convert(
     request: Request, method: CoRa | PublishedCoRa, listener: Listener | None = None
 ) -> Conversion:
     """Quantize, save, read back, score. Raises SubbyteError for what a user can fix."""
+    for path in (request.out, request.save_plan):
+        if path is not None:
+            check_writable(path)
     images = load_images(request.calibrate, request.split, size=request.size)
     net = float_network(request.model, request.weights, images)
     preprocess = preprocess_of(net)
@@ -137,62 +139,6 @@ def drawn(images: ImageSet, samples: int, seed: int) -> ImageSet:
     generator = torch.Generator().manual_seed(seed)
     index = torch.randperm(len(images), generator=generator)[:samples]
     return images.subset(index.sort().values)
-
-
-def float_network(name: str, weights: Path | None, images: ImageSet) -> nn.Module:
-    """The trained network to convert."""
-    if ":" in name:
-        net = _from_factory(name)
-        if weights is not None:
-            load_weights(net, weights)
-        return net.eval()
-    if name not in NETWORKS:
-        raise SubbyteError(
-            f"'{name}' is neither a zoo network nor 'package.module:factory'; networks: "
-            f"{', '.join(NETWORKS)}"
-        )
-    if weights is None:
-        raise SubbyteError(f"network '{name}' needs its float weights: --weights FILE")
-    net = build(name, **arguments_for(name, images))
-    load_weights(net, weights)
-    return net.eval()
-
-
-def _from_factory(name: str) -> nn.Module:
-    module_name, _, factory_name = name.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SubbyteError(f"'{name}' cannot be imported: {error}") from None
-    net = factory() if callable(factory) else None
-    if not isinstance(net, nn.Module):
-        raise SubbyteError(f"'{name}' does not return an nn.Module; it must, called with nothing")
-    return net
-
-
-def preprocess_of(net: nn.Module) -> Callable[[Tensor], Tensor]:
-    """How uint8 images [n, c, h, w] become the network's input."""
-    preprocess = getattr(net, "preprocess", None)
-    if not callable(preprocess):
-        raise SubbyteError(
-            f"{type(net).__name__} has no `preprocess`; give the network an attribute of that name "
-            "that turns uint8 images [n, c, h, w] into its input (subbyte.models.Preprocess does)"
-        )
-    return preprocess
-
-
-def arguments_for(name: str, images: ImageSet) -> dict[str, Any]:
-    """The arguments of a zoo network that follow from the data, as far as it has them.
-
-    A network that crops its images keeps the size that it was made for.
-    """
-    channels, _, side = images.images.shape[1:]
-    known = {"in_channels": channels, "classes": len(images.classes)}
-    with torch.device("meta"):
-        if not build(name).preprocess.crop:
-            known["image_size"] = side
-    takes = inspect.signature(NETWORKS[name]).parameters
-    return {key: value for key, value in known.items() if key in takes}
 
 
 def table(result: Conversion) -> Table:

@@ -70,11 +70,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def preprocess_of(model: nn.Module) -> ToInput:
-    if isinstance(model, Network):
-        return model.preprocess
-    raise SubbyteError(
-        f"{type(model).__name__} does not say how images become its input; pass preprocess="
-    )
+    """How uint8 images [n, c, h, w] become the network's input: its own `preprocess`."""
+    preprocess = getattr(model, "preprocess", None)
+    if not callable(preprocess):
+        raise SubbyteError(
+            f"{type(model).__name__} has no `preprocess`; give the network an attribute of that "
+            "name that turns uint8 images [n, c, h, w] into its input (subbyte.models.Preprocess "
+            "does)"
+        )
+    return preprocess  # type: ignore[no-any-return]
 
 
 def device_of(model: nn.Module) -> torch.device:
