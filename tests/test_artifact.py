@@ -281,6 +281,33 @@ def test_a_float_state_that_is_not_finite_is_not_saved(tmp_path):
         sb.save(net, tmp_path / "n.safetensors")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["norm.weight", "norm.running_mean", "conv.bias", "head.bias"])
+def test_values_that_no_network_holds_are_refused_at_load(file, name, value):
+    edit(file, lambda _: None, lambda tensors: tensors[name].view(-1)[:1].fill_(value))
+    with pytest.raises(SubbyteError, match=f"'{name}' has NaN or infinite values"):
+        sb.load(file, model=Mixed())
+
+
+def test_a_negative_variance_is_refused_at_load_and_at_save(file, tmp_path):
+    edit(file, lambda _: None, lambda tensors: tensors["norm.running_var"][:1].fill_(-1.0))
+    with pytest.raises(SubbyteError, match=r"'norm\.running_var' is a variance and has negative"):
+        sb.load(file, model=Mixed())
+    net = packed(Mixed())
+    net.norm.running_var[0] = -1
+    with pytest.raises(SubbyteError, match="negative values; nothing was saved"):
+        sb.save(net, tmp_path / "other.safetensors")
+    assert not (tmp_path / "other.safetensors").exists()
+
+
+@pytest.mark.parametrize("ties", [{"a": "b"}, {"norm.bias": "norm.weight"}, {"x": "y" * 10**6}, 3])
+def test_ties_that_lie_are_refused(file, ties):
+    edit(file, lambda manifest: manifest.update(ties=ties))
+    with pytest.raises(SubbyteError) as error:
+        sb.load(file, model=Mixed())
+    assert len(str(error.value)) < 600
+
+
 def test_state_keeps_the_dtype_of_the_file(file):
     for like in (Mixed().half(), Mixed().to("meta")):
         net = sb.load(file, model=like)

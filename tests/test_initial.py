@@ -68,6 +68,21 @@ def test_a_packed_attention_layer_is_decoded_into_its_projections(tmp_path):
     assert torch.equal(weight, layers[name].weight.dequantize())
 
 
+def test_adapters_are_part_of_the_start(tmp_path):
+    net = build("digitsnet")
+    sb.prepare(net, LowRes(levels=3))
+    layers = sb.freeze(net)
+    name, layer = next((n, x) for n, x in layers.items() if x.weight.codes.ndim == 4)
+    out, width = len(layer.weight.codes), layer.weight.codes[0].numel()
+    adapter = sb.LowRank(torch.rand(out, 1).half(), torch.rand(1, width).half(), torch.ones(1))
+    layers[name] = replace(layer, adapter=adapter)
+    packed = sb.pack(net, layers)
+    sb.save(packed, tmp_path / "net.safetensors")
+    fresh = build("digitsnet")
+    load_initial(fresh, tmp_path / "net.safetensors")
+    assert torch.equal(fresh.get_submodule(name).weight, packed.get_submodule(name).weight)
+
+
 def test_bad_starts_are_named(finished, tmp_path):
     net = build("digitsnet")
     before = {name: value.clone() for name, value in net.state_dict().items()}

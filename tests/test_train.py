@@ -178,7 +178,7 @@ def test_a_label_without_a_class_is_named(label):
 def test_an_empty_set_and_an_unknown_input_are_refused():
     with pytest.raises(SubbyteError, match="'test' of 'made-up' is empty"):
         evaluate(Tiny(), image_set([]))
-    with pytest.raises(SubbyteError, match=r"Linear does not say .* pass preprocess="):
+    with pytest.raises(SubbyteError, match=r"Linear has no .preprocess.; give"):
         evaluate(nn.Linear(4, 3), image_set([0]))
 
 
@@ -349,9 +349,34 @@ def test_a_resumed_run_is_bit_identical(tmp_path, monkeypatch, optimizer):
     assert same(resumed.model, whole.model)
     assert [r.train_loss for r in resumed.history] == [r.train_loss for r in whole.history]
     assert resumed.evaluation == whole.evaluation
+    assert len(resumed.histograms) == len(whole.histograms) == 1 + len(whole.history)
+    for got, wanted in zip(resumed.histograms, whole.histograms, strict=True):
+        assert got.keys() == wanted.keys()
+        for name, counts in wanted.items():
+            assert torch.equal(torch.as_tensor(got[name]), torch.as_tensor(counts))
     states = [torch.load(r.checkpoint, weights_only=True) for r in (resumed, whole)]
     for key in ("model", "ema"):
         assert all(torch.equal(states[0][key][k], v) for k, v in states[1][key].items())
+
+
+OTHER = {
+    "epochs": None, "lr": 0.011, "batch_size": 33, "optimizer": "adamw", "seed": 5,
+    "momentum": 0.5, "weight_decay": 1e-3, "warmup_epochs": 1, "ema": 0.9, "precision": "bf16",
+    "schedule": "constant", "label_smoothing": 0.2, "clip_grad_norm": 3.0, "nesterov": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [key for key in OTHER if key != "epochs"])
+def test_every_setting_that_decides_the_weights_is_in_the_fingerprint(key):
+    """Resuming with another value would be another run."""
+    from subbyte.train.checkpoint import fingerprint
+
+    base = run_config("x", TERNARY, **FULL)
+    value = OTHER[key]
+    if getattr(base.train, key) == value:
+        value = {"nesterov": True, "schedule": "cosine", "weight_decay": 5e-4}[key]
+    other = run_config("x", TERNARY, **{**FULL, key: value})
+    assert fingerprint(other) != fingerprint(base)
 
 
 def test_epochs_and_seeds_draw_differently(tmp_path):

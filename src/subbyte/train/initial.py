@@ -52,7 +52,8 @@ def _of_packed(model: nn.Module, path: Path) -> dict[str, Tensor]:
     state, parameters = packed.state(), {site.name: site for site in sites(model)}
     for name, layer in packed.layers().items():
         site = parameters.get(name)
-        state[join(site.owner, site.parameter) if site else name] = layer.weight.dequantize()
+        weight = layer.dequantize(0 if site is None else site.channel_axis)  # the adapter too
+        state[join(site.owner, site.parameter) if site else name] = weight
         if layer.bias is not None:
             state[join(name, "bias")] = layer.bias
     return state
