@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -15,7 +16,7 @@ import torch
 
 from subbyte.bench.timing import Spread, spread
 
-__all__ = ["RESULTS", "ROOT", "Spread", "append", "machine", "spread"]
+__all__ = ["RESULTS", "ROOT", "Spread", "append", "machine", "revision", "spread"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -38,6 +39,12 @@ def _cpu() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def revision() -> str:
+    """The commit that the tree is at."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip()
 
 
 def append(name: str, result: dict[str, Any]) -> Path:

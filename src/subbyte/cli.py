@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ from torch import nn
 from subbyte.bench import bench as measure
 from subbyte.bench import from_network, from_shapes, parse_numbers, parse_shapes
 from subbyte.bench import table as bench_table
+from subbyte.commands import options as o
 from subbyte.commands.demo import run_demo
 from subbyte.commands.demo import table as demo_table
 from subbyte.commands.networks import float_network, packed_network
@@ -40,15 +41,6 @@ app = typer.Typer(
     help="Neural networks at 1 to 4 bits a weight: train them, convert them, run them.",
 )
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PACKAGE.MODULE:FACTORY",
-        help="The function that makes the float network, for a file of one of your own.",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-
 
 def main() -> None:
     """Entry point of the `subbyte` command."""
@@ -61,10 +53,8 @@ def main() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the files and the picture.")] = Path(
-        "runs/demo"
-    ),
-    json_: Json = False,
+    out: o.Folder = Path("runs/demo"),
+    json_: o.Json = False,
 ) -> None:
     """Train float32, 5-level and 3-level versions of a small ConvNet; pack, reload, compare."""
     result = run_demo(out, quiet=json_)
@@ -77,13 +67,10 @@ def demo(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="TOML file; see examples/.")],
-    resume: Annotated[bool, typer.Option(help="Continue from the checkpoint in `out`.")] = False,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. train.epochs=2."),
-    ] = None,
-    json_: Json = False,
+    config: o.Config,
+    resume: o.Resume = False,
+    set_: o.Set = None,
+    json_: o.Json = False,
 ) -> None:
     """Train from a config; leaves the packed network, metrics, curves and a checkpoint in `out`."""
     result = run(read_config(config, _overrides(set_ or [])), resume=resume, quiet=json_)
@@ -107,30 +94,25 @@ def train(
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="A zoo network, or package.module:factory.")],
-    calibrate: Annotated[str, typer.Option(help="'digits', a folder, or a hub id.")],
-    out: Annotated[Path, typer.Option(help="The packed file to write.")],
-    weights: Annotated[Path | None, typer.Option(help="Its float weights (.safetensors).")] = None,
-    method: Annotated[str, typer.Option(help="cora, cora-paper, gptq or rtn.")] = "cora",
-    bits: Annotated[int | None, typer.Option(help="2^bits levels in every layer.")] = None,
-    levels: Annotated[int | None, typer.Option(help="Levels in every layer, 2 to 256.")] = None,
-    target_bits: Annotated[
-        float | None,
-        typer.Option(help="Budget in real bits a weight; alone, levels and ranks are searched."),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration images.")] = SAMPLES,
-    seed: Annotated[int, typer.Option(help="Of the images, pseudo-labels and tuning.")] = 0,
-    tune: Annotated[int, typer.Option(help="Tuning iterations, 0 to 250.")] = 250,
-    adapter_bits: Annotated[int, typer.Option(help="8 or 16, of adapters.")] = 8,
-    plan: Annotated[
-        Path | None, typer.Option(help="Levels and ranks from this file; no search.")
-    ] = None,
-    save_plan: Annotated[Path | None, typer.Option(help="Write the plan here.")] = None,
-    split: Annotated[str, typer.Option(help="Split to calibrate on.")] = "train",
-    score: Annotated[str, typer.Option(help="Split to score on, '' for none.")] = "test",
-    size: Annotated[int | None, typer.Option(min=1, help="Resize images so far.")] = None,
-    compress: Annotated[bool, typer.Option(help="zstd where it shrinks a layer.")] = False,
-    json_: Json = False,
+    model: o.Convertible,
+    calibrate: o.Calibrate,
+    out: o.Out,
+    weights: o.Weights = None,
+    method: o.Method = "cora",
+    bits: o.Bits = None,
+    levels: o.Levels = None,
+    target_bits: o.TargetBits = None,
+    samples: o.Samples = SAMPLES,
+    seed: o.Seed = 0,
+    tune: o.Tune = 250,
+    adapter_bits: o.AdapterBits = 8,
+    plan: o.PlanFile = None,
+    save_plan: o.SavePlan = None,
+    split: o.Split = "train",
+    score: o.Score = "test",
+    size: o.Size = None,
+    compress: o.Compress = False,
+    json_: o.Json = False,
 ) -> None:
     """Quantize a trained network with some images and no labels; leaves a packed file."""
     request = Request(
@@ -147,21 +129,15 @@ def quantize(
 
 @app.command()
 def evaluate(
-    target: Annotated[str, typer.Argument(help="A packed file, or the name of a zoo network.")],
-    data: Annotated[str, typer.Option(help="'digits', a folder, or a hub id.")],
-    weights: Annotated[
-        Path | None, typer.Option(help="Float weights (.safetensors) of the zoo network.")
-    ] = None,
-    model: Model = None,
-    split: Annotated[str, typer.Option(help="Split to score.")] = "test",
-    size: Annotated[
-        int | None, typer.Option(min=1, help="Resize images so far, as data.size in training.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="First so many images only.")] = None,
-    precision: Annotated[
-        str, typer.Option(help="Of a packed file's activations: int8, int16 or float32.")
-    ] = "int8",
-    json_: Json = False,
+    target: o.Target,
+    data: o.Data,
+    weights: o.Weights = None,
+    model: o.Model = None,
+    split: o.Split = "test",
+    size: o.Size = None,
+    limit: o.Limit = None,
+    precision: o.Precision = "int8",
+    json_: o.Json = False,
 ) -> None:
     """Top-1 accuracy and loss of a packed file, or of a zoo network with float weights."""
     if target not in NETWORKS and not Path(target).exists():
@@ -182,9 +158,10 @@ def evaluate(
 
 @app.command("inspect")
 def inspect_file(
-    file: Annotated[Path, typer.Argument(help="A packed file.")], json_: Json = False
+    file: o.PackedFile,
+    json_: o.Json = False,
 ) -> None:
-    """Bits, bytes, entropy, level shares and scales of a packed file, a layer at a time."""
+    """Bits, bytes, entropy, level shares and scales of a packed file, per layer."""
     report = size_report(file)
     if json_:
         _print_json(report.to_dict())
@@ -194,21 +171,16 @@ def inspect_file(
 
 @app.command()
 def bench(
-    file: Annotated[Path | None, typer.Argument(help="A packed file.")] = None,
-    shapes: Annotated[
-        str | None, typer.Option(metavar="OUTxIN,...", help="Random Linear layers instead.")
-    ] = None,
-    levels: Annotated[int, typer.Option(help="Of --shapes, 2 to 256.")] = 3,
-    model: Model = None,
-    input_: Annotated[
-        str | None,
-        typer.Option("--input", metavar="C,H,W", help="Input size, where FILE leaves it open."),
-    ] = None,
-    batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "1",
-    precision: Annotated[str, typer.Option(help="int8, int16 or float32.")] = "int8",
-    threads: Annotated[int | None, typer.Option(help="As PyTorch has them by default.")] = None,
-    seconds: Annotated[float, typer.Option(help="About how long to measure.")] = 20.0,
-    json_: Json = False,
+    file: o.MaybeFile = None,
+    shapes: o.Shapes = None,
+    levels: o.ShapeLevels = 3,
+    model: o.Model = None,
+    input_: o.Input = None,
+    batch: o.Batch = "1",
+    precision: o.Precision = "int8",
+    threads: o.Threads = None,
+    seconds: o.Seconds = 20.0,
+    json_: o.Json = False,
 ) -> None:
     """Time packed layers on this machine, against float32 and against what the machine can do."""
     if (file is None) == (shapes is None):

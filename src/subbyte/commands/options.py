@@ -1,0 +1,75 @@
+"""Options of the commands: type, form and what they do, in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+Json = Annotated[bool, Option("--json", help="Print one JSON object instead of tables.")]
+
+# ---- networks and files
+Model = Annotated[
+    str | None,
+    Option(
+        metavar="PACKAGE.MODULE:FACTORY",
+        help="The function that makes the float network, for a file of one of your own.",
+    ),
+]
+Convertible = Annotated[
+    str, Argument(help="A network that ships, or package.module:factory of your own.")
+]
+Target = Annotated[str, Argument(help="A packed file, or the name of a network that ships.")]
+PackedFile = Annotated[Path, Argument(help="The packed file to look at.")]
+MaybeFile = Annotated[Path | None, Argument(help="The packed file to time.")]
+Weights = Annotated[Path | None, Option(help="Float weights of the network, a .safetensors file.")]
+Config = Annotated[Path, Argument(help="Configuration of the run, a TOML file; see examples/.")]
+Out = Annotated[Path, Option(help="Where the packed file goes.")]
+Folder = Annotated[Path, Option(help="Folder that gets the files and the picture.")]
+Compress = Annotated[bool, Option(help="Compress a layer's codes by zstd where that shrinks it.")]
+
+# ---- data
+Calibrate = Annotated[str, Option(help="Images to calibrate on: 'digits', a folder, or a hub id.")]
+Data = Annotated[str, Option(help="Images to score: 'digits', a folder, or a hub id.")]
+Split = Annotated[str, Option(help="Split of the data to use.")]
+Score = Annotated[str, Option(help="Split to score both networks on; '' for no score.")]
+Size = Annotated[int | None, Option(min=1, help="Resize images to this side.")]
+Samples = Annotated[int, Option(help="How many images to calibrate on.")]
+Limit = Annotated[int | None, Option(min=1, help="Score only this many images, the first ones.")]
+
+# ---- quantizing
+Method = Annotated[str, Option(help="How to quantize: cora, cora-paper, gptq, rtn (nearest).")]
+Bits = Annotated[int | None, Option(help="Give every layer 2^bits levels.")]
+Levels = Annotated[int | None, Option(help="Give every layer this number of levels, 2 to 256.")]
+TargetBits = Annotated[
+    float | None,
+    Option(
+        help="Budget in bits per quantized weight, scales and adapters counted. Without --bits "
+        "and --levels, levels and ranks of every layer are searched."
+    ),
+]
+Seed = Annotated[int, Option(help="Seed of what is drawn: images, pseudo-labels, tuning.")]
+Tune = Annotated[int, Option(help="Steps of tuning, 0 to 250.")]
+AdapterBits = Annotated[int, Option(help="Bits of the adapters' factors, 8 or 16.")]
+PlanFile = Annotated[Path | None, Option(help="Take levels and ranks from this file, no search.")]
+SavePlan = Annotated[Path | None, Option(help="Write the plan to this file; --plan takes it.")]
+
+# ---- running
+Resume = Annotated[bool, Option(help="Go on from the checkpoint in the folder `out`.")]
+Set = Annotated[
+    list[str] | None,
+    Option("--set", metavar="KEY=VALUE", help="Override a value, e.g. train.epochs=2; repeatable."),
+]
+Precision = Annotated[str, Option(help="Precision of activations: int8, int16 or float32.")]
+Shapes = Annotated[
+    str | None, Option(metavar="OUTxIN,...", help="Time random Linear layers of these sizes.")
+]
+ShapeLevels = Annotated[int, Option(help="Number of levels of --shapes, 2 to 256.")]
+Input = Annotated[
+    str | None,
+    Option("--input", metavar="C,H,W", help="Size of an input, where the file leaves it open."),
+]
+Batch = Annotated[str, Option(metavar="N,...", help="Batch sizes to time.")]
+Threads = Annotated[int | None, Option(help="Number of threads; by default as PyTorch has them.")]
+Seconds = Annotated[float, Option(help="How long to measure, about.")]

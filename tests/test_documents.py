@@ -1,0 +1,100 @@
+"""Documents say what is so: tables are the lines', the tutorial runs, links lead somewhere."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import tables  # noqa: E402 - a script, beside the lines that it reads
+
+DOCUMENTS = tables.documents()
+
+
+def test_every_table_is_what_the_raw_lines_give():
+    assert tables.differing(DOCUMENTS) == []
+
+
+def test_every_table_is_shown_somewhere():
+    text = "".join(path.read_text() for path in DOCUMENTS)
+    shown = {name for _, name, _, _ in tables.MARKED.findall(text)}
+    assert shown == set(tables.TABLES)
+    assert text.count("<!-- table:") == len(tables.MARKED.findall(text))
+
+
+def test_a_changed_figure_is_noticed():
+    text = (ROOT / "docs/methods/cora.md").read_text()
+    assert tables.rewritten(text) == text
+    wrong = text.replace("91.70", "92.70")
+    assert wrong != text
+    assert tables.rewritten(wrong) == text
+
+
+@pytest.mark.parametrize(
+    "path", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_links_lead_to_files(path):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+def test_the_tutorial_runs(tmp_path, monkeypatch, capsys):
+    from subbyte.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "tutorial"}
+    for language, code in re.findall(r"```(\w*)\n(.*?)```", START.read_text(), re.DOTALL):
+        if language == "python":
+            exec(compile(code, "start.md", "exec"), names)
+            continue
+        for line in code.splitlines():
+            program, *arguments = line.split()
+            assert program == "subbyte"
+            result = CliRunner().invoke(app, arguments)
+            assert result.exit_code == 0, result.output
+    scores = dict(re.findall(r"(float32|packed|five levels, from scratch): ([\d.]+)",
+                             capsys.readouterr().out))  # fmt: skip
+    assert set(scores) == {"float32", "packed", "five levels, from scratch"}
+    assert all(float(score) > 0.85 for score in scores.values()), scores
+
+
+START = ROOT / "docs" / "start.md"
+
+
+def test_the_glossary_has_no_word_twice_and_names_what_exists():
+    import subbyte as sb
+
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]*) \|$",
+                      (ROOT / "docs/glossary.md").read_text(), re.MULTILINE)[2:]  # fmt: skip
+    words = [word.strip() for word, _, _ in rows]
+    assert len(words) == len(set(words))
+    assert len(words) > 30
+    for _, _, code in rows:
+        for name in re.findall(r"`sb\.(\w+)`", code):
+            assert name in sb.__all__, name
+        for file in re.findall(r"`([\w/]+\.py)`", code):
+            assert (ROOT / "src/subbyte" / file).exists(), file
+
+
+def test_the_readme_needs_no_path_that_a_stranger_lacks():
+    text = (ROOT / "README.md").read_text()
+    assert "../" not in text
+    for path in re.findall(r"(?:examples|benchmarks|docs)/[\w./-]+", text):
+        assert (ROOT / path.rstrip(".")).exists(), path
+
+
+def test_every_option_of_the_command_line_says_what_it_does():
+    import typer
+
+    from subbyte.cli import app as cli
+
+    group = typer.main.get_command(cli)
+    for name, command in group.commands.items():
+        assert (command.help or "").strip(), name
+        for option in command.params:
+            text = option.help or ""
+            assert len(text.split()) >= 3, f"{name} {option.name}: {text!r}"
