@@ -67,7 +67,7 @@ def sb_prepared(model, method):
 
 
 def lowres_by_hand(w, n, beta=1.4):
-    """The formulas of docs/methods.md in float64, written out."""
+    """The formulas of docs/methods/ in float64, written out."""
     gamma = beta * w.abs().mean()
     h = (n - 1) / 2
     q = ((w / gamma + 1) * h + 0.5).floor() / h - 1

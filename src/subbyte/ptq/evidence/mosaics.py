@@ -3,7 +3,7 @@
 A classifier behind a pooling layer gets fewer vectors than it has inputs, so that the gram of its
 inputs is singular, and every image shows one class. A mosaic of pieces of four images, enlarged,
 is a vector of its own kind: what codes are solved for holds better for images not seen
-(docs/methods.md). The idea of training on such pictures is YOLOv4's (Bochkovskiy et al.,
+(docs/lab/cora-imagenet.md). The idea of training on such pictures is YOLOv4's (Bochkovskiy et al.,
 arXiv:2004.10934); to take statistics of them, ours.
 """
 
