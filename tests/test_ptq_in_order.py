@@ -30,6 +30,10 @@ def nearly(layer, matrix=None):
     )
 
 
+def damaging_the_first(damaged):
+    return lambda layer: nearly(layer, damaged if layer.site.name == "0" else None)
+
+
 def test_thinned_patches_stand_for_all():
     """Every position counts alike, those at the edges too: images start at different ones."""
     x = torch.ones(64, 2, 12, 12)
@@ -50,12 +54,11 @@ def test_a_layer_makes_up_for_the_layers_before_it():
     x = torch.randn(2000, 8) + 1
     damaged = 0.7 * net[0].weight.detach() + 0.05 * torch.randn(16, 8)
     done = solve_in_order(
-        net, known(net, x), lambda y: nearly(y, damaged if y.site.name == "0" else None),
-        x.split(500),
-    )  # fmt: skip
+        sb.Quantized(net, {}), known(net, x), damaging_the_first(damaged), x.split(500)
+    )
     with torch.no_grad():
         wanted = net(x)
-        got = sb.pack(done.model, done.layers, precision="float32")(x)
+        got = sb.pack(done, precision="float32")(x)
         first = done.layers["0"]
         z = F.linear(x, first.weight.dequantize(), first.bias).relu()
         naive = net[2](z)
@@ -74,16 +77,14 @@ def test_few_images_teach_what_holds_for_others():
     net = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 6)).eval()
     damaged = 0.6 * net[0].weight.detach() + 0.1 * torch.randn(48, 8)
     x, new = torch.randn(40, 8), torch.randn(2000, 8)
-    done = solve_in_order(
-        net, known(net, x), lambda y: nearly(y, damaged if y.site.name == "0" else None), [x]
-    )  # fmt: skip
+    done = solve_in_order(sb.Quantized(net, {}), known(net, x), damaging_the_first(damaged), [x])
     with torch.no_grad():
         first = done.layers["0"]
 
         def hidden(images):
             return F.linear(images, first.weight.dequantize(), first.bias).relu()
 
-        wanted, got = net(new), sb.pack(done.model, done.layers, precision="float32")(new)
+        wanted, got = net(new), sb.pack(done, precision="float32")(new)
         untaught = net[2](hidden(new))
         by_heart = hidden(new) @ torch.linalg.lstsq(hidden(x), net(x)).solution
     loss, naive, heart = ((y - wanted).square().mean() for y in (got, untaught, by_heart))
@@ -96,7 +97,9 @@ def test_the_norm_behind_takes_the_shift_of_the_mean():
     net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2, bias=False), nn.BatchNorm2d(4)).eval()
     x = torch.randn(50, 4, 6, 6) + 2
     half = 0.5 * as_matrix(net[0].weight.detach())
-    done = solve_in_order(net, known(net, x), lambda layer: nearly(layer, half), [x])
+    done = solve_in_order(
+        sb.Quantized(net, {}), known(net, x), lambda layer: nearly(layer, half), [x]
+    )
     with torch.no_grad():
         mean = net[0](x).mean((0, 2, 3))
     assert torch.allclose(done.model[1].running_mean, -0.5 * mean, atol=0.02)
@@ -127,9 +130,9 @@ def test_the_limit_changes_no_layer(monkeypatch):
     ).eval()  # fmt: skip
     x = torch.randn(200, 3, 8, 8)
     layers = known(net, x)
-    together = solve_in_order(net, layers, nearly, x.split(50))
+    together = solve_in_order(sb.Quantized(net, {}), layers, nearly, x.split(50))
     monkeypatch.setattr("subbyte.ptq.steps.in_order.AHEAD_BYTES", 1)
-    alone = solve_in_order(net, layers, nearly, x.split(50))
+    alone = solve_in_order(sb.Quantized(net, {}), layers, nearly, x.split(50))
     for name, layer in together.layers.items():
         assert torch.equal(layer.weight.codes, alone.layers[name].weight.codes)
         assert torch.equal(layer.weight.scale, alone.layers[name].weight.scale)
@@ -146,7 +149,7 @@ def test_a_layer_called_twice_among_others():
 
     torch.manual_seed(0)
     net, x = Twice().eval(), torch.randn(500, 6)
-    done = solve_in_order(net, known(net, x), nearly, x.split(100))
+    done = solve_in_order(sb.Quantized(net, {}), known(net, x), nearly, x.split(100))
     with torch.no_grad():
-        got, wanted = sb.pack(done.model, done.layers, precision="float32")(x), net(x)
+        got, wanted = sb.pack(done, precision="float32")(x), net(x)
     assert (got - wanted).square().mean() < 1e-3 * wanted.square().mean()

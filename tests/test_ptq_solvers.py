@@ -281,19 +281,19 @@ def test_dead_inputs_and_rank_deficient_statistics_work():
 def test_k_sigma_is_the_published_quantizer():
     """By hand: mean 0.5, standard deviation sqrt(5/3) (n - 1), range 0.5 -+ 3 sqrt(5/3)."""
     w = torch.tensor([[-1.0, 0.0, 1.0, 2.0]])
-    got = k_sigma(w, bits=2, k=3.0)
+    got = k_sigma(w, levels=4, k=3.0)
     step = 6 * math.sqrt(5 / 3) / 3
     zero = int((3 * math.sqrt(5 / 3) - 0.5) / step)  # 1.306 -> 1
     assert zero == 1
     assert got.codes.tolist() == [[1, 1, 1, 2]]  # 0.61, 1, 1.39, 1.77
     assert got.grid.levels == (-1.0, 0.0, 1.0, 2.0)
     assert float(got.scale) == pytest.approx(step, rel=1e-6)
-    whole = k_sigma(w, bits=2, k=None)
+    whole = k_sigma(w, levels=4, k=None)
     assert whole.dequantize().tolist() == w.tolist()
     assert whole.grid.levels == (-1.0, 0.0, 1.0, 2.0)
-    with pytest.raises(SubbyteError, match="bits=9"):
-        k_sigma(w, bits=9, k=3.0)
-    assert k_sigma(torch.full((2, 2), 0.0), 4, 3.0).dequantize().abs().max() == 0
+    with pytest.raises(SubbyteError, match="levels=257"):
+        k_sigma(w, levels=257, k=3.0)
+    assert k_sigma(torch.full((2, 2), 0.0), 16, 3.0).dequantize().abs().max() == 0
 
 
 # ---------------------------------------------------------------- adapters
@@ -374,7 +374,8 @@ def test_an_adapter_runs_as_two_small_layers_would(tmp_path, layer, shape, bits)
     )
     bias = None if layer.bias is None else layer.bias.detach()
     net = nn.Sequential(layer)
-    packed = sb.pack(net, {"0": QuantizedLayer(weight, bias, adapter)}, precision="float32")
+    done = sb.Quantized(net, {"0": QuantizedLayer(weight, bias, adapter)})
+    packed = sb.pack(done, precision="float32")
     x = torch.randn(shape)
 
     def run(value, w, b, g):
@@ -423,7 +424,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     wrong = rtn(torch.randn(6, 2), None, channel_grid(3, 0))
     layer = QuantizedLayer(wrong, None, LowRank(*good))
     with pytest.raises(SubbyteError, match=r"adapter of '0' has 4 rows.*6 output"):
-        sb.pack(nn.Sequential(nn.Linear(2, 6, bias=False)), {"0": layer})
+        sb.pack(sb.Quantized(nn.Sequential(nn.Linear(2, 6, bias=False)), {"0": layer}))
     with pytest.raises(SubbyteError, match="rank=9"):
         fit_adapter(torch.randn(4, 3), Metric(None, None, 1, 3), 9, 8)
     with pytest.raises(SubbyteError, match="adapter bits=4"):
