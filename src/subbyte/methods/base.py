@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from subbyte.core.account import float_parameters, note_on_size, notes_on_float
-from subbyte.core.functional import spread
+from subbyte.core.functional import FLOAT16_MAX, spread
+from subbyte.core.grids import ScaleDomain
 from subbyte.core.plan import Plan, PlannedLayer
 from subbyte.core.quantized import Quantized
 from subbyte.core.ready import check_ready, check_weight, copied, make_plain
@@ -263,11 +264,17 @@ def is_prepared(owner: nn.Module, parameter: str) -> bool:
 
 @torch.no_grad()
 def _quantized(quantizer: WeightQuantizer, weight: Tensor, name: str) -> QuantizedTensor:
-    """`quantizer.quantize`, with the layer's name in errors, and no live weight lost to scale 0."""
+    """`quantizer.quantize`, with the layer's name in errors, and no weight lost to a scale that its
+    domain has not."""
     try:
         tensor = quantizer.quantize(weight.detach())
     except SubbyteError as error:
         raise SubbyteError(f"layer '{name}': {error}") from None
+    if tensor.grid.scale_domain is ScaleDomain.FLOAT16 and tensor.scale.max() >= FLOAT16_MAX:
+        raise SubbyteError(
+            f"layer '{name}': its weights need a scale above {FLOAT16_MAX:g}, which float16 has "
+            "not; use scale_domain='float32'"
+        )
     dead = spread(tensor.scale == 0, weight.ndim, tensor.grid) & (weight != 0)
     if dead.any():
         raise SubbyteError(

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from subbyte.core.functional import decode, encode, nearest_level, round_scale
+from subbyte.core.functional import FLOAT16_MAX, decode, encode, nearest_level, round_scale
 from subbyte.core.grids import Grid, PerChannel, PerTensor, ScaleDomain, uniform
 from subbyte.core.tensors import QuantizedTensor
 from subbyte.errors import SubbyteError
@@ -28,7 +28,7 @@ _BLOCK = 128
 _LEAST, _MOST, _RATIO = 0.1, 1.15, 1.04  # scales tried, times max |w|
 _REFITS = 3
 _LEAST_PEAK = 2.0**-16  # of |w| in a row: its scale may be a quarter of that
-_MOST_PEAK = 65504 / _MOST
+_MOST_PEAK = FLOAT16_MAX / _MOST
 _COMPENSATED = (1.0, 0.8, 0.88, 0.95, 1.06, 1.13)  # times the best plain scale
 _SEARCH_WORK = 2**32  # rows * width^2 above which one scale is compensated, not several
 
