@@ -10,6 +10,7 @@ from subbyte.core.tensors import QuantizedLayer, QuantizedTensor, as_matrix, as_
 from subbyte.ptq.evidence.statistics import input_statistics
 from subbyte.ptq.plan.search import Layer
 from subbyte.ptq.solvers.codes import channel_grid, rtn
+from subbyte.ptq.solvers.lowrank import Metric, fit_adapter
 from subbyte.ptq.steps.in_order import _spans, _stages, solve_in_order
 
 
@@ -153,3 +154,73 @@ def test_a_layer_called_twice_among_others():
     with torch.no_grad():
         got, wanted = sb.pack(done, precision="float32")(x), net(x)
     assert (got - wanted).square().mean() < 1e-3 * wanted.square().mean()
+
+
+def seen_by(net, x, solve):
+    """The matrix that each layer is solved for, and what came out."""
+    matrices = {}
+
+    def watched(layer):
+        matrices[layer.site.name] = layer.matrix
+        return solve(layer)
+
+    done = solve_in_order(sb.Quantized(net, {}), known(net, x), watched, x.split(500))
+    return matrices, done
+
+
+def test_an_adapter_is_carried_on_to_the_layers_behind():
+    """Two levels and a full adapter are the float weight: nothing is left to make up for."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False)).eval()
+
+    def solve(layer):
+        codes = rtn(layer.matrix, None, channel_grid(2, 0))
+        error = layer.matrix - codes.dequantize()
+        adapter = fit_adapter(error, Metric(None, None, 1, 8), min(error.shape), 16)
+        return QuantizedLayer(codes, None, adapter)
+
+    matrices, done = seen_by(net, torch.randn(2000, 8), solve)
+    assert done.layers["0"].adapter is not None
+    torch.testing.assert_close(matrices["1"], net[1].weight.detach(), rtol=0, atol=2e-3)
+
+
+def test_each_group_makes_up_for_its_own_inputs():
+    """T = W (1 + t (C - H) h^-1) of each group, in float64."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv1d(6, 6, 1, bias=False), nn.Conv1d(6, 4, 1, groups=2, bias=False)
+    ).eval()
+    damaged = 0.7 * as_matrix(net[0].weight.detach()) + 0.2 * torch.randn(6, 6)
+    x = torch.randn(500, 6, 4)
+    matrices, _ = seen_by(net, x, damaging_the_first(damaged))
+    rows = x.transpose(0, 1).flatten(1).double()
+    taken = nearly(known(net, x)[0], damaged).weight.dequantize().double().reshape(6, 6)
+    exact, got = as_matrix(net[0].weight.detach()).double() @ rows, taken @ rows
+    trust = 2000 / (2000 + 3)
+    w = as_matrix(net[1].weight.detach()).double()
+    for g in range(2):
+        own, z = exact[3 * g : 3 * g + 3], got[3 * g : 3 * g + 3]
+        h, c = z @ z.T / 2000, own @ z.T / 2000
+        shrunk = trust * h + (1 - trust) * h.diag().diag()
+        metric = shrunk + 0.01 * shrunk.diag().mean() * torch.eye(3).double()
+        wanted = w[2 * g : 2 * g + 2] @ (torch.eye(3) + trust * (c - h) @ metric.inverse())
+        found = matrices["1"][2 * g : 2 * g + 2].double()
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_one_example_does_not_reach_keep_their_place():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.rare = nn.Linear(6, 3), nn.Linear(6, 6)
+
+        def forward(self, x):
+            some = x[:, 0] > 0
+            return self.last(torch.where(some[:, None], self.rare(x[some])[:1], x))
+
+    torch.manual_seed(0)
+    net, x = Gated().eval(), torch.randn(200, 6)
+    x[0, 0] = -1
+    matrices, done = seen_by(net, x, nearly)
+    assert list(matrices) == ["rare", "last"]
+    assert set(done.layers) == {"rare", "last"}

@@ -24,7 +24,7 @@ from subbyte.ptq import PublishedCoRa, quantize
 from subbyte.ptq.cora import solve_layer
 from subbyte.ptq.equalize import equalize, norms_behind
 from subbyte.ptq.evidence.statistics import Statistics
-from subbyte.ptq.plan.search import Layer, _options, search
+from subbyte.ptq.plan.search import Layer, _options, _priced, search
 from subbyte.ptq.published import butterworth, equivalent_bits, search_ranks
 from subbyte.ptq.steps.norms import correct_norms
 from subbyte.ptq.steps.tune import divergence, tune
@@ -243,6 +243,26 @@ def test_the_search_is_close_to_trying_everything(bits):
     for now, own in zip(plan.layers, options, strict=True):  # nothing better can still be paid
         better = [o for o in own if o.loss < now.predicted]
         assert all(option.n_bytes - now.n_bytes > left for option in better)
+
+
+@pytest.mark.parametrize("bits", [2.6, 3.5, 5.0, 7.5])
+def test_the_price_is_the_lowest_that_meets_the_budget(bits):
+    """No price of a fine series of them does better within the budget."""
+    options = [_options(layer, (2, 3, 5, 9, 17), 8, 2) for layer in made_up_layers()]
+    weights = sum(layer.site.n_weights for layer in made_up_layers())
+    budget = int(bits * weights / 8)
+    chosen = _priced(options, budget)
+    assert sum(option.n_bytes for option in chosen) <= budget
+
+    def at(price):
+        return [min(own, key=lambda o: (o.loss + price * o.n_bytes, o.n_bytes)) for own in options]
+
+    fitting = [
+        sum(o.loss for o in found)
+        for found in map(at, torch.logspace(-12, 6, 4000, dtype=torch.float64).tolist())
+        if sum(o.n_bytes for o in found) <= budget
+    ]
+    assert sum(option.loss for option in chosen) <= min(fitting) * (1 + 1e-9)
 
 
 def test_a_layer_that_matters_more_gets_more_bits():
