@@ -31,6 +31,7 @@ from subbyte.core.grids import PerChannel, uniform
 from subbyte.core.tensors import as_matrix
 from subbyte.data import load_images
 from subbyte.models import build, load_weights
+from subbyte.modules import pack
 from subbyte.ptq import CoRa, quantize
 from subbyte.ptq.solvers.codes import rtn
 from subbyte.train import evaluate
@@ -158,19 +159,19 @@ def main() -> None:
         "seed": options.seed,
         "seconds": seconds,
         "seconds_of_20000_multiplied_out": [PUBLISHED_ITERATIONS * steps],
-        "cora_seconds": ours.seconds,
+        "cora_seconds": ours.evidence.seconds,
         "cora_tune": options.tune,
-        "cora_bits": ours.bits_per_weight,
+        "cora_bits": ours.layer_bits_per_weight,
     }
     if options.cost_only:
         again = reconstructed(net, own, options.levels, options.iterations)[2]
         published = [PUBLISHED_ITERATIONS * s for s in (steps, again)]
         line["seconds_of_20000_multiplied_out"] = published
-        line["ratio_multiplied_out"] = sum(published) / 2 / ours.seconds
+        line["ratio_multiplied_out"] = sum(published) / 2 / ours.evidence.seconds
     else:
         test = load_images(str(SHARED / "cifar10"), "test")
         line["top1"] = evaluate(student, test).top1
-        line["cora_top1"] = evaluate(ours.model, test, preprocess=net.preprocess).top1
+        line["cora_top1"] = evaluate(pack(ours), test, preprocess=net.preprocess).top1
     append("block-reconstruction", line)
     print(line)
 

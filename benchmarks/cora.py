@@ -76,12 +76,13 @@ def measure(network: str, name: str, seed: int) -> dict[str, object]:
         )  # fmt: skip
         result = convert(request, method)
     found = result.to_dict()
-    line = {key: found[key] for key in ("bits_per_weight", "bytes", "seconds", "iterations",
+    line = {key: found[key] for key in ("layer_bits_per_weight", "bytes", "seconds", "iterations",
                                         "agreement", "top1_float", "top1", "notes")}  # fmt: skip
+    line["bits_per_weight"] = line.pop("layer_bits_per_weight")  # as in the lines before
     if isinstance(method, PublishedCoRa):
-        line["equivalent_bits"] = equivalent_bits(result.quantization.plan, method)
-    levels = [layer.levels for layer in result.quantization.plan.layers]
-    ranks = [layer.rank for layer in result.quantization.plan.layers]
+        line["equivalent_bits"] = equivalent_bits(result.evidence.plan, method)
+    levels = [layer.levels for layer in result.evidence.plan.layers]
+    ranks = [layer.rank for layer in result.evidence.plan.layers]
     return {"network": network, "method": name, "options": str(method), "seed": seed, **line,
             "levels": levels, "ranks": ranks}  # fmt: skip
 

@@ -87,7 +87,7 @@ def made(network: str, levels: Sequence[int]) -> Iterator[Subject]:
             torch.manual_seed(0)
             model = build(network)
             sb.prepare(model, LowRes(levels=n))
-            net = sb.pack(model, sb.freeze(model))
+            net = sb.pack(sb.freeze(model))
             for compress in (False, True):
                 path = Path(folder) / f"{n}-{compress}.safetensors"
                 sb.save(net, path, compress=compress)

@@ -171,7 +171,7 @@ def ours(problem: Any, levels: int, cold: bool, precision: Precision) -> tuple[A
     weight = QuantizedTensor(torch.from_numpy(codes.astype(np.uint8)), scale, grid)
     with torch.device("meta"):
         like = nn.Linear(codes.shape[1], codes.shape[0], bias=False)
-    first = sb.pack(like, {"": QuantizedLayer(weight, None)}, precision=precision)
+    first = sb.pack(sb.Quantized(like, {"": QuantizedLayer(weight, None)}), precision=precision)
     x = torch.from_numpy(problem.x)
     first(x)
     n_bytes = kernels.panel_bytes(first.packed.words)
@@ -253,7 +253,7 @@ def zoo(options: argparse.Namespace) -> dict[str, Any]:
         torch.manual_seed(0)
         model = build(name)
         sb.prepare(model, sb.LowRes(levels=3))
-        net = sb.pack(model, sb.freeze(model))
+        net = sb.pack(sb.freeze(model))
         report = bench(net, torch.randn(*size), seconds=2 * options.seconds / len(ZOO))
         for row in report.layers:
             layers.append({"network": name, **row.to_dict()})

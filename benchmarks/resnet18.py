@@ -83,7 +83,7 @@ def packed_resnet(levels: int) -> tuple[nn.Module, nn.Module]:
             module.momentum = 1.0
     with torch.no_grad():
         model.train()(images(8))
-    net = sb.pack(model, sb.freeze(model))
+    net = sb.pack(sb.freeze(model))
     return net, float_twin(net)
 
 

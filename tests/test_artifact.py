@@ -22,7 +22,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def packed(model, method=LowRes(levels=5)):  # noqa: B008 - a frozen value
     sb.prepare(model, method)
-    return sb.pack(model, sb.freeze(model))
+    return sb.pack(sb.freeze(model))
 
 
 @pytest.fixture

@@ -69,17 +69,17 @@ def test_a_packed_network_with_absorbed_norms_is_saved_and_read_back(tmp_path, m
     net.norm.running_mean.normal_()
     net.norm.running_var.uniform_(0.1, 2)
     sb.prepare(net, SGM(bits=2))
-    layers = sb.freeze(net)
-    packed = sb.pack(net, layers, batchnorm=mode)
+    done = sb.freeze(net)
+    packed = sb.pack(done, batchnorm=mode)
     assert isinstance(net.norm, nn.BatchNorm2d)
     assert isinstance(packed.norm, nn.BatchNorm2d if mode == "keep" else Affine)
-    assert torch.equal(packed.conv.packed.codes(), layers["conv"].weight.codes)
+    assert torch.equal(packed.conv.packed.codes(), done.layers["conv"].weight.codes)
     sb.save(packed, tmp_path / "net.safetensors")
     again = sb.load(tmp_path / "net.safetensors", model=Mixed())
     x = mixed_input()
     assert torch.equal(again(*x), packed(*x))
     if mode == "absorb":
-        kept = sb.pack(net, layers)(*x)
+        kept = sb.pack(done)(*x)
         assert torch.allclose(packed(*x), kept, rtol=1e-4, atol=1e-5)
 
 
@@ -94,13 +94,13 @@ def test_bad_norms_and_words_are_named():
     with pytest.raises(SubbyteError, match="BatchNorm '1' has no running statistics"):
         absorb_batchnorm(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3, track_running_stats=False)))
     with pytest.raises(SubbyteError, match=r"batchnorm='fold'.*'keep', 'absorb', 'power_of_two'"):
-        sb.pack(nn.Linear(2, 2), {}, batchnorm="fold")
+        sb.pack(sb.Quantized(nn.Linear(2, 2), {}), batchnorm="fold")
 
 
 def test_a_file_that_names_a_norm_the_network_has_not(tmp_path):
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
     sb.prepare(net, SGM(bits=2))
-    sb.save(sb.pack(net, sb.freeze(net), batchnorm="absorb"), tmp_path / "net.safetensors")
+    sb.save(sb.pack(sb.freeze(net), batchnorm="absorb"), tmp_path / "net.safetensors")
     other = nn.Sequential(nn.Linear(4, 5), nn.ReLU())
     with pytest.raises(SubbyteError, match="no BatchNorm '1'"):
         sb.load(tmp_path / "net.safetensors", model=other)

@@ -35,7 +35,7 @@ needs_core = pytest.mark.skipif(tier() is None, reason="no C++ core")
 
 def packed(model, levels=3, **settings):
     sb.prepare(model, sb.LowRes(levels=levels))
-    return sb.pack(model, sb.freeze(model), **settings)
+    return sb.pack(sb.freeze(model), **settings)
 
 
 @pytest.fixture(scope="module")

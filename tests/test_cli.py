@@ -24,7 +24,7 @@ def file(tmp_path_factory):
     model = build("digitsnet")
     sb.prepare(model, sb.LowRes(levels=5))
     path = tmp_path_factory.mktemp("cli") / "net.safetensors"
-    sb.save(sb.pack(model, sb.freeze(model)), path)
+    sb.save(sb.pack(sb.freeze(model)), path)
     return path
 
 
@@ -216,7 +216,7 @@ def test_names_are_not_markup(tmp_path, monkeypatch, capsys):
     model = torch.nn.ModuleDict({"a[/b]": torch.nn.Linear(4, 4)})
     sb.prepare(model, sb.LowRes(levels=3))
     path = tmp_path / "we[red]ird.safetensors"
-    sb.save(sb.pack(model, sb.freeze(model)), path)
+    sb.save(sb.pack(sb.freeze(model)), path)
     code, out, _ = in_process(monkeypatch, capsys, "inspect", path)
     assert code == 0
     assert "a[/b]" in out

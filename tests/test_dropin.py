@@ -183,8 +183,13 @@ class Harmless(nn.Linear):
     ],
 )
 def test_a_subclass_that_packing_would_cut_down_is_named(kind, says):
+    net = nn.Sequential(kind(3, 3), nn.Linear(3, 3))
+    plan = sb.prepare(net, LowRes())
+    assert "0" not in [layer.name for layer in plan.quantized]
+    assert says in str(plan)
+    asked = sb.Recipe((sb.Rule("0", method=LowRes()), sb.Rule()))
     with pytest.raises(SubbyteError, match=says):
-        sb.prepare(nn.Sequential(kind(3, 3)), LowRes())
+        sb.prepare(nn.Sequential(kind(3, 3), nn.Linear(3, 3)), asked)
 
 
 def test_a_forward_of_ones_own_on_one_layer_is_named():
@@ -321,4 +326,4 @@ def test_a_prefix_inside_is_explained(tmp_path):
 def test_a_name_with_brackets_is_matched_as_it_is():
     net = nn.ModuleDict({"block[1]": nn.Linear(4, 4), "block[2]": nn.LSTM(4, 4)})
     recipe = sb.Recipe((sb.Rule("block[2]"), sb.Rule(method=LowRes())))
-    assert [layer.site.name for layer in sb.prepare(net, recipe).quantized] == ["block[1]"]
+    assert [layer.name for layer in sb.prepare(net, recipe).quantized] == ["block[1]"]

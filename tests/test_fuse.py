@@ -45,7 +45,7 @@ def packed(model, method=None, **options):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     sb.prepare(model, method or sb.LowRes(levels=3))
-    return sb.pack(model, sb.freeze(model), **options)
+    return sb.pack(sb.freeze(model), **options)
 
 
 def operations(net):
@@ -95,10 +95,10 @@ def test_adapters_are_scaled_with_their_weight():
     like = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16)).eval()
     nn.init.normal_(like[1].weight)
     sb.prepare(like, sb.LowRes(levels=3))
-    (name, layer), *_ = sb.freeze(like).items()
+    (name, layer), *_ = sb.freeze(like).layers.items()
     adapter = LowRank(torch.randn(16, 2).half(), torch.randn(2, 72).half(), torch.rand(2) + 0.5)
     layer = QuantizedLayer(layer.weight, layer.bias, adapter)
-    net = sb.pack(like, {name: layer}, precision="float32")
+    net = sb.pack(sb.Quantized(like, {name: layer}), precision="float32")
     x = torch.randn(2, 8, 6, 6)
     torch.testing.assert_close(sb.fuse(net)(x), net(x), rtol=1e-4, atol=1e-4)
 

@@ -40,7 +40,7 @@ def test_from_a_packed_file(finished):
     result, model = finished
     net = build("digitsnet")
     load_initial(net, result.file)
-    layers = sb.freeze(model)
+    layers = sb.freeze(model).layers
     for name, layer in layers.items():
         assert torch.equal(net.get_submodule(name).weight, layer.weight.dequantize())
     x = torch.rand(3, 1, 8, 8)
@@ -59,8 +59,9 @@ def test_from_float_weights_as_before(tmp_path):
 def test_a_packed_attention_layer_is_decoded_into_its_projections(tmp_path):
     net = build("vit1", image_size=8, in_channels=1)
     sb.prepare(net, LowRes(levels=5))
-    layers = sb.freeze(net)
-    sb.save(sb.pack(net, layers), tmp_path / "vit.safetensors")
+    done = sb.freeze(net)
+    layers = done.layers
+    sb.save(sb.pack(done), tmp_path / "vit.safetensors")
     fresh = build("vit1", image_size=8, in_channels=1)
     load_initial(fresh, tmp_path / "vit.safetensors")
     name = next(name for name in layers if name.endswith("in_proj"))
@@ -71,12 +72,12 @@ def test_a_packed_attention_layer_is_decoded_into_its_projections(tmp_path):
 def test_adapters_are_part_of_the_start(tmp_path):
     net = build("digitsnet")
     sb.prepare(net, LowRes(levels=3))
-    layers = sb.freeze(net)
-    name, layer = next((n, x) for n, x in layers.items() if x.weight.codes.ndim == 4)
+    done = sb.freeze(net)
+    name, layer = next((n, x) for n, x in done.layers.items() if x.weight.codes.ndim == 4)
     out, width = len(layer.weight.codes), layer.weight.codes[0].numel()
     adapter = sb.LowRank(torch.rand(out, 1).half(), torch.rand(1, width).half(), torch.ones(1))
-    layers[name] = replace(layer, adapter=adapter)
-    packed = sb.pack(net, layers)
+    layers = {**done.layers, name: replace(layer, adapter=adapter)}
+    packed = sb.pack(replace(done, layers=layers))
     sb.save(packed, tmp_path / "net.safetensors")
     fresh = build("digitsnet")
     load_initial(fresh, tmp_path / "net.safetensors")
@@ -87,8 +88,8 @@ def test_bad_starts_are_named(finished, tmp_path):
     net = build("digitsnet")
     before = {name: value.clone() for name, value in net.state_dict().items()}
     absorbed = tmp_path / "absorbed.safetensors"
-    layers = sb.freeze(finished[1])
-    sb.save(sb.pack(finished[1], layers, batchnorm="absorb"), absorbed)
+    done = sb.freeze(finished[1])
+    sb.save(sb.pack(done, batchnorm="absorb"), absorbed)
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes(b"PK\x03\x04 no more")
     for path, says in (

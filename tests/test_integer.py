@@ -25,7 +25,7 @@ CONVS = [
 
 def frozen(net, bits=2):
     sb.prepare(net, SGM(bits=bits))
-    return sb.pack(net, sb.freeze(net), precision="float32")
+    return sb.pack(sb.freeze(net), precision="float32")
 
 
 def integers(shape, seed=0, top=9):
@@ -111,7 +111,7 @@ def test_channels_of_different_exponents_are_shifted_to_one():
     layer = nn.Linear(6, 3)
     layer.weight.data.mul_(torch.tensor([[1.0], [9.0], [0.1]]))
     sb.prepare(layer, LowRes(levels=3, granularity="channel", scale_domain="power_of_two"))
-    packed = sb.pack(layer, sb.freeze(layer), precision="float32")
+    packed = sb.pack(sb.freeze(layer), precision="float32")
     assert len(packed.packed.scale.unique()) == 3
     weight = integer_weight(packed.packed)
     value = torch.from_numpy(np.ldexp(weight.values.astype(float), weight.exponent))
@@ -129,7 +129,7 @@ def test_what_cannot_be_run_is_named():
     layer = nn.Sequential(nn.Linear(4, 4))
     sb.prepare(layer, LowRes(levels=5))
     with pytest.raises(SubbyteError, match=r"layer '0'.*not fixed point"):
-        integer_network(sb.pack(layer, sb.freeze(layer)))
+        integer_network(sb.pack(sb.freeze(layer)))
     table = frozen(nn.Sequential(nn.Embedding(4, 4)))
     with pytest.raises(SubbyteError, match=r"layer '0' \(PackedEmbedding\) has no integer run"):
         integer_network(table)

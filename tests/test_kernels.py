@@ -61,14 +61,13 @@ def rounded(x, dims, planes=1):
 def packed_linear(weight, bias, precision="int8"):
     like = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     model = nn.Sequential(like)
-    net = sb.pack(model, {"0": QuantizedLayer(weight, bias)}, precision=precision)
+    net = sb.pack(sb.Quantized(model, {"0": QuantizedLayer(weight, bias)}), precision=precision)
     return net[0]
 
 
 def packed_conv(weight, bias, like, precision="int8", adapter=None):
-    net = sb.pack(
-        nn.Sequential(like), {"0": QuantizedLayer(weight, bias, adapter)}, precision=precision
-    )
+    layers = {"0": QuantizedLayer(weight, bias, adapter)}
+    net = sb.pack(sb.Quantized(nn.Sequential(like), layers), precision=precision)
     return net[0]
 
 
@@ -369,7 +368,7 @@ def small_net(precision="int8"):
         nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10)
     )
     sb.prepare(model, LowRes(levels=3))
-    return sb.pack(model, sb.freeze(model), precision=precision)
+    return sb.pack(sb.freeze(model), precision=precision)
 
 
 def test_compile_export_and_eager_agree():
@@ -513,7 +512,7 @@ def test_bad_input_names_what_was_expected():
     with pytest.raises(sb.SubbyteError, match=r"\[n, c, h, w\]"):
         conv(torch.randn(3, 5))
     with pytest.raises(sb.SubbyteError, match=r"precision='int4'"):
-        sb.pack(nn.Linear(2, 2), {}, precision="int4")
+        sb.pack(sb.Quantized(nn.Linear(2, 2), {}), precision="int4")
 
 
 @pytest.mark.parametrize("name", ["portable", "avx1024"])

@@ -27,17 +27,17 @@ def test_a_channels_scale_is_of_the_weights_that_feed_one_output(kind):
     output = layer(torch.rand(1, 3, *[6] * n_dims) + 1)[:, 2].sum()
     (feeds,) = torch.autograd.grad(output, layer.weight)
     sb.prepare(layer, LowRes(levels=5, granularity="channel"))
-    before = sb.freeze(layer)[""].weight.scale
+    before = sb.freeze(layer).layers[""].weight.scale
     with torch.no_grad():
         layer.parametrizations.weight.original[feeds != 0] *= 4
-    factors = sb.freeze(layer)[""].weight.scale / before
+    factors = sb.freeze(layer).layers[""].weight.scale / before
     torch.testing.assert_close(factors, torch.tensor([1.0, 1.0, 4.0, 1.0, 1.0]))
 
 
 def test_packed_attention_drops_nothing_out_in_eval_mode():
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, dropout=0.5)})
     sb.prepare(model, LowRes(levels=5))
-    net = sb.pack(model, sb.freeze(model))
+    net = sb.pack(sb.freeze(model))
     x = torch.randn(4, 3, 8)
     expected, _ = model.eval()["attn"](x, x, x)
     torch.testing.assert_close(net["attn"](x, x, x)[0], expected)
@@ -48,7 +48,7 @@ def test_same_padding_stays(mode):
     model = nn.Sequential(nn.Conv2d(2, 3, (3, 5), padding="same", padding_mode=mode))
     sb.prepare(model, LowRes(levels=5))
     x = torch.randn(1, 2, 6, 6)
-    torch.testing.assert_close(sb.pack(model, sb.freeze(model))(x), model(x))
+    torch.testing.assert_close(sb.pack(sb.freeze(model))(x), model(x))
 
 
 def test_a_tensor_that_the_manifest_names_twice_is_refused(tmp_path):

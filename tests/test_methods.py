@@ -53,7 +53,7 @@ def test_training_moves_the_float_weights_and_freeze_gives_what_forward_saw(meth
         assert not torch.equal(before[key], after[key]), f"{key} did not move"
     for site, quantizer, _ in quantizers(model):
         seen = getattr(model.get_submodule(site.owner), site.parameter).detach()
-        frozen = sb.freeze(model)[site.name].weight
+        frozen = sb.freeze(model).layers[site.name].weight
         if quantizer.soft:
             continue  # sees float weights until the end
         # scale * level, where freeze has level * scale: at most a rounding apart
@@ -117,10 +117,12 @@ def test_a_frozen_gamma_stays_and_a_recomputed_one_follows():
     for gamma, factor in (("frozen", 1.0), ("recomputed", 2.0)):
         layer = nn.Linear(8, 8)
         sb.prepare(layer, LowRes(levels=5, gamma=gamma))
-        before = sb.freeze(layer)[""].weight.scale.item()
+        before = sb.freeze(layer).layers[""].weight.scale.item()
         with torch.no_grad():
             layer.parametrizations.weight.original.mul_(2)
-        assert sb.freeze(layer)[""].weight.scale.item() == pytest.approx(factor * before, rel=1e-6)
+        assert sb.freeze(layer).layers[""].weight.scale.item() == pytest.approx(
+            factor * before, rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 5])
@@ -131,7 +133,7 @@ def test_an_all_zero_layer_works(levels, domain):
     sb.prepare(layer, LowRes(levels=levels, gamma_grad=True, scale_domain=domain))
     layer(torch.randn(3, 6)).square().sum().backward()
     assert layer.parametrizations.weight.original.grad.isfinite().all()
-    w = sb.freeze(layer)[""].weight.dequantize()
+    w = sb.freeze(layer).layers[""].weight.dequantize()
     assert (w.abs() <= 2.0**-126).all()
 
 
@@ -243,7 +245,7 @@ def test_state_dict_deepcopy_and_ema(method):
     after = model.head.parametrizations.weight.original.detach()
     averaged = ema.module.head.parametrizations.weight.original
     assert torch.allclose(averaged, 0.5 * before + 0.5 * after)
-    assert set(sb.freeze(ema.module)) == set(sb.freeze(model))
+    assert set(sb.freeze(ema.module).layers) == set(sb.freeze(model).layers)
 
 
 @pytest.mark.parametrize("method", METHOD_EXAMPLES, ids=str)
@@ -321,6 +323,6 @@ def test_the_transformer_encoder_of_torch_trains_and_packs():
     sb.prepare(model, LowRes(levels=5))
     x = torch.randn(2, 5, 16)
     model(x).sum().backward()
-    net = sb.pack(model, sb.freeze(model))
+    net = sb.pack(sb.freeze(model))
     with torch.no_grad():
         assert torch.allclose(net(x), model.eval()(x), atol=1e-5)

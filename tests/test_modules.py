@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import subbyte as sb
 from nets import Mixed, mixed_input
@@ -104,10 +105,9 @@ def test_a_packed_layer_equals_the_trained_one(kind, data):
     alone = (per_channel if method.granularity == "channel" else layer.weight.numel()) == 1
     assume(not (alone and method.statistic == "std"))  # no spread: refused, see test_methods
     sb.prepare(model, method)
-    layers = sb.freeze(model)
-    net = through_a_file(
-        sb.pack(model, layers, precision="float32"), like, data.draw(st.booleans())
-    )
+    done = sb.freeze(model)
+    layers = done.layers
+    net = through_a_file(sb.pack(done, precision="float32"), like, data.draw(st.booleans()))
 
     frozen, read = layers["0"].weight, net[0].packed.quantized()
     assert read.grid == frozen.grid
@@ -126,8 +126,9 @@ def test_a_packed_embedding_equals_the_trained_one(levels):
     model = nn.Sequential(nn.Embedding(19, 7, padding_idx=3))
     like = copy.deepcopy(model)
     sb.prepare(model, LowRes(levels=levels, granularity="channel"))
-    layers = sb.freeze(model)
-    net = through_a_file(sb.pack(model, layers, precision="float32"), like, levels % 2 == 0)
+    done = sb.freeze(model)
+    layers = done.layers
+    net = through_a_file(sb.pack(done, precision="float32"), like, levels % 2 == 0)
     indices = torch.randint(0, 19, (4, 5))
     exact = exact_weight(layers["0"].weight)[indices]
     assert_within(net(indices), exact, U * exact.abs())  # one rounding: level times scale
@@ -197,10 +198,11 @@ def test_packed_attention_equals_the_trained_one(levels, separate):
     model = nn.ModuleDict({"attn": attention})
     like = copy.deepcopy(model)
     sb.prepare(model, LowRes(levels=levels))
-    layers = sb.freeze(model)
+    done = sb.freeze(model)
+    layers = done.layers
     names = ["q_proj", "k_proj", "v_proj"] if separate else ["in_proj"]
     assert list(layers) == [*(f"attn.{n}" for n in names), "attn.out_proj"]
-    net = through_a_file(sb.pack(model, layers, precision="float32"), like, False)
+    net = through_a_file(sb.pack(done, precision="float32"), like, False)
     for name, layer in layers.items():
         packed = net.get_submodule(name)
         weight = getattr(packed, "packed", packed)
@@ -227,8 +229,9 @@ def test_plain_self_attention_multiplies_by_the_kernels(precision, steps, batch_
     nn.init.normal_(attention.in_proj_bias)
     model = nn.ModuleDict({"attn": attention})
     sb.prepare(model, LowRes(levels=5))
-    layers = sb.freeze(model)
-    layer = sb.pack(model, layers, precision=precision)["attn"]
+    done = sb.freeze(model)
+    layers = done.layers
+    layer = sb.pack(done, precision=precision)["attn"]
     x = torch.randn(3, 4, 8)
     given = x if batch_first else x.transpose(0, 1).contiguous()
     assert layer.why_not(given, given, given, need_weights=False) is None
@@ -264,7 +267,7 @@ def test_attention_says_why_it_decodes_its_weights():
 def packed_attention(attention):
     model = nn.ModuleDict({"attn": attention})
     sb.prepare(model, LowRes(levels=5))
-    return sb.pack(model, sb.freeze(model))["attn"]
+    return sb.pack(sb.freeze(model))["attn"]
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -273,7 +276,7 @@ def test_packed_attention_takes_every_argument_of_torch(batch_first):
                                       add_zero_attn=True)  # fmt: skip
     model = nn.ModuleDict({"attn": attention})
     sb.prepare(model, LowRes(levels=5))
-    net = sb.pack(model, sb.freeze(model), precision="float32")
+    net = sb.pack(sb.freeze(model), precision="float32")
     x = torch.randn(4, 4, 8)
     causal = torch.ones(4, 4, dtype=torch.bool).triu(1)
     padding = torch.zeros(4, 4, dtype=torch.bool)
@@ -299,7 +302,7 @@ def test_packed_attention_takes_every_argument_of_torch(batch_first):
 def test_attention_may_keep_one_projection_float(kept):
     model = Mixed()
     sb.prepare(model, Recipe((Rule(kept), Rule(method=LowRes(levels=5)))))
-    net = sb.pack(model, sb.freeze(model), precision="float32")
+    net = sb.pack(sb.freeze(model), precision="float32")
     x = mixed_input()
     assert torch.allclose(net(*x), model.eval()(*x), atol=1e-6)
     again = through_a_file(net, Mixed(), False)
@@ -313,7 +316,7 @@ def test_attention_may_keep_one_projection_float(kept):
 def packed():
     model = Mixed()
     sb.prepare(model, LowRes(levels=5))
-    return sb.pack(model, sb.freeze(model))
+    return sb.pack(sb.freeze(model))
 
 
 def test_pack_leaves_the_model_alone_and_keeps_no_decoded_weight(packed):
@@ -321,9 +324,8 @@ def test_pack_leaves_the_model_alone_and_keeps_no_decoded_weight(packed):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     prepared = copy.deepcopy(model)
     sb.prepare(prepared, LowRes(levels=5))
-    net = sb.pack(
-        model, sb.freeze(prepared), precision="float32"
-    )  # the float network is as good a skeleton
+    done = sb.Quantized(model, sb.freeze(prepared).layers)  # the float network is as good
+    net = sb.pack(done, precision="float32")
     x = mixed_input()
     assert torch.allclose(net(*x), prepared.eval()(*x), atol=1e-6)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -353,7 +355,7 @@ def test_a_packed_model_is_a_plain_module(packed):
 def test_gradients_reach_the_input_of_a_packed_layer():
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 4))
     sb.prepare(model, LowRes(levels=5))
-    net = sb.pack(model, sb.freeze(model), precision="float32")
+    net = sb.pack(sb.freeze(model), precision="float32")
     x = torch.randn(2, 2, 4, 4, requires_grad=True)
     y = x.detach().clone().requires_grad_()
     net(x).square().sum().backward()
@@ -371,22 +373,25 @@ def test_a_packed_model_runs_in_bf16(packed):
 def test_pack_names_what_does_not_fit(packed):
     model = Mixed()
     sb.prepare(model, LowRes(levels=5))
-    layers = sb.freeze(model)
+    done = sb.freeze(model)
+    layers = done.layers
     with pytest.raises(SubbyteError, match="no layer 'cnv'; it has conv, up"):
-        sb.pack(Mixed(), {"cnv": layers["conv"]})
+        sb.pack(sb.Quantized(Mixed(), {"cnv": layers["conv"]}))
     with pytest.raises(
         SubbyteError, match=r"'head' has shape \(5, 16\), its codes come with \(8, 3, 3, 3\)"
     ):
-        sb.pack(Mixed(), {"head": layers["conv"]})
-    del layers["head"]
+        sb.pack(sb.Quantized(Mixed(), {"head": layers["conv"]}))
+    few = {name: layer for name, layer in layers.items() if name != "head"}
     with pytest.raises(SubbyteError, match="'head' is prepared but not among"):
-        sb.pack(model, layers)
+        sb.pack(sb.Quantized(model, few))
+    with pytest.raises(SubbyteError, match="pack takes what freeze and quantize return, not Mixed"):
+        sb.pack(model)
 
 
 def test_an_output_size_that_cannot_be_had_is_named():
     model = nn.Sequential(nn.ConvTranspose2d(2, 3, 3, stride=2))
     sb.prepare(model, LowRes(levels=3))
-    net = sb.pack(model, sb.freeze(model))
+    net = sb.pack(sb.freeze(model))
     x = torch.randn(1, 2, 4, 4)
     assert torch.equal(net[0](x, output_size=[10, 9]), model[0](x, output_size=[10, 9]))
     with pytest.raises(SubbyteError, match=r"output_size \(12, 9\) cannot be had"):
@@ -407,35 +412,41 @@ def test_layers_that_change_themselves_are_refused():
             return super().forward(*args, **kwargs)[0] * 10, None
 
     for layer, says in (
-        (Odd(2, 2, 1), r"'0' \(Odd\) cannot be quantized: it overrides Conv2d\.forward"),
+        (Odd(2, 2, 1), r"'0' \(Odd\) cannot be quantized, as .* it overrides Conv2d\.forward"),
         (Standardised(2, 2, 1), r"overrides Conv2d\._conv_forward"),
         (Loud(4, 2), r"'0' \(Loud\).*overrides MultiheadAttention\.forward"),
         (nn.Embedding(3, 2, max_norm=1.0), "its max_norm rewrites"),
     ):
+        model = nn.Sequential(layer, nn.Linear(2, 2))
         with pytest.raises(SubbyteError, match=says):
-            sb.prepare(nn.Sequential(layer, nn.Linear(2, 2)), LowRes(levels=3))
+            sb.prepare(model, sb.Recipe((Rule("0", method=LowRes()), Rule(method=LowRes()))))
+        before = copy.deepcopy(layer)
+        sb.prepare(model, LowRes(levels=3))  # nobody asked for it by name: it stays as it is
+        assert all(map(torch.equal, before.parameters(), model[0].parameters()))
+        assert not parametrize.is_parametrized(model[0])
 
 
 def test_what_packing_would_drop_is_refused():
     for change, says in (
         (lambda layer: layer.register_forward_hook(lambda *_: None), "'0' has 1 hooks"),
-        (lambda layer: layer.register_buffer("seen", torch.zeros(1)), r"buffers of its own \(seen"),
+        (lambda layer: layer.register_buffer("seen", torch.zeros(1)), "it has a seen of its own"),
     ):
         model = nn.Sequential(nn.Linear(3, 2))
         sb.prepare(model, LowRes(levels=3))
         change(model[0])
         with pytest.raises(SubbyteError, match=says):
-            sb.pack(model, sb.freeze(model))
+            sb.pack(sb.freeze(model))
 
 
 def test_two_packed_models_share_nothing():
     model = nn.Sequential(nn.Linear(3, 2))
     sb.prepare(model, LowRes(levels=3))
-    layers = sb.freeze(model)
+    done = sb.freeze(model)
+    layers = done.layers
     before = layers["0"].bias.clone()
-    for tensor in sb.pack(model, layers).state_dict().values():
+    for tensor in sb.pack(done).state_dict().values():
         tensor.fill_(7)
-    again = sb.pack(model, layers)
+    again = sb.pack(done)
     assert torch.equal(again[0].bias, before)
     assert torch.equal(again[0].weight, layers["0"].weight.dequantize())
 
@@ -447,7 +458,7 @@ def test_transformer_encoders_run_packed_with_and_without_a_mask(rules, nested):
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
     sb.prepare(model, Recipe((*rules, Rule(method=LowRes(levels=5)))))
-    net = sb.pack(model, sb.freeze(model), precision="float32")
+    net = sb.pack(sb.freeze(model), precision="float32")
     model.eval()
     x = torch.randn(2, 5, 16)
     mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])

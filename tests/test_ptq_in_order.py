@@ -10,6 +10,7 @@ from subbyte.core.tensors import QuantizedLayer, QuantizedTensor, as_matrix, as_
 from subbyte.ptq.evidence.statistics import input_statistics
 from subbyte.ptq.plan.search import Layer
 from subbyte.ptq.solvers.codes import channel_grid, rtn
+from subbyte.ptq.solvers.lowrank import Metric, fit_adapter
 from subbyte.ptq.steps.in_order import _spans, _stages, solve_in_order
 
 
@@ -28,6 +29,10 @@ def nearly(layer, matrix=None):
     return QuantizedLayer(
         QuantizedTensor(as_weight(codes.codes, layer.site.shape), codes.scale, codes.grid)
     )
+
+
+def damaging_the_first(damaged):
+    return lambda layer: nearly(layer, damaged if layer.site.name == "0" else None)
 
 
 def test_thinned_patches_stand_for_all():
@@ -50,12 +55,11 @@ def test_a_layer_makes_up_for_the_layers_before_it():
     x = torch.randn(2000, 8) + 1
     damaged = 0.7 * net[0].weight.detach() + 0.05 * torch.randn(16, 8)
     done = solve_in_order(
-        net, known(net, x), lambda y: nearly(y, damaged if y.site.name == "0" else None),
-        x.split(500),
-    )  # fmt: skip
+        sb.Quantized(net, {}), known(net, x), damaging_the_first(damaged), x.split(500)
+    )
     with torch.no_grad():
         wanted = net(x)
-        got = sb.pack(done.model, done.layers, precision="float32")(x)
+        got = sb.pack(done, precision="float32")(x)
         first = done.layers["0"]
         z = F.linear(x, first.weight.dequantize(), first.bias).relu()
         naive = net[2](z)
@@ -74,16 +78,14 @@ def test_few_images_teach_what_holds_for_others():
     net = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 6)).eval()
     damaged = 0.6 * net[0].weight.detach() + 0.1 * torch.randn(48, 8)
     x, new = torch.randn(40, 8), torch.randn(2000, 8)
-    done = solve_in_order(
-        net, known(net, x), lambda y: nearly(y, damaged if y.site.name == "0" else None), [x]
-    )  # fmt: skip
+    done = solve_in_order(sb.Quantized(net, {}), known(net, x), damaging_the_first(damaged), [x])
     with torch.no_grad():
         first = done.layers["0"]
 
         def hidden(images):
             return F.linear(images, first.weight.dequantize(), first.bias).relu()
 
-        wanted, got = net(new), sb.pack(done.model, done.layers, precision="float32")(new)
+        wanted, got = net(new), sb.pack(done, precision="float32")(new)
         untaught = net[2](hidden(new))
         by_heart = hidden(new) @ torch.linalg.lstsq(hidden(x), net(x)).solution
     loss, naive, heart = ((y - wanted).square().mean() for y in (got, untaught, by_heart))
@@ -96,7 +98,9 @@ def test_the_norm_behind_takes_the_shift_of_the_mean():
     net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2, bias=False), nn.BatchNorm2d(4)).eval()
     x = torch.randn(50, 4, 6, 6) + 2
     half = 0.5 * as_matrix(net[0].weight.detach())
-    done = solve_in_order(net, known(net, x), lambda layer: nearly(layer, half), [x])
+    done = solve_in_order(
+        sb.Quantized(net, {}), known(net, x), lambda layer: nearly(layer, half), [x]
+    )
     with torch.no_grad():
         mean = net[0](x).mean((0, 2, 3))
     assert torch.allclose(done.model[1].running_mean, -0.5 * mean, atol=0.02)
@@ -127,9 +131,9 @@ def test_the_limit_changes_no_layer(monkeypatch):
     ).eval()  # fmt: skip
     x = torch.randn(200, 3, 8, 8)
     layers = known(net, x)
-    together = solve_in_order(net, layers, nearly, x.split(50))
+    together = solve_in_order(sb.Quantized(net, {}), layers, nearly, x.split(50))
     monkeypatch.setattr("subbyte.ptq.steps.in_order.AHEAD_BYTES", 1)
-    alone = solve_in_order(net, layers, nearly, x.split(50))
+    alone = solve_in_order(sb.Quantized(net, {}), layers, nearly, x.split(50))
     for name, layer in together.layers.items():
         assert torch.equal(layer.weight.codes, alone.layers[name].weight.codes)
         assert torch.equal(layer.weight.scale, alone.layers[name].weight.scale)
@@ -146,7 +150,77 @@ def test_a_layer_called_twice_among_others():
 
     torch.manual_seed(0)
     net, x = Twice().eval(), torch.randn(500, 6)
-    done = solve_in_order(net, known(net, x), nearly, x.split(100))
+    done = solve_in_order(sb.Quantized(net, {}), known(net, x), nearly, x.split(100))
     with torch.no_grad():
-        got, wanted = sb.pack(done.model, done.layers, precision="float32")(x), net(x)
+        got, wanted = sb.pack(done, precision="float32")(x), net(x)
     assert (got - wanted).square().mean() < 1e-3 * wanted.square().mean()
+
+
+def seen_by(net, x, solve):
+    """The matrix that each layer is solved for, and what came out."""
+    matrices = {}
+
+    def watched(layer):
+        matrices[layer.site.name] = layer.matrix
+        return solve(layer)
+
+    done = solve_in_order(sb.Quantized(net, {}), known(net, x), watched, x.split(500))
+    return matrices, done
+
+
+def test_an_adapter_is_carried_on_to_the_layers_behind():
+    """Two levels and a full adapter are the float weight: nothing is left to make up for."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False)).eval()
+
+    def solve(layer):
+        codes = rtn(layer.matrix, None, channel_grid(2, 0))
+        error = layer.matrix - codes.dequantize()
+        adapter = fit_adapter(error, Metric(None, None, 1, 8), min(error.shape), 16)
+        return QuantizedLayer(codes, None, adapter)
+
+    matrices, done = seen_by(net, torch.randn(2000, 8), solve)
+    assert done.layers["0"].adapter is not None
+    torch.testing.assert_close(matrices["1"], net[1].weight.detach(), rtol=0, atol=2e-3)
+
+
+def test_each_group_makes_up_for_its_own_inputs():
+    """T = W (1 + t (C - H) h^-1) of each group, in float64."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv1d(6, 6, 1, bias=False), nn.Conv1d(6, 4, 1, groups=2, bias=False)
+    ).eval()
+    damaged = 0.7 * as_matrix(net[0].weight.detach()) + 0.2 * torch.randn(6, 6)
+    x = torch.randn(500, 6, 4)
+    matrices, _ = seen_by(net, x, damaging_the_first(damaged))
+    rows = x.transpose(0, 1).flatten(1).double()
+    taken = nearly(known(net, x)[0], damaged).weight.dequantize().double().reshape(6, 6)
+    exact, got = as_matrix(net[0].weight.detach()).double() @ rows, taken @ rows
+    trust = 2000 / (2000 + 3)
+    w = as_matrix(net[1].weight.detach()).double()
+    for g in range(2):
+        own, z = exact[3 * g : 3 * g + 3], got[3 * g : 3 * g + 3]
+        h, c = z @ z.T / 2000, own @ z.T / 2000
+        shrunk = trust * h + (1 - trust) * h.diag().diag()
+        metric = shrunk + 0.01 * shrunk.diag().mean() * torch.eye(3).double()
+        wanted = w[2 * g : 2 * g + 2] @ (torch.eye(3) + trust * (c - h) @ metric.inverse())
+        found = matrices["1"][2 * g : 2 * g + 2].double()
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_one_example_does_not_reach_keep_their_place():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.rare = nn.Linear(6, 3), nn.Linear(6, 6)
+
+        def forward(self, x):
+            some = x[:, 0] > 0
+            return self.last(torch.where(some[:, None], self.rare(x[some])[:1], x))
+
+    torch.manual_seed(0)
+    net, x = Gated().eval(), torch.randn(200, 6)
+    x[0, 0] = -1
+    matrices, done = seen_by(net, x, nearly)
+    assert list(matrices) == ["rare", "last"]
+    assert set(done.layers) == {"rare", "last"}

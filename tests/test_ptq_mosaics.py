@@ -109,7 +109,7 @@ def test_solving_in_order_sees_them_too():
         return QuantizedLayer(QuantizedTensor(weight, codes.scale, codes.grid))
 
     more = Mosaics(x, 2, seed=0)
-    solve_in_order(net, known, solve, x.split(10), more=more, starved=["4"])
+    solve_in_order(sb.Quantized(net, {}), known, solve, x.split(10), more=more, starved=["4"])
     assert {name: statistics.patches for name, statistics in seen.items()} == {
         "0": 24 * 14 * 14,
         "4": 24 + 48,
@@ -120,7 +120,7 @@ def test_a_flat_input_goes_without():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, 4))
     result = sb.quantize(net, sb.CoRa(levels=4, tune=0), calibration=[torch.randn(20, 30)])
-    assert result.model(torch.randn(2, 30)).isfinite().all()
+    assert sb.pack(result)(torch.randn(2, 30)).isfinite().all()
 
 
 def test_codes_hold_better_for_images_not_seen(monkeypatch):
@@ -133,7 +133,7 @@ def test_codes_hold_better_for_images_not_seen(monkeypatch):
                 net, sb.CoRa(levels=4, tune=0), calibration=[pictures(30, seed)], seed=seed
             )
             with torch.no_grad():
-                total += float((result.model(new) - net(new)).square().mean())
+                total += float((sb.pack(result)(new) - net(new)).square().mean())
         return total
 
     with_mosaics = distance()

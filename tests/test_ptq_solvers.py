@@ -15,6 +15,7 @@ from subbyte.core.functional import encode
 from subbyte.core.sites import sites
 from subbyte.core.tensors import LowRank, QuantizedLayer, as_matrix, as_weight
 from subbyte.ptq.evidence.statistics import Statistics, effects, input_statistics
+from subbyte.ptq.solvers import SOLVERS
 from subbyte.ptq.solvers.codes import (
     _compensate,
     _descend,
@@ -281,19 +282,19 @@ def test_dead_inputs_and_rank_deficient_statistics_work():
 def test_k_sigma_is_the_published_quantizer():
     """By hand: mean 0.5, standard deviation sqrt(5/3) (n - 1), range 0.5 -+ 3 sqrt(5/3)."""
     w = torch.tensor([[-1.0, 0.0, 1.0, 2.0]])
-    got = k_sigma(w, bits=2, k=3.0)
+    got = k_sigma(w, levels=4, k=3.0)
     step = 6 * math.sqrt(5 / 3) / 3
     zero = int((3 * math.sqrt(5 / 3) - 0.5) / step)  # 1.306 -> 1
     assert zero == 1
     assert got.codes.tolist() == [[1, 1, 1, 2]]  # 0.61, 1, 1.39, 1.77
     assert got.grid.levels == (-1.0, 0.0, 1.0, 2.0)
     assert float(got.scale) == pytest.approx(step, rel=1e-6)
-    whole = k_sigma(w, bits=2, k=None)
+    whole = k_sigma(w, levels=4, k=None)
     assert whole.dequantize().tolist() == w.tolist()
     assert whole.grid.levels == (-1.0, 0.0, 1.0, 2.0)
-    with pytest.raises(SubbyteError, match="bits=9"):
-        k_sigma(w, bits=9, k=3.0)
-    assert k_sigma(torch.full((2, 2), 0.0), 4, 3.0).dequantize().abs().max() == 0
+    with pytest.raises(SubbyteError, match="levels=257"):
+        k_sigma(w, levels=257, k=3.0)
+    assert k_sigma(torch.full((2, 2), 0.0), 16, 3.0).dequantize().abs().max() == 0
 
 
 # ---------------------------------------------------------------- adapters
@@ -374,7 +375,8 @@ def test_an_adapter_runs_as_two_small_layers_would(tmp_path, layer, shape, bits)
     )
     bias = None if layer.bias is None else layer.bias.detach()
     net = nn.Sequential(layer)
-    packed = sb.pack(net, {"0": QuantizedLayer(weight, bias, adapter)}, precision="float32")
+    done = sb.Quantized(net, {"0": QuantizedLayer(weight, bias, adapter)})
+    packed = sb.pack(done, precision="float32")
     x = torch.randn(shape)
 
     def run(value, w, b, g):
@@ -423,8 +425,58 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     wrong = rtn(torch.randn(6, 2), None, channel_grid(3, 0))
     layer = QuantizedLayer(wrong, None, LowRank(*good))
     with pytest.raises(SubbyteError, match=r"adapter of '0' has 4 rows.*6 output"):
-        sb.pack(nn.Sequential(nn.Linear(2, 6, bias=False)), {"0": layer})
+        sb.pack(sb.Quantized(nn.Sequential(nn.Linear(2, 6, bias=False)), {"0": layer}))
     with pytest.raises(SubbyteError, match="rank=9"):
         fit_adapter(torch.randn(4, 3), Metric(None, None, 1, 3), 9, 8)
     with pytest.raises(SubbyteError, match="adapter bits=4"):
         fit_adapter(torch.randn(4, 3), Metric(None, None, 1, 3), 1, 4)
+
+
+# ---------------------------------------------------------------- every solver
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("levels", [2, 3, 5, 16, 256])
+@pytest.mark.parametrize("seen", [False, True])
+def test_every_solver_keeps_the_protocol(name, levels, seen):
+    """Codes fit the levels, the input stays, and there is less error than without any weight."""
+    torch.manual_seed(levels)
+    matrix = torch.randn(8, 12)
+    gram = correlated(2, 12) if seen else None
+    before = matrix.clone()
+    found = SOLVERS[name]().solve(matrix, gram, levels)
+    again = SOLVERS[name]().solve(matrix, gram, levels)
+    assert torch.equal(matrix, before)
+    assert torch.equal(found.codes, again.codes)
+    assert found.shape == matrix.shape
+    assert found.grid.n_levels == levels
+    error = row_errors(matrix - found.dequantize(), gram).sum()
+    if (name, levels) != ("k-sigma", 2):  # as published, 1 bit has the levels 0 and 6 sigma
+        assert error < row_errors(matrix, gram).sum()
+    if levels >= 16:
+        assert error < 0.05 * row_errors(matrix, gram).sum()
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("layer", [nn.Linear(16, 6), nn.ConvTranspose1d(16, 6, 3, padding=1)])
+def test_every_solver_goes_through_quantize_and_packs(name, layer):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        layer if isinstance(layer, nn.Linear) else nn.Sequential(nn.Unflatten(1, (16, 1)), layer),
+        nn.Flatten(), nn.ReLU(), nn.Linear(6, 4),
+    )  # fmt: skip
+    x = torch.randn(60, 16)
+    done = sb.quantize(net, sb.CoRa(levels=64, codes=name, tune=4), calibration=[x])
+    packed = sb.pack(done, precision="float32")
+    y = net.eval()(x)
+    assert float((packed(x) - y).norm() / y.norm()) < 0.2
+    for planned in done.evidence.plan.layers:
+        assert planned.n_bytes == done.layers[planned.name].n_bytes
+
+
+def test_only_what_compensates_is_solved_in_order():
+    for name, solver in SOLVERS.items():
+        x = torch.randn(60, 16, generator=torch.Generator().manual_seed(0))
+        done = sb.quantize(nn.Linear(16, 6), sb.CoRa(levels=4, codes=name, tune=0), calibration=[x])
+        noted = any("solved in order" in note for note in done.notes)
+        assert noted == solver.compensates

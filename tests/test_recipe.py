@@ -18,7 +18,7 @@ def test_the_first_match_wins_and_names_cover_every_kind():
         Mixed(), Rule("head"), Rule("attn.*", method=THREE), Rule(types="Conv*", method=FIVE),
         Rule("*", method=THREE),
     )  # fmt: skip
-    methods = {layer.site.name: layer.method for layer in found.layers}
+    methods = {layer.name: layer.method for layer in found.layers}
     assert methods == {
         "conv": FIVE,
         "up": FIVE,
@@ -58,12 +58,19 @@ def test_a_layer_without_a_rule_is_named():
 @pytest.mark.parametrize(
     "layer", [nn.LSTM(4, 4), nn.GRUCell(4, 4), nn.Bilinear(2, 3, 4), nn.EmbeddingBag(5, 3)]
 )
-def test_a_layer_that_cannot_be_quantized_is_named_unless_kept_float(layer):
+def test_a_layer_that_cannot_be_quantized_stays_float_unless_asked_for_by_name(layer):
     model = nn.ModuleDict({"body": nn.Linear(4, 4), "odd": layer})
-    with pytest.raises(SubbyteError, match=f"layer 'odd' \\({type(layer).__name__}\\) cannot"):
-        plan(model, Rule(method=FIVE))
-    kept = plan(model, Rule("odd"), Rule(method=FIVE))
-    assert [layer.site.name for layer in kept.quantized] == ["body"]
+    kind = type(layer).__name__
+    for rules in ((Rule(method=FIVE),), (Rule("odd"), Rule(method=FIVE))):
+        kept = plan(model, *rules)
+        assert [layer.name for layer in kept.quantized] == ["body"]
+        assert {p.name: p.reason for p in kept.float_parameters if p.n_dims > 1} == {
+            f"odd.{name}": f"{kind}: there is no packed layer of this kind"
+            for name, weight in layer.named_parameters() if weight.ndim > 1
+        }  # fmt: skip
+    for rule in (Rule("odd", method=FIVE), Rule(types=kind, method=FIVE)):
+        with pytest.raises(SubbyteError, match=f"layer 'odd' \\({kind}\\) cannot be quantized, as"):
+            plan(model, rule, Rule(method=FIVE))
 
 
 def test_the_plan_names_matrices_that_are_no_layers():
@@ -73,7 +80,8 @@ def test_the_plan_names_matrices_that_are_no_layers():
             self.head = nn.Linear(4, 4)
             self.table = nn.Parameter(torch.zeros(3, 5))
 
-    assert "float, not a layer: table, 15 values" in str(plan(Own(), Rule(method=FIVE)))
+    text = str(plan(Own(), Rule(method=FIVE)))
+    assert "float: table, 15 values: Own is no layer that can be quantized" in text
 
 
 def test_a_lazy_layer_is_asked_for_a_batch():
@@ -86,19 +94,26 @@ def test_a_model_without_layers_is_an_error():
         plan(nn.Sequential(nn.ReLU()), Rule(method=FIVE))
 
 
-def test_tied_weights_name_both_owners_and_can_be_kept_float():
-    with pytest.raises(SubbyteError, match=r"\['head.weight', 'table.weight'\]"):
-        sb.prepare(Tied(), FIVE)
+def test_tied_weights_stay_float_unless_asked_for_by_name():
+    shared = "its weight is shared by ['head.weight', 'table.weight']"
+    with pytest.raises(SubbyteError, match=r"'head' \(Linear\) cannot .*'head.weight', 'table.w"):
+        sb.prepare(Tied(), Recipe((Rule("head", method=FIVE), Rule(method=FIVE))))
     model = Tied()
-    sb.prepare(model, Recipe((Rule("free", method=FIVE), Rule("table"), Rule("head"))))
+    found = sb.prepare(model, FIVE)
+    assert {layer.name: layer.reason for layer in found.layers} == {
+        "table": shared, "head": shared, "free": "",
+    }  # fmt: skip
     assert model.head.weight is model.table.weight
+    asked = Tied()
+    sb.prepare(asked, Recipe((Rule("free", method=FIVE), Rule("table"), Rule("head"))))
+    assert asked.head.weight is asked.table.weight
 
 
 def test_a_module_used_twice_is_no_tie():
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.ReLU(), shared)
     sb.prepare(model, FIVE)
-    net = sb.pack(model, sb.freeze(model), precision="float32")
+    net = sb.pack(sb.freeze(model), precision="float32")
     assert net[0] is net[2]
     x = torch.randn(3, 4)
     torch.testing.assert_close(net(x), model(x), rtol=1e-6, atol=1e-6)

@@ -65,7 +65,7 @@ def test_the_penalty_and_its_gradient_follow_the_formula(progress):
     sb.prepare(layer, method)
     loss = sb.penalty(layer, progress)
     loss.backward()
-    d = sb.freeze(layer)[""].weight.scale.double()
+    d = sb.freeze(layer).layers[""].weight.scale.double()
     w64 = w.double()
     away = w64 - d * (w64 / d + 0.5).floor().clamp(-3, 3)
     kappa = 1e-2 * (50.0 / 1e-2) ** progress
@@ -82,7 +82,7 @@ def test_beyond_its_reach_the_pull_grows_no_more(reach):
     sb.prepare(layer, method)
     loss = sb.penalty(layer, 0.5)
     loss.backward()
-    d = float(sb.freeze(layer)[""].weight.scale)
+    d = float(sb.freeze(layer).layers[""].weight.scale)
     w64 = w.double()
     away = w64 - d * (w64 / d + 0.5).floor().clamp(-3, 3)
     pull = away.clamp(-reach * d, reach * d)
@@ -96,7 +96,7 @@ def test_beyond_its_reach_the_pull_grows_no_more(reach):
 def test_weights_are_clipped_to_the_outer_modes():
     layer = layer_of(torch.randn(20, 10))
     sb.prepare(layer, SGM(bits=3))
-    limit = 3 * float(sb.freeze(layer)[""].weight.scale)
+    limit = 3 * float(sb.freeze(layer).layers[""].weight.scale)
     with torch.no_grad():
         layer.parametrizations.weight.original.mul_(10)
     sb.after_step(layer, 0.5)
@@ -112,7 +112,7 @@ def test_an_all_zero_layer_is_named_by_sgm_and_works_with_the_baselines():
         sb.prepare(layer, method)
         (layer(torch.randn(2, 3)).sum() + sb.penalty(layer, 0.5)).backward()
         assert layer.parametrizations.weight.original.grad.isfinite().all()
-        assert (sb.freeze(layer)[""].weight.dequantize() == 0).all()
+        assert (sb.freeze(layer).layers[""].weight.dequantize() == 0).all()
 
 
 def test_twn_follows_its_paper():
@@ -275,7 +275,7 @@ def test_a_frozen_file_takes_the_bits_it_should(tmp_path, bits, disk):
     """3, 7 and 15 levels: 40, 22 and 16 digits in a word of 64 bits; a scale is one byte."""
     net = build("fcnn1", in_channels=1, image_size=28)
     sb.prepare(net, SGM(bits=bits))
-    sb.save(sb.pack(net, sb.freeze(net)), tmp_path / "net.safetensors")
+    sb.save(sb.pack(sb.freeze(net)), tmp_path / "net.safetensors")
     report = size_report(tmp_path / "net.safetensors")
     assert 8 * report.disk_bytes / report.n_weights == pytest.approx(disk, rel=0.005)
     tensors = load_file(tmp_path / "net.safetensors")

@@ -17,7 +17,6 @@ ORDER = [
     "errors", "core", "_native", "packing", "kernels", "methods", "modules", "graph", "models",
     "storage", "bench", "data", "ptq", "train", "report", "commands", "cli",
 ]  # fmt: skip
-TYPE_ONLY = {("core", "methods")}  # names for type checkers, not imported at run time
 
 
 def part(path):
@@ -44,8 +43,9 @@ def test_imports_point_downwards(path):
     here = part(path)
     assert here in ORDER, f"{here} has no place in the order of the parts"
     for other in imported_parts(path):
-        allowed = ORDER.index(other) <= ORDER.index(here) or (here, other) in TYPE_ONLY
-        assert allowed, f"{here} imports {other}, which stands above it"
+        assert ORDER.index(other) <= ORDER.index(here), (
+            f"{here} imports {other}, which stands above it"
+        )
 
 
 def test_the_public_surface_is_documented():

@@ -26,7 +26,7 @@ torch.manual_seed(0)
 layer = torch.nn.Sequential(torch.nn.Linear(100, 40))
 x = torch.randn(20, 100)
 sb.prepare(layer, sb.LowRes(levels=5))
-packed = sb.pack(layer, sb.freeze(layer), precision="int16")
+packed = sb.pack(sb.freeze(layer), precision="int16")
 exact = torch.nn.functional.linear(x, packed[0].weight, packed[0].bias)
 worst = x.abs().amax(1, keepdim=True) / 32512 * packed[0].weight.abs().sum(1) + 1e-5
 assert ((packed(x) - exact).abs() <= worst).all()

@@ -1,16 +1,17 @@
 """subbyte: neural networks at 1 to 4 bits a weight. Train them, convert them, run them.
 
 plan = sb.prepare(model, sb.LowRes(levels=5))     # in place; then train as you always do
-layers = sb.freeze(model)                         # codes and scales, by layer name
-net = sb.pack(model, layers)                      # a new model with packed layers
+done = sb.freeze(model)                           # Quantized: the network, codes and scales
+net = sb.pack(done)                               # a new model with packed layers
 sb.save(net, "net.safetensors"); net = sb.load("net.safetensors")
 fast = sb.fuse(net)                               # norms, sums and ReLUs done with the products
 
-result = sb.quantize(model, sb.CoRa(bits=3), calibration=batches)    # without training
-sb.save(result.model, "net.safetensors")
+done = sb.quantize(model, sb.CoRa(bits=3), calibration=batches)      # without training
+sb.save(sb.pack(done), "net.safetensors")
 """
 
 from subbyte.core.grids import Grid, PerChannel, PerTensor, ScaleDomain, fixed_point, uniform
+from subbyte.core.quantized import Quantized
 from subbyte.core.recipe import Plan, Recipe, Rule
 from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor
 from subbyte.errors import SubbyteError
@@ -44,6 +45,7 @@ __all__ = [
     "PerTensor",
     "Plan",
     "PublishedCoRa",
+    "Quantized",
     "QuantizedLayer",
     "QuantizedTensor",
     "Recipe",

@@ -27,13 +27,13 @@ def main():
         torch.manual_seed(1)
         model = network()
         sb.prepare(model, method)
-        layers = sb.freeze(model)
+        done = sb.freeze(model)
         path = HERE / f"v1-{name}.safetensors"
-        sb.save(sb.pack(model, layers), path, compress=name == "zstd")
+        sb.save(sb.pack(done), path, compress=name == "zstd")
         expected = {
             key: {"codes": layer.weight.codes.flatten().tolist(),
                   "scale": layer.weight.scale.tolist(), "bias": layer.bias.tolist()}
-            for key, layer in layers.items()
+            for key, layer in done.layers.items()
         }  # fmt: skip
         path.with_suffix(".json").write_text(json.dumps(expected) + "\n")
 

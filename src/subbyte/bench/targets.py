@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.core.grids import PerChannel, uniform
+from subbyte.core.quantized import Quantized
 from subbyte.core.tensors import QuantizedLayer, QuantizedTensor
 from subbyte.errors import SubbyteError
 from subbyte.kernels import Precision
@@ -49,7 +50,7 @@ def _random_layer(shape: tuple[int, int], levels: int, precision: Precision) -> 
     weight = QuantizedTensor(codes, torch.rand(shape[0]), grid)
     with torch.device("meta"):
         like = nn.Linear(shape[1], shape[0], bias=False)
-    return pack(like, {"": QuantizedLayer(weight, None)}, precision=precision)
+    return pack(Quantized(like, {"": QuantizedLayer(weight, None)}), precision=precision)
 
 
 def from_network(

@@ -15,7 +15,7 @@ from subbyte import storage
 from subbyte.core.recipe import Recipe, Rule
 from subbyte.data import ImageSet, load_images
 from subbyte.errors import SubbyteError
-from subbyte.methods import LowRes, float_state_dict, freeze
+from subbyte.methods import LowRes, float_state_dict, freeze, frozen_layers
 from subbyte.models import Network
 from subbyte.modules import pack
 from subbyte.report import size_report
@@ -113,7 +113,7 @@ def _float_row(name: str, model: Network, test: ImageSet, path: Path) -> DemoRow
 
 
 def _packed_row(name: str, model: Network, test: ImageSet, path: Path) -> DemoRow:
-    storage.save(pack(model, freeze(model)), path)
+    storage.save(pack(freeze(model)), path)
     net, sizes = storage.load(path, precision="float32"), size_report(path)
     difference = _largest_difference(model, net, test)
     return DemoRow(
@@ -147,7 +147,7 @@ def _logits(net: nn.Module, preprocess_of: Network, test: ImageSet) -> Tensor:
 
 def _histogram(name: str, model: Network) -> Histogram:
     """Float weights of one layer in units of its scale, and the shares of its levels."""
-    weight = freeze(model)[SHOWN_LAYER].weight
+    weight = frozen_layers(model)[SHOWN_LAYER].weight
     w = float_state_dict(model)[f"{SHOWN_LAYER}.weight"] / weight.scale
     return Histogram(name, SHOWN_LAYER, w.flatten(), weight)
 

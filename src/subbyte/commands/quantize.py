@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from rich.table import Table
 from subbyte import storage
 from subbyte.commands.networks import float_network
 from subbyte.core.atomic import check_writable
+from subbyte.core.plan import Plan
+from subbyte.core.quantized import Evidence, Quantized
 from subbyte.data import ImageSet, load_images
 from subbyte.errors import SubbyteError
 from subbyte.models import Network
-from subbyte.ptq import CoRa, Listener, PublishedCoRa, Quantization, RankPlan, quantize
-from subbyte.ptq.quantize import CodesBy
+from subbyte.modules import pack
+from subbyte.ptq import CoRa, Listener, PublishedCoRa, quantize
 from subbyte.report import size_report
 from subbyte.train import Evaluation, evaluate
 from subbyte.train.evaluate import preprocess_of
@@ -56,23 +58,30 @@ class Conversion:
 
     file: Path
     n_bytes: int
-    quantization: Quantization
+    quantized: Quantized
     before: Evaluation | None
     after: Evaluation | None
 
+    @property
+    def evidence(self) -> Evidence:
+        assert self.quantized.evidence is not None  # `quantize` always leaves it
+        return self.quantized.evidence
+
     def to_dict(self) -> dict[str, Any]:
-        q = self.quantization
+        q, evidence = self.quantized, self.evidence
         return {
             "file": str(self.file),
             "bytes": self.n_bytes,
             "bits_per_weight": q.bits_per_weight,
-            "seconds": q.seconds,
-            "iterations": q.iterations,
-            "agreement": q.agreement,
+            "layer_bits_per_weight": q.layer_bits_per_weight,
+            "seconds": evidence.seconds,
+            "iterations": evidence.iterations,
+            "agreement": evidence.agreement,
             "top1_float": None if self.before is None else self.before.top1,
             "top1": None if self.after is None else self.after.top1,
             "notes": list(q.notes),
-            "layers": q.plan.to_dict()["layers"],
+            "layers": evidence.plan.to_dict()["layers"],
+            "parameters": [asdict(parameter) for parameter in q.parameters],
         }
 
 
@@ -86,7 +95,7 @@ def convert(
     images = load_images(request.calibrate, request.split, size=request.size)
     net = float_network(request.model, request.weights, images)
     preprocess = preprocess_of(net)
-    plan = None if request.plan is None else RankPlan.load(request.plan)
+    plan = None if request.plan is None else Plan.load(request.plan)
     chosen = drawn(images, request.samples, request.seed)
     pairs = zip(chosen.images.split(256), chosen.labels.split(256), strict=True)
     inputs = [(preprocess(x), y) for x, y in pairs]
@@ -94,8 +103,9 @@ def convert(
         net, method, calibration=inputs, plan=plan, seed=request.seed, listener=listener
     )
     if request.save_plan is not None:
-        result.plan.save(request.save_plan)
-    n_bytes = storage.save(result.model, request.out, compress=request.compress)
+        assert result.evidence is not None
+        result.evidence.plan.save(request.save_plan)
+    n_bytes = storage.save(pack(result), request.out, compress=request.compress)
     before = after = None
     if request.score is not None:
         test = load_images(request.calibrate, request.score, size=request.size)
@@ -123,8 +133,7 @@ def method_of(
     if name in ("gptq", "rtn"):
         if target_bits is not None:
             raise SubbyteError(f"--target-bits goes with --method cora; {name} has no adapters")
-        codes: CodesBy = "gptq" if name == "gptq" else "rtn"
-        return CoRa(levels, bits, codes=codes, tune=0, correct_norms=False)
+        return CoRa(levels, bits, codes=name, tune=0, correct_norms=False)
     if name == "cora-paper":
         if levels is not None or target_bits is not None or bits is None:
             raise SubbyteError("--method cora-paper takes --bits, and no levels or target bits")
@@ -143,18 +152,27 @@ def drawn(images: ImageSet, samples: int, seed: int) -> ImageSet:
 
 def table(result: Conversion) -> Table:
     """The result for people."""
-    q = result.quantization
+    q, evidence = result.quantized, result.evidence
     sizes = size_report(result.file)
     view = Table(title=escape(str(result.file)))
-    for heading in ("bits a weight", "bytes", "smaller", "seconds", "iterations", "agreement"):
+    for heading in (
+        "bits a weight",
+        "in quantized layers",
+        "bytes",
+        "smaller",
+        "seconds",
+        "iterations",
+        "agreement",
+    ):
         view.add_column(heading, justify="right")
     row = [
         f"{q.bits_per_weight:.3f}",
+        f"{q.layer_bits_per_weight:.3f}",
         f"{result.n_bytes:,}",
         f"{sizes.reduction:.1f}x",
-        f"{q.seconds:.0f}",
-        str(q.iterations),
-        f"{q.agreement:.2f} %",
+        f"{evidence.seconds:.0f}",
+        str(evidence.iterations),
+        f"{evidence.agreement:.2f} %",
     ]
     if result.before is not None and result.after is not None:
         view.add_column("float top-1", justify="right")

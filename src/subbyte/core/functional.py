@@ -16,7 +16,7 @@ from subbyte.core.grids import Grid, PerChannel, ScaleDomain
 from subbyte.errors import SubbyteError
 
 MIN_EXPONENT, MAX_EXPONENT = -126, 127
-_FLOAT16_MAX = 65504.0
+FLOAT16_MAX = 65504.0
 
 
 def n_groups(shape: Sequence[int], grid: Grid) -> int:
@@ -78,7 +78,7 @@ def round_scale(scale: Tensor, domain: ScaleDomain) -> Tensor:
 
 def _round_to_float16(x: Tensor) -> Tensor:
     """`x.half().float()` for x >= 0, in float32 arithmetic: compilers fold away a pair of casts."""
-    x = x.clamp(max=_FLOAT16_MAX)
+    x = x.clamp(max=FLOAT16_MAX)
     wide = x * (2.0**13 + 1)  # Veltkamp: keep 11 of 24 significant bits
     normal = wide - (wide - x)
     subnormal = (x + 0.75) - 0.75  # float32 near 0.75 has steps of 2^-24, as float16 near 0

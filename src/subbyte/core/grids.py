@@ -153,6 +153,19 @@ def _affine(levels: tuple[float, ...]) -> tuple[float, float] | None:
     return None
 
 
+def digits_per(n_levels: int, word_bits: int) -> int:
+    """Most base-N digits that fit in a word: the largest d with N^d <= 2^word_bits."""
+    digits, value = 0, n_levels
+    while value <= 1 << word_bits:
+        digits, value = digits + 1, value * n_levels
+    return digits
+
+
+def n_words(count: int, n_levels: int) -> int:
+    """64-bit words that `count` codes take."""
+    return -(-count // digits_per(n_levels, 64))
+
+
 def uniform(
     n: int,
     granularity: Granularity = PerTensor(),
@@ -177,3 +190,11 @@ def fixed_point(bits: int, granularity: Granularity = PerTensor()) -> Grid:
     top = 2 ** (bits - 1) - 1
     levels = tuple(float(i) for i in range(-top, top + 1))
     return Grid(levels, granularity, ScaleDomain.POWER_OF_TWO)
+
+
+def fixed_point_bits(levels: int) -> int:
+    """The bits of a fixed-point grid. Raises SubbyteError unless levels are 3, 7, 15 .. 255."""
+    bits = levels.bit_length()
+    if levels not in (2**b - 1 for b in range(2, 9)):
+        raise SubbyteError(f"levels={levels!r}; fixed point has 3, 7, 15, 31, 63, 127 or 255")
+    return bits

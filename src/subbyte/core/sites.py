@@ -65,9 +65,10 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
 
 
 def _sites(model: nn.Module) -> Iterator[Site]:
+    refused = unsupported(model)
     for owner, module in model.named_modules():
         kind = supported_type(module)
-        if kind is None or why_not(module):
+        if kind is None or owner in refused:
             continue
         for parameter in weight_names(module):
             weight = stored_weight(module, parameter)
@@ -101,6 +102,12 @@ def stored_weight(module: nn.Module, name: str) -> Tensor:
     return getattr(module, name)
 
 
+def bias_of(model: nn.Module, site: Site) -> Tensor | None:
+    """The bias that goes with the weight, without its graph; attention's is not of one weight."""
+    bias = getattr(model.get_submodule(site.owner), "bias", None)
+    return None if bias is None or site.parameter != "weight" else bias.detach()
+
+
 def unsupported(model: nn.Module) -> dict[str, tuple[str, str]]:
     """torch.nn layers that subbyte cannot quantize: path -> (class name, why not).
 
@@ -110,7 +117,11 @@ def unsupported(model: nn.Module) -> dict[str, tuple[str, str]]:
     for path, module in model.named_modules():
         reason = why_not(module)
         if reason:
-            found[path] = (_plain_class(module).__name__, reason)
+            kind = _plain_class(module).__name__
+            found[path] = (kind, reason)
+            if isinstance(module, nn.MultiheadAttention):  # it reads this layer's weight itself
+                inner = type(module.out_proj).__name__
+                found[join(path, "out_proj")] = (inner, f"it is a part of {kind}: {reason}")
     return found
 
 

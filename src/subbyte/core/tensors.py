@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from subbyte.core.functional import decode, n_groups
-from subbyte.core.grids import Grid
+from subbyte.core.grids import Grid, n_words
 from subbyte.errors import SubbyteError
 
 
@@ -51,6 +51,12 @@ class QuantizedTensor:
     @property
     def shape(self) -> torch.Size:
         return self.codes.shape
+
+    @property
+    def n_bytes(self) -> int:
+        """Codes in 64-bit words, and scales as their domain stores them."""
+        words = n_words(self.codes.numel(), self.grid.n_levels)
+        return 8 * words + self.scale.numel() * self.grid.scale_domain.bits // 8
 
     def dequantize(self) -> Tensor:
         """The weight as float32, of the codes' shape."""
@@ -141,6 +147,11 @@ class QuantizedLayer:
                 f"the adapter's product is {self.adapter.up.shape[0]} x "
                 f"{self.adapter.down.shape[1]}, the weight has shape {tuple(self.weight.shape)}"
             )
+
+    @property
+    def n_bytes(self) -> int:
+        """Codes, scales and adapter; the bias, which is float, not."""
+        return self.weight.n_bytes + (0 if self.adapter is None else self.adapter.n_bytes)
 
     def dequantize(self, channel_axis: int = 0) -> Tensor:
         """The weight that the layer computes with, adapter included; float32."""

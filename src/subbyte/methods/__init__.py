@@ -8,9 +8,11 @@ from subbyte.methods.base import (
     after_step,
     float_state_dict,
     freeze,
+    frozen_layers,
     penalty,
     prepare,
     quantizers,
+    without_quantizers,
 )
 from subbyte.methods.lowres import LowRes
 from subbyte.methods.lsq import LSQ
@@ -31,7 +33,9 @@ __all__ = [
     "after_step",
     "float_state_dict",
     "freeze",
+    "frozen_layers",
     "penalty",
     "prepare",
     "quantizers",
+    "without_quantizers",
 ]

@@ -8,6 +8,7 @@ them back.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -16,8 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from subbyte.core.functional import spread
-from subbyte.core.recipe import Plan, Recipe, as_recipe
+from subbyte.core.account import float_parameters, note_on_size, notes_on_float
+from subbyte.core.functional import FLOAT16_MAX, spread
+from subbyte.core.grids import ScaleDomain
+from subbyte.core.plan import Plan, PlannedLayer
+from subbyte.core.quantized import Quantized
+from subbyte.core.ready import check_ready, check_weight, copied, make_plain
+from subbyte.core.recipe import Recipe, as_recipe
 from subbyte.core.sites import Site, join, sites, stored_weight
 from subbyte.core.tensors import QuantizedLayer, QuantizedTensor
 from subbyte.errors import SubbyteError
@@ -63,6 +69,15 @@ class Method(Protocol):
     def quantizer(self, w: Tensor, site: Site) -> WeightQuantizer: ...
 
 
+@runtime_checkable
+class Leveled(Protocol):
+    """A method whose number of levels can be chosen, so that it can follow a plan."""
+
+    def with_levels(self, levels: int) -> Method:
+        """The same options with so many levels. Raises SubbyteError for a number it has not."""
+        ...
+
+
 def describe(method: Any, *always: str) -> str:
     """`LowRes(levels=5, beta=1.2)`: the named options, and those that are not at their default."""
     shown = [
@@ -73,50 +88,111 @@ def describe(method: Any, *always: str) -> str:
     return f"{type(method).__name__}({', '.join(shown)})"
 
 
-def prepare(model: nn.Module, method: Method | Recipe) -> Plan:
+def prepare(model: nn.Module, method: Method | Recipe, *, plan: Plan | None = None) -> Plan:
     """Put quantizers in front of the model's weights, in place; any training loop works from here.
 
-    Call it before DDP, FSDP or torch.compile wrap the model. Returns the plan (print it). Raises
-    SubbyteError, before anything is changed, for a recipe that does not fit, tied weights, weights
-    that are not float32 or not finite, or a model that is prepared already.
+    plan: levels to use in place of the method's own, for the layers that it names; it may come from
+    `quantize`. What cannot be quantized stays float, with the reason in the plan. Call it before
+    DDP, FSDP or torch.compile wrap the model. Returns the plan (print it). Raises SubbyteError,
+    before anything is changed, for a recipe that does not fit, weights that are not float32 or not
+    finite, or a model that is prepared already.
     """
     recipe = as_recipe(method)
     _check_methods(recipe)
-    plan = recipe.plan(model)
-    if not plan.quantized:
+    chosen = recipe.plan(model)
+    if plan is not None:
+        chosen = _leveled(chosen.following(plan))
+    wanted = {layer.name: layer for layer in chosen.quantized}
+    own = [site for site in sites(model) if site.name in wanted]
+    if not own:
         raise SubbyteError("the recipe keeps every layer in float; give a rule a method")
-    built = []
-    for layer in plan.quantized:
-        owner = model.get_submodule(layer.site.owner)
-        _check_owner(owner, layer.site)
-        weight = stored_weight(owner, layer.site.parameter)
-        _check_weight(weight, layer.site.name)
-        assert layer.method is not None
-        quantizer = _quantizer(layer.method, weight, layer.site)
-        _quantized(quantizer, weight, layer.site.name)  # what freeze would refuse, before training
-        built.append((owner, layer.site, quantizer))
-    for owner, site, quantizer in built:
-        if not any(_is_prepared(owner, name) for name in getattr(owner, "parametrizations", {})):
+    for site in own:
+        _check_owner(model.get_submodule(site.owner), site)
+    check_ready(model, own)
+    built = {site: _built(model, site, wanted[site.name].method) for site in own}
+    for site, (quantizer, _) in built.items():
+        owner = model.get_submodule(site.owner)
+        if not any(is_prepared(owner, name) for name in getattr(owner, "parametrizations", {})):
             owner.register_load_state_dict_pre_hook(_accept_float_weights)
         parametrize.register_parametrization(owner, site.parameter, quantizer)
-    return plan
+    levels = {site.name: tensor.grid.n_levels for site, (_, tensor) in built.items()}
+    layers = [dataclasses.replace(x, levels=levels.get(x.name, 0)) for x in chosen.layers]
+    return dataclasses.replace(chosen, layers=tuple(layers))
 
 
-def freeze(model: nn.Module) -> dict[str, QuantizedLayer]:
+def _built(
+    model: nn.Module, site: Site, method: Method | None
+) -> tuple[WeightQuantizer, QuantizedTensor]:
+    """The quantizer of a layer, and what `freeze` would make of the weight as it is now: what it
+    refuses is refused before training."""
+    assert method is not None
+    weight = stored_weight(model.get_submodule(site.owner), site.parameter)
+    _check_master(weight, site.name)
+    quantizer = _quantizer(method, weight, site)
+    return quantizer, _quantized(quantizer, weight, site.name)
+
+
+def _leveled(plan: Plan) -> Plan:
+    """The plan's levels as options of its methods."""
+    return dataclasses.replace(plan, layers=tuple(_with_levels(x) for x in plan.layers))
+
+
+def _with_levels(layer: PlannedLayer) -> PlannedLayer:
+    if layer.levels in (0, None):
+        return layer
+    assert layer.levels is not None
+    if layer.rank:
+        raise SubbyteError(
+            f"the plan gives layer '{layer.name}' an adapter of rank {layer.rank}; training has "
+            "none: set its rank to 0"
+        )
+    if not isinstance(layer.method, Leveled):
+        raise SubbyteError(
+            f"the plan gives layer '{layer.name}' {layer.levels} levels, and {layer.method} has no "
+            "choice of levels"
+        )
+    try:
+        return dataclasses.replace(layer, method=layer.method.with_levels(layer.levels))
+    except SubbyteError as error:
+        raise SubbyteError(f"layer '{layer.name}': {error}") from None
+
+
+def freeze(model: nn.Module) -> Quantized:
     """Quantize the weights of a prepared model for good; the model itself stays as it is.
 
-    Keys are layer names. Raises SubbyteError for a model that was not prepared, or weights with
-    NaN or infinite values (naming the layer).
+    Raises SubbyteError for a model that was not prepared, or weights with NaN or infinite values
+    (naming the layer).
     """
+    plain, layers = without_quantizers(model), frozen_layers(model)
+    done = Quantized(plain, layers, notes_on_float(float_parameters(plain, layers)))
+    return dataclasses.replace(done, notes=(*done.notes, *note_on_size(done.parameters)))
+
+
+def without_quantizers(model: nn.Module) -> nn.Module:
+    """A float32 copy of a prepared model with its own weights in place of the quantizers."""
+    plain = copied(model).float()
+    own: dict[str, dict[str, Tensor]] = {}
+    for site, _, weight in quantizers(plain):
+        own.setdefault(site.owner, {})[site.parameter] = weight
+    for owner, weights in own.items():
+        make_plain(plain.get_submodule(owner), weights)
+    return plain
+
+
+def frozen_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """What `freeze` makes of each prepared layer, by layer name; errors as there."""
     layers = {}
     for site, quantizer, weight in quantizers(model):
-        _check_weight(weight, site.name)
+        check_weight(weight, site.name)
         owner = model.get_submodule(site.owner)
         bias = getattr(owner, "bias", None) if site.parameter == "weight" else None
         if bias is not None and not bias.isfinite().all():
             raise SubbyteError(f"bias of '{site.name}' has NaN or infinite values")
-        tensor = _quantized(quantizer, weight, site.name)
-        layers[site.name] = QuantizedLayer(tensor, None if bias is None else bias.detach().clone())
+        if weight.dtype != torch.float32:
+            quantizer = copy.deepcopy(quantizer).float()
+        tensor = _quantized(quantizer, weight.float(), site.name)
+        stored = None if bias is None else bias.detach().float().clone()
+        layers[site.name] = QuantizedLayer(tensor, stored)
     if not layers:
         raise SubbyteError("the model has no quantizers; call prepare(model, method) first")
     return layers
@@ -141,7 +217,7 @@ def quantizers(model: nn.Module) -> Iterator[tuple[Site, WeightQuantizer, nn.Par
     """Site, quantizer and float weight of every prepared layer."""
     for site in sites(model):
         owner = model.get_submodule(site.owner)
-        if _is_prepared(owner, site.parameter):
+        if is_prepared(owner, site.parameter):
             chain: Any = owner.parametrizations[site.parameter]  # type: ignore[index,union-attr]
             yield site, chain[0], chain.original
 
@@ -163,7 +239,7 @@ def _accept_float_weights(
     """Before loading: a float network's key becomes the quantizer's, with fresh initial state."""
     chains: Mapping[str, Any] = getattr(module, "parametrizations", {})
     for parameter, chain in chains.items():
-        if not _is_prepared(module, parameter) or prefix + parameter not in state:
+        if not is_prepared(module, parameter) or prefix + parameter not in state:
             continue
         weight = state.pop(prefix + parameter)
         inside = f"{prefix}parametrizations.{parameter}."
@@ -180,18 +256,25 @@ def _quantizer(method: Method, weight: Tensor, site: Site) -> WeightQuantizer:
         raise SubbyteError(f"layer '{site.name}': {error}") from None
 
 
-def _is_prepared(owner: nn.Module, parameter: str) -> bool:
+def is_prepared(owner: nn.Module, parameter: str) -> bool:
+    """Whether a quantizer stands in front of this weight."""
     chains: Mapping[str, Any] = getattr(owner, "parametrizations", {})
     return parameter in chains and isinstance(chains[parameter][0], WeightQuantizer)
 
 
 @torch.no_grad()
 def _quantized(quantizer: WeightQuantizer, weight: Tensor, name: str) -> QuantizedTensor:
-    """`quantizer.quantize`, with the layer's name in errors, and no live weight lost to scale 0."""
+    """`quantizer.quantize`, with the layer's name in errors, and no weight lost to a scale that its
+    domain has not."""
     try:
         tensor = quantizer.quantize(weight.detach())
     except SubbyteError as error:
         raise SubbyteError(f"layer '{name}': {error}") from None
+    if tensor.grid.scale_domain is ScaleDomain.FLOAT16 and tensor.scale.max() >= FLOAT16_MAX:
+        raise SubbyteError(
+            f"layer '{name}': its weights need a scale above {FLOAT16_MAX:g}, which float16 has "
+            "not; use scale_domain='float32'"
+        )
     dead = spread(tensor.scale == 0, weight.ndim, tensor.grid) & (weight != 0)
     if dead.any():
         raise SubbyteError(
@@ -216,21 +299,9 @@ def _check_owner(owner: nn.Module, site: Site) -> None:
         )
 
 
-def _check_weight(weight: Tensor, name: str) -> None:
-    if weight.is_meta:
-        raise SubbyteError(f"weight of '{name}' is on the meta device; load its values first")
-    if weight.numel() == 0:
-        raise SubbyteError(
-            f"weight of '{name}' is empty, shape {tuple(weight.shape)}; keep it float"
-        )
+def _check_master(weight: Tensor, name: str) -> None:
     if weight.dtype != torch.float32:
         raise SubbyteError(
             f"weight of '{name}' is {weight.dtype}; call model.float() first, "
             "training needs float32 master weights"
-        )
-    if not weight.isfinite().all():
-        n_bad = int((~weight.isfinite()).sum())
-        raise SubbyteError(
-            f"weight of '{name}' has {n_bad} NaN or infinite values; "
-            "go back to an earlier checkpoint or lower the learning rate"
         )

@@ -19,7 +19,7 @@ Ours, where the text is silent:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -82,6 +82,9 @@ class LowRes:
 
     def __str__(self) -> str:
         return describe(self, "levels")
+
+    def with_levels(self, levels: int) -> LowRes:
+        return replace(self, levels=levels)
 
     def grid(self, channel_axis: int) -> Grid:
         """The grid of a layer whose output channels lie along this axis of its weight."""

@@ -11,13 +11,13 @@ paper has one more negative level); s is kept positive; a tie goes up; weights o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from subbyte.core.functional import encode, snap, straight_through
-from subbyte.core.grids import Grid, fixed_point
+from subbyte.core.grids import Grid, fixed_point, fixed_point_bits
 from subbyte.core.sites import Site
 from subbyte.core.tensors import QuantizedTensor
 from subbyte.methods.base import WeightQuantizer, describe
@@ -36,6 +36,9 @@ class LSQ:
 
     def __str__(self) -> str:
         return describe(self, "bits")
+
+    def with_levels(self, levels: int) -> LSQ:
+        return replace(self, bits=fixed_point_bits(levels))
 
     def quantizer(self, w: Tensor, site: Site) -> LSQQuantizer:
         return LSQQuantizer(self, w)

@@ -31,14 +31,14 @@ formulas are ours. Ours too:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from subbyte.core.functional import encode, fake_quantize, power_of_two, scale_exponent
-from subbyte.core.grids import Grid, fixed_point
+from subbyte.core.grids import Grid, fixed_point, fixed_point_bits
 from subbyte.core.sites import Site
 from subbyte.core.tensors import QuantizedTensor
 from subbyte.errors import SubbyteError
@@ -83,6 +83,9 @@ class SGM:
     def pull(self, progress: float) -> float:
         """kappa after this fraction of training."""
         return self.start * (self.end / self.start) ** (progress**self.late)
+
+    def with_levels(self, levels: int) -> SGM:
+        return replace(self, bits=fixed_point_bits(levels))
 
     def quantizer(self, w: Tensor, site: Site) -> SGMQuantizer:
         return SGMQuantizer(self, w)

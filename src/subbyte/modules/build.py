@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -12,10 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from subbyte import kernels
-from subbyte.core.sites import Site, join, sites, supported_type
+from subbyte.core.quantized import Quantized
+from subbyte.core.ready import check_plain, copied
+from subbyte.core.sites import Site, join, sites, supported_type, unsupported
 from subbyte.core.tensors import QuantizedLayer
 from subbyte.errors import SubbyteError
 from subbyte.kernels import Precision
+from subbyte.methods.base import is_prepared
 from subbyte.modules.absorb import BatchNormMode, absorb_batchnorm, check_mode
 from subbyte.modules.attention import PackedMultiheadAttention
 from subbyte.modules.conv import (
@@ -40,27 +42,32 @@ PACKED: dict[type[nn.Module], type[Any]] = {
 
 
 def pack(
-    model: nn.Module,
-    layers: Mapping[str, QuantizedLayer],
+    quantized: Quantized,
     *,
     batchnorm: BatchNormMode = "keep",
     precision: Precision = "int8",
 ) -> nn.Module:
-    """A copy of the model in which the named layers are packed; in eval mode.
+    """A copy of the float network in which the quantized layers are packed; in eval mode.
 
-    model: the float network, or the prepared one that `layers` were frozen from; it stays as it is.
+    quantized: of `sb.freeze` or `sb.quantize`; it stays as it is.
     batchnorm: "absorb" turns every BatchNorm into one scale and one shift a channel,
     "power_of_two" rounds those scales too (`subbyte.modules.absorb`); codes stay as they are.
     precision: of the activations in products, "int8", "int16" or "float32" (`subbyte.kernels`);
     the attribute `precision` of a packed layer changes it later.
     Raises SubbyteError for a name the model does not have, a shape that differs, or a prepared
-    layer that `layers` leaves out.
+    layer that is not among the quantized ones.
     """
+    if not isinstance(quantized, Quantized):
+        raise SubbyteError(
+            f"pack takes what freeze and quantize return, not {type(quantized).__name__}; for "
+            "layers of your own give Quantized(model, layers)"
+        )
+    model, layers = quantized.model, quantized.layers
     check_mode(batchnorm)
     kernels.check_precision(precision)
     if batchnorm != "keep":
         model = absorb_batchnorm(model, rounded=batchnorm == "power_of_two")
-    net = copy.deepcopy(model)
+    net = copied(model)
     by_owner = _by_owner(net, layers)
     replaced: dict[int, nn.Module] = {}
     for parent in reversed(list(net.modules())):  # children first: attention takes its out_proj
@@ -146,13 +153,16 @@ def _by_owner(
     known = {site.name: site for site in sites(net)}
     missing = sorted(set(layers) - set(known))
     if missing:
+        found = unsupported(net).get(missing[0])
+        if found is not None:
+            raise SubbyteError(f"layer '{missing[0]}' ({found[0]}) cannot be packed: {found[1]}")
         raise SubbyteError(f"the model has no layer {missing[0]!r}; it has {', '.join(known)}")
     by_owner: dict[int, dict[str, QuantizedLayer]] = {}
     for name, layer in layers.items():
         site = known[name]
         owner = net.get_submodule(site.owner)
         _check_fit(site, layer, owner)
-        _check_plain(name, owner)
+        check_plain(name, owner)
         part = site.parameter.removesuffix("_weight")
         by_owner.setdefault(id(owner), {})[part] = layer
     _check_all_prepared(net, known.values(), layers)
@@ -195,25 +205,10 @@ def _check_fit(site: Site, layer: QuantizedLayer, owner: nn.Module) -> None:
             )
 
 
-def _check_plain(name: str, owner: nn.Module) -> None:
-    """Packing replaces the module, so it must not carry what the packed one has no place for."""
-    hooks = len(owner._forward_hooks) + len(owner._forward_pre_hooks) + len(owner._backward_hooks)
-    if hooks:
-        raise SubbyteError(
-            f"layer '{name}' has {hooks} hooks, which packing would drop; remove them"
-        )
-    if owner._buffers:
-        raise SubbyteError(
-            f"layer '{name}' has buffers of its own ({', '.join(owner._buffers)}), which packing "
-            "would drop; keep it float"
-        )
-
-
 def _check_all_prepared(net: nn.Module, known: Any, layers: Mapping[str, QuantizedLayer]) -> None:
     for site in known:
         owner = net.get_submodule(site.owner)
-        prepared = site.parameter in getattr(owner, "parametrizations", {})
-        if prepared and site.name not in layers:
+        if is_prepared(owner, site.parameter) and site.name not in layers:
             raise SubbyteError(f"layer '{site.name}' is prepared but not among the frozen layers")
 
 

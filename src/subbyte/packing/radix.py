@@ -17,6 +17,8 @@ import torch
 import zstandard
 from torch import Tensor
 
+from subbyte.core.grids import digits_per as digits_per
+from subbyte.core.grids import n_words as n_words
 from subbyte.errors import SubbyteError
 
 try:
@@ -35,19 +37,6 @@ def why_not_native(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the C++ core works on CPU tensors, this one is on {device}"
     return None
-
-
-def digits_per(n_levels: int, word_bits: int) -> int:
-    """Most base-N digits that fit in a word: the largest d with N^d <= 2^word_bits."""
-    digits, value = 0, n_levels
-    while value <= 1 << word_bits:
-        digits, value = digits + 1, value * n_levels
-    return digits
-
-
-def n_words(count: int, n_levels: int) -> int:
-    """64-bit words that `count` codes take."""
-    return -(-count // digits_per(n_levels, 64))
 
 
 # ---------------------------------------------------------------- 64-bit words

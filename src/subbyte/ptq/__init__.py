@@ -1,15 +1,8 @@
-"""Post-training quantization: a trained network and some images are enough; no labels needed."""
+"""Post-training quantization: a trained network and some examples are enough; no labels needed."""
 
-from subbyte.ptq.plan.ranks import LayerPlan, RankPlan
+from subbyte.ptq.cora import CoRa
 from subbyte.ptq.published import PublishedCoRa
-from subbyte.ptq.quantize import CoRa, Listener, Quantization, quantize
+from subbyte.ptq.quantize import Listener, quantize
+from subbyte.ptq.solvers import SOLVERS
 
-__all__ = [
-    "CoRa",
-    "LayerPlan",
-    "Listener",
-    "PublishedCoRa",
-    "Quantization",
-    "RankPlan",
-    "quantize",
-]
+__all__ = ["SOLVERS", "CoRa", "Listener", "PublishedCoRa", "quantize"]

@@ -21,13 +21,14 @@ from subbyte.core.functional import power_of_two, scale_exponent
 from subbyte.core.grids import PerChannel, uniform
 from subbyte.core.tensors import as_matrix
 from subbyte.errors import SubbyteError
+from subbyte.ptq.calibration import Batch, call
 from subbyte.ptq.solvers.codes import rtn
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def norms_behind(model: nn.Module, x: Tensor) -> dict[str, str]:
+def norms_behind(model: nn.Module, x: Batch) -> dict[str, str]:
     """Layer name -> the BatchNorm that takes its output as it is, found by running x once.
 
     A layer that is called more than once, or whose output goes to several norms, is left out; what
@@ -61,7 +62,7 @@ def norms_behind(model: nn.Module, x: Tensor) -> dict[str, str]:
     training = model.training
     try:
         with torch.no_grad():
-            model.eval()(x)
+            call(model.eval(), x)
     finally:
         model.train(training)
         for handle in handles:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from subbyte.core.tensors import QuantizedLayer
+from subbyte.core.quantized import Quantized
 from subbyte.modules import pack
+from subbyte.ptq.calibration import Examples, call
 from subbyte.ptq.steps.tune import TEMPERATURE, divergence
 
 HELD_OUT = 5  # one calibration image in so many judges, the others teach
@@ -19,25 +20,22 @@ _BATCH = 64
 class Judge:
     """Some inputs of the network and what the float network `teacher` makes of them."""
 
-    def __init__(self, teacher: nn.Module, images: Tensor) -> None:
+    def __init__(self, teacher: nn.Module, images: Examples) -> None:
         self.teacher, self.batches = teacher, images.split(_BATCH)
 
     @cached_property
     def _wanted(self) -> Sequence[Tensor]:
         """The float network's logits."""
         with torch.no_grad():
-            return [self.teacher(x) for x in self.batches]
+            return [call(self.teacher, x) for x in self.batches]
 
     @torch.no_grad()
-    def distance(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> float:
-        """Mean divergence from the float network, nats; infinite if any logit is not finite.
-
-        model: the float network, its norms and biases maybe moved; layers: its weights.
-        """
-        net = pack(model, layers, precision="float32")
+    def distance(self, quantized: Quantized) -> float:
+        """Mean divergence from the float network, nats; infinite if any logit is not finite."""
+        net = pack(quantized, precision="float32")
         total = 0.0
         for x, wanted in zip(self.batches, self._wanted, strict=True):
-            logits = net(x)
+            logits = call(net, x)
             if not logits.isfinite().all():
                 return float("inf")
             total += float(divergence(logits, wanted, TEMPERATURE)) * len(x)
@@ -48,16 +46,16 @@ class Judge:
         """Percent of the images (or tokens) of which it predicts the float network's class."""
         same = total = 0
         for x, wanted in zip(self.batches, self._wanted, strict=True):
-            hits = net(x).argmax(-1) == wanted.argmax(-1)
+            hits = call(net, x).argmax(-1) == wanted.argmax(-1)
             same, total = same + int(hits.sum()), total + hits.numel()
         return 100.0 * same / max(1, total)
 
 
-def teaching(images: Tensor) -> Tensor:
+def teaching(images: Examples) -> Examples:
     """All but those that judge; of very few images, all."""
     judge = torch.arange(len(images)) % HELD_OUT == 0
     return images[~judge] if len(images) >= HELD_OUT else images
 
 
-def judging(images: Tensor) -> Tensor:
+def judging(images: Examples) -> Examples:
     return images[::HELD_OUT]

@@ -18,7 +18,6 @@ Ours:
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,14 +27,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from subbyte.core.grids import Grid
-from subbyte.core.sites import Site
-from subbyte.core.tensors import QuantizedLayer, QuantizedTensor, as_matrix, as_weight
+from subbyte.core.plan import Plan, PlannedLayer
+from subbyte.core.ready import copied
+from subbyte.core.sites import Site, bias_of
+from subbyte.core.tensors import QuantizedLayer, as_matrix
 from subbyte.errors import SubbyteError
-from subbyte.packing import radix
-from subbyte.ptq.plan.ranks import LayerPlan, RankPlan
-from subbyte.ptq.solvers.codes import k_sigma
-from subbyte.ptq.solvers.lowrank import Metric, adapter_bytes, fit_adapter
+from subbyte.ptq.calibration import Examples, Ragged, call
+from subbyte.ptq.solvers import KSigma, weight_of
+from subbyte.ptq.solvers.lowrank import Metric, fit_adapter
 
 _BATCH = 32
 _CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
@@ -72,6 +71,10 @@ class PublishedCoRa:
         if not 0 < self.start <= 1:
             raise SubbyteError(f"start={self.start!r}; use a share of the rank above 0, up to 1")
 
+    @property
+    def solver(self) -> KSigma:
+        return KSigma(self.k)
+
 
 def butterworth(r: Tensor, n: int, order: int) -> Tensor:
     """The normalised kernel at i / n for i = 1 .. n; [n], 1 at first and falling."""
@@ -106,13 +109,13 @@ class _Searched(nn.Module):
         self.r.clamp_(1 / self.full, 1.0)
 
     def rank(self) -> int:
-        return math.ceil(self.full * float(self.r))
+        return math.ceil(self.full * float(self.r.detach()))
 
 
 def search_ranks(
     model: nn.Module,
     sites: Mapping[str, Site],
-    images: Tensor,
+    images: Examples,
     labels: Tensor | None,
     method: PublishedCoRa,
     generator: torch.Generator,
@@ -125,6 +128,10 @@ def search_ranks(
         raise SubbyteError(
             "the published rank search learns from labels and the calibration has none; give "
             "(inputs, labels) pairs, or labels=False for the float network as a teacher"
+        )
+    if isinstance(images, Ragged):
+        raise SubbyteError(
+            "the published rank search needs calibration examples of one shape; pad or crop them"
         )
     convolutions = {name: site for name, site in sites.items() if site.type in _CONVOLUTIONS}
     if not convolutions:
@@ -142,10 +149,10 @@ def search_ranks(
             order = torch.randperm(len(images), generator=generator)
         index, order = order[:_BATCH], order[_BATCH:]
         with torch.no_grad():
-            target = model(images[index]).softmax(-1) if labels is None else labels[index]
+            target = call(model, images[index]).softmax(-1) if labels is None else labels[index]
         with torch.enable_grad():
             used = torch.stack([r * share for r, share in parts]).sum()
-            task = F.cross_entropy(student(images[index]), target)
+            task = F.cross_entropy(call(student, images[index]), target)
             loss = task + method.gamma * (used - method.budget).relu().exp()
             optimizer.zero_grad()
             loss.backward()
@@ -161,14 +168,14 @@ def search_ranks(
 def _student(
     model: nn.Module, sites: Mapping[str, Site], method: PublishedCoRa
 ) -> tuple[nn.Module, dict[str, _Searched]]:
-    student = copy.deepcopy(model).train()
+    student = copied(model).train()
     for parameter in student.parameters():
         parameter.requires_grad_(False)
     searched = {}
     for name, site in sites.items():
         owner = student.get_submodule(site.owner)
         matrix = as_matrix(owner.get_parameter(site.parameter).detach())
-        quantized = k_sigma(matrix, method.bits, method.k).dequantize()
+        quantized = method.solver.solve(matrix, None, 2**method.bits).dequantize()
         searched[name] = _Searched(matrix, quantized, site, method)
         parametrize.register_parametrization(owner, site.parameter, searched[name], unsafe=True)
     return student, searched
@@ -176,33 +183,28 @@ def _student(
 
 def published_layers(
     model: nn.Module, sites: Mapping[str, Site], ranks: Mapping[str, int], method: PublishedCoRa
-) -> tuple[dict[str, QuantizedLayer], RankPlan]:
+) -> tuple[dict[str, QuantizedLayer], Plan]:
     """k-sigma codes everywhere, plain SVD adapters of the given ranks (0 or missing: none)."""
-    layers, planned = {}, []
+    layers = {}
     for name, site in sites.items():
         owner = model.get_submodule(site.owner)
         matrix = as_matrix(getattr(owner, site.parameter).detach(), site.channel_axis)
-        codes = k_sigma(matrix, method.bits, method.k)
-        rank = ranks.get(name, 0)
-        adapter = None
+        codes = method.solver.solve(matrix, None, 2**method.bits)
+        rank, adapter = ranks.get(name, 0), None
         if rank:
             plain = Metric(None, None, 1, matrix.shape[1])
             adapter = fit_adapter(matrix - codes.dequantize(), plain, rank, method.adapter_bits)
-        weight = QuantizedTensor(
-            as_weight(codes.codes, site.shape, site.channel_axis).contiguous(),
-            codes.scale,
-            Grid(codes.grid.levels),
-        )
-        bias = getattr(owner, "bias", None) if site.parameter == "weight" else None
-        layers[name] = QuantizedLayer(weight, None if bias is None else bias.detach(), adapter)
-        n_bytes = 8 * radix.n_words(site.n_weights, codes.grid.n_levels) + 4
-        if rank:
-            n_bytes += adapter_bytes(matrix.shape[0], matrix.shape[1], 1, rank, method.adapter_bits)
-        planned.append(LayerPlan(name, site.type, site.shape, codes.grid.n_levels, rank, n_bytes))
-    return layers, RankPlan(tuple(planned))
+        layers[name] = QuantizedLayer(weight_of(codes, site), bias_of(model, site), adapter)
+    return layers, Plan(tuple(_planned(site, layers[name]) for name, site in sites.items()))
 
 
-def equivalent_bits(plan: RankPlan, method: PublishedCoRa) -> float:
+def _planned(site: Site, layer: QuantizedLayer) -> PlannedLayer:
+    rank = 0 if layer.adapter is None else layer.adapter.rank
+    levels = layer.weight.grid.n_levels
+    return PlannedLayer(site.name, site.type, site.shape, levels, rank, layer.n_bytes)
+
+
+def equivalent_bits(plan: Plan, method: PublishedCoRa) -> float:
     """The paper's count: bits + adapter bits * adapter parameters / all parameters; no scales."""
     weights = sum(layer.n_weights for layer in plan.quantized)
     extra = sum(

@@ -1,92 +1,52 @@
 """Post-training quantization: calibrate, plan, solve in order, tune; labels are never needed.
 
-    result = sb.quantize(model, sb.CoRa(bits=3), calibration=batches)
-    sb.save(result.model, "net.safetensors")
+    done = sb.quantize(model, sb.CoRa(bits=3), calibration=batches)
+    sb.save(sb.pack(done), "net.safetensors")
 
-CoRa: "Reclaiming Residual Knowledge", arXiv:2408.00923; the paper's form is in
-`subbyte.ptq.published`. The default departs from it, because rounding noise is nearly white and a
-plain SVD of it reclaims little: codes by GPTQ, layer by layer for what the quantized layers before
-hand on, adapters in the metric of the inputs and the loss, ranks and levels in closed form, then a
-short tuning.
+The default departs from CoRa as published (`subbyte.ptq.published`), because rounding noise is
+nearly white and a plain SVD of it reclaims little: codes by GPTQ, layer by layer for what the
+quantized layers before hand on, adapters in the metric of the inputs and the loss, ranks and levels
+in closed form, then a short tuning. Each step after the first codes is a pure function from
+Quantized to Quantized; held-out examples decide whether its outcome is kept.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from subbyte.core.sites import Site, join, owners_of_tied_weights, sites, unsupported
-from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_matrix, as_weight
+from subbyte.core.account import float_parameters, note_on_size, notes_on_float
+from subbyte.core.grids import PerChannel, ScaleDomain
+from subbyte.core.plan import Plan, PlannedLayer
+from subbyte.core.quantized import Evidence, Quantized
+from subbyte.core.ready import check_ready
+from subbyte.core.recipe import Recipe, as_recipe
+from subbyte.core.sites import Site, bias_of, sites
+from subbyte.core.tensors import QuantizedLayer, as_matrix
 from subbyte.errors import SubbyteError
 from subbyte.modules import pack
+from subbyte.ptq.calibration import Examples, gathered, one_batch, values_an_example
+from subbyte.ptq.cora import CoRa, common, solve_layer
+from subbyte.ptq.entrance import check_outputs, float_twin
 from subbyte.ptq.evidence.mosaics import Mosaics, rounds_needed
 from subbyte.ptq.evidence.statistics import Statistics, effects, input_statistics
 from subbyte.ptq.judge import HELD_OUT, Judge, judging, teaching
-from subbyte.ptq.plan.ranks import LayerPlan, RankPlan
 from subbyte.ptq.plan.search import LEVELS, Layer, layer_bytes, search
 from subbyte.ptq.published import PublishedCoRa, published_layers, search_ranks
-from subbyte.ptq.solvers.codes import channel_grid, gptq, rtn
-from subbyte.ptq.solvers.lowrank import Metric, fit_adapter
 from subbyte.ptq.steps.in_order import solve_in_order
 from subbyte.ptq.steps.norms import correct_norms, has_norms
 from subbyte.ptq.steps.tune import TEMPERATURE, tune
 
-CodesBy = Literal["gptq", "rtn"]
 _EFFECT_BATCH = 16
-_IN_ORDER = 640  # images for the passes in order; twice as many took twice as long for little
+_IN_ORDER = 640  # examples for the passes in order; twice as many took twice as long for little
 _NORM_VALUES = 2**25  # input values of the batch that corrects the norms
-
-
-@dataclass(frozen=True, slots=True)
-class CoRa:
-    """Which codes, which adapters, how long to tune.
-
-    levels or bits (2^bits levels): of every layer; neither: searched a layer, with the ranks.
-    target_bits: the budget in real bits a weight (codes, scales, adapters); None: no adapters.
-    codes: "gptq" or "rtn". in_order: with gptq, each layer makes up for the quantized ones before
-    it, if held-out images agree; then correct_norms has nothing left to do. adapter_bits: 8 or 16.
-    tune: iterations, at most 250, 0 for none.
-    """
-
-    levels: int | None = None
-    bits: int | None = None
-    target_bits: float | None = None
-    codes: CodesBy = "gptq"
-    adapter_bits: int = 8
-    tune: int = 250
-    in_order: bool = True
-    correct_norms: bool = True
-    rounds: int = 3
-
-    def __post_init__(self) -> None:
-        if self.bits is not None and self.levels is not None:
-            raise SubbyteError(f"bits={self.bits} and levels={self.levels}; give one of them")
-        if self.bits is not None and self.bits not in range(1, 9):
-            raise SubbyteError(f"bits={self.bits!r}; use 1 to 8")
-        if self.levels is not None and self.levels not in range(2, 257):
-            raise SubbyteError(f"levels={self.levels!r}; use 2 to 256")
-        if self.n_levels is None and self.target_bits is None:
-            raise SubbyteError("give bits or levels, or target_bits for a search over both")
-        if self.target_bits is not None and not 0 < self.target_bits <= 32:
-            raise SubbyteError(f"target_bits={self.target_bits!r}; use a number of bits up to 32")
-        if self.codes not in get_args(CodesBy):
-            raise SubbyteError(f"codes={self.codes!r}; use one of {', '.join(get_args(CodesBy))}")
-        if self.adapter_bits not in (8, 16):
-            raise SubbyteError(f"adapter_bits={self.adapter_bits!r}; use 8 or 16")
-        if self.tune not in range(251):
-            raise SubbyteError(f"tune={self.tune!r}; use 0 to 250 iterations")
-        if self.rounds < 1:
-            raise SubbyteError(f"rounds={self.rounds!r}; use 1 or more")
-
-    @property
-    def n_levels(self) -> int | None:
-        return self.levels if self.bits is None else 2**self.bits
 
 
 class Listener(Protocol):
@@ -95,335 +55,369 @@ class Listener(Protocol):
     def note(self, text: str) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Quantization:
-    """model: packed, in eval mode. plan: what each layer got. notes: decisions worth a line.
-
-    agreement: percent of the held-out calibration images on which it predicts the same class as
-    the float network. iterations: tuning steps taken.
-    """
-
-    model: nn.Module
-    plan: RankPlan
-    seconds: float
-    iterations: int
-    agreement: float
-    notes: tuple[str, ...] = field(default=())
-
-    @property
-    def bits_per_weight(self) -> float:
-        return self.plan.bits_per_weight
-
-
 def quantize(
     model: nn.Module,
-    method: CoRa | PublishedCoRa,
+    method: CoRa | PublishedCoRa | Recipe,
     *,
     calibration: Iterable[Any],
-    plan: RankPlan | None = None,
+    plan: Plan | None = None,
     seed: int = 0,
     listener: Listener | None = None,
-) -> Quantization:
+) -> Quantized:
     """Quantize a trained network; the network itself stays as it is. Works on the CPU, in float32.
 
-    calibration: batches of inputs as the network takes them, or (inputs, labels) pairs; labels are
-    used by PublishedCoRa alone. plan: levels and ranks to use in place of a search. seed: of the
-    pseudo-labels and the tuning. Layers that cannot be quantized stay float and are named in the
-    notes. Raises SubbyteError for no calibration images, inputs that are not finite (naming the
-    layer) and a budget that cannot be met (naming the smallest).
+    method: for every layer; or a recipe whose rules give CoRa values, or None for float.
+    calibration: batches as the network takes them (`subbyte.ptq.calibration`): tensors, tuples,
+    dicts, with or without labels, which PublishedCoRa alone uses. plan: levels and ranks to use in
+    place of a search; it may come from `prepare`. seed: of the pseudo-labels and the tuning.
+    What cannot be quantized stays float and is named in the notes. Raises SubbyteError, before the
+    long work, for batches that the network cannot run, outputs that are no class scores, and
+    weights without values or not finite; later for inputs that are not finite (naming the layer)
+    and a budget that cannot be met (naming the smallest).
     """
     started = time.perf_counter()
-    images, labels = _inputs(calibration)
-    work = _Work(model, images, seed, listener)
-    if isinstance(method, PublishedCoRa):
-        chosen = work.published(method, labels, plan)
+    run = _started(model, as_recipe(method), calibration, plan, _Notes(listener))
+    generator = torch.Generator().manual_seed(seed)
+    if any(isinstance(m, PublishedCoRa) for m in run.methods):
+        outcome = _published(run, generator, plan is None)
     else:
-        chosen = work.reclaimed(method, plan)
-    packed = pack(work.model, work.layers)
-    seconds, agreement = time.perf_counter() - started, work.judge.agreement(packed)
-    notes = tuple(work.notes)
-    return Quantization(packed, chosen, seconds, work.iterations, agreement, notes)
+        outcome = _reclaimed(run, generator, seed)
+    done = outcome.done
+    agreement = run.judge.agreement(pack(done))
+    for note in note_on_size(done.parameters):
+        run.notes.add(note)
+    seconds = time.perf_counter() - started
+    evidence = Evidence(
+        _as_solved(outcome.plan, done.layers), seconds, outcome.iterations, agreement
+    )
+    return replace(done, notes=tuple(run.notes.taken), evidence=evidence)
 
 
-def _inputs(calibration: Iterable[Any]) -> tuple[Tensor, Tensor | None]:
-    """All calibration inputs in one tensor, and their labels if every batch has them."""
-    found = [b if isinstance(b, tuple | list) else (b, None) for b in calibration]
-    if not sum(len(x) for x, *_ in found):
-        raise SubbyteError("no calibration images; give at least one batch")
-    inputs = torch.cat([torch.as_tensor(x) for x, *_ in found])
-    if any(len(pair) != 2 or pair[1] is None for pair in found):
-        return inputs, None
-    return inputs, torch.cat([torch.as_tensor(y) for _, y in found])
+class _Notes:
+    """Decisions worth a line: told at once, and kept."""
 
-
-class _Work:
-    """One run: the network so far, its layers so far, and what was noted."""
-
-    def __init__(
-        self, model: nn.Module, images: Tensor, seed: int, listener: Listener | None
-    ) -> None:
-        # channels last doubles the speed of convolutions on a CPU
-        self.teacher: nn.Module = copy.deepcopy(model).cpu().float().eval()
-        self.teacher = self.teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model = copy.deepcopy(self.teacher)  # its norms and biases may change
-        self.images, self.teaching, self.listener = images, teaching(images), listener
-        self.judge = Judge(self.teacher, judging(images))
-        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
-        self.layers: dict[str, QuantizedLayer] = {}
-        self.iterations = 0
-        self.notes: list[str] = []
-        self.sites = self._sites()
-        self.statistics: Mapping[str, Statistics] = {}
-        self.starved: Sequence[str] = ()  # layers that need mosaics
-        self.mosaics: Sequence[Tensor] = ()
-        self.known: list[Layer] = []
-        self.distance: float | None = None  # of what is kept so far, once it was judged
+    def __init__(self, listener: Listener | None) -> None:
+        self.listener, self.taken = listener, list[str]()
 
     def tell(self, text: str) -> None:
         if self.listener is not None:
             self.listener.note(text)
 
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+    def add(self, text: str) -> None:
+        self.taken.append(text)
         self.tell(text)
 
-    def _sites(self) -> dict[str, Site]:
-        """What will be quantized; the rest is named."""
-        tied = owners_of_tied_weights(self.model)
-        for path, (kind, reason) in unsupported(self.model).items():
-            self.note(f"layer '{path}' ({kind}) stays float: {reason}")
-        found = {}
-        for site in sites(self.model):
-            if join(site.owner, site.parameter) in tied:
-                self.note(f"layer '{site.name}' stays float: its weight is shared")
-            else:
-                weight = getattr(self.model.get_submodule(site.owner), site.parameter)
-                if not weight.isfinite().all():
-                    raise SubbyteError(
-                        f"weight of '{site.name}' has NaN or infinite values; load other weights"
-                    )
-                found[site.name] = site
-        if not found:
-            raise SubbyteError(f"{type(self.model).__name__} has no layer that can be quantized")
-        return found
 
-    # ------------------------------------------------------------ roads
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """What all steps work from.
 
-    def reclaimed(self, method: CoRa, plan: RankPlan | None) -> RankPlan:
-        """Ours: every step in turn."""
-        adapters = method.target_bits is not None or any(
-            layer.rank for layer in (() if plan is None else plan.layers)
+    teacher: the float network. plan: which layers are quantized, by which method. sites: of these
+    layers, by name. examples, labels: the calibration.
+    """
+
+    teacher: nn.Module
+    plan: Plan
+    sites: Mapping[str, Site]
+    examples: Examples
+    labels: Tensor | None
+    judge: Judge
+    notes: _Notes
+
+    @property
+    def teaching(self) -> Examples:
+        return teaching(self.examples)
+
+    @property
+    def methods(self) -> list[Any]:
+        return [layer.method for layer in self.plan.quantized]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Outcome:
+    done: Quantized
+    plan: Plan
+    iterations: int
+
+
+def _started(
+    model: nn.Module, recipe: Recipe, calibration: Iterable[Any], plan: Plan | None, notes: _Notes
+) -> _Run:
+    """Everything that can be refused is refused here."""
+    _check_methods(recipe)
+    twin = float_twin(model)
+    base = recipe.plan(twin)
+    base = base if plan is None else base.following(plan)
+    names = {layer.name for layer in base.quantized}
+    chosen = {site.name: site for site in sites(twin) if site.name in names}
+    if not chosen:
+        why = next((f": {layer.reason}" for layer in base.layers if layer.reason), "")
+        raise SubbyteError(
+            f"{type(twin).__name__} has no layer left that is quantized{why}; give one a method"
         )
-        self.calibrate(effect=adapters)
-        chosen = self.plan(method) if plan is None else self.checked(plan, method)
-        self.tell(str(chosen))
-        self.see_more()
-        self.solve(chosen, method)
-        if not self.solve_in_order(chosen, method):
-            self.correct(method)
-        self.tune(method)
-        return chosen
+    check_ready(twin, list(chosen.values()))
+    given = gathered(calibration, twin)
+    check_outputs(twin, given.examples)
+    for note in (*given.notes, *notes_on_float(float_parameters(twin, names))):
+        notes.add(note)
+    judge = Judge(twin, judging(given.examples))
+    return _Run(twin, base, chosen, given.examples, given.labels, judge, notes)
 
-    def published(
-        self, method: PublishedCoRa, labels: Tensor | None, plan: RankPlan | None
-    ) -> RankPlan:
-        """The paper's: a search by gradient descent, then codes and plain adapters."""
-        if plan is None:
-            ranks = search_ranks(
-                self.teacher, self.sites, self.images, labels if method.labels else None, method,
-                self.generator,
-            )  # fmt: skip
-            self.iterations = method.iterations
-        else:
-            ranks = {layer.name: layer.rank for layer in plan.layers}
-        self.layers, chosen = published_layers(self.teacher, self.sites, ranks, method)
-        self.tell(str(chosen))
-        return chosen
 
-    # ------------------------------------------------------------ steps
+def _check_methods(recipe: Recipe) -> None:
+    methods = [rule.method for rule in recipe.rules if rule.method is not None]
+    for method in methods:
+        if not isinstance(method, CoRa | PublishedCoRa):
+            raise SubbyteError(f"{method!r} is no method of quantize; give CoRa(bits=3), or so")
+    ours = [method for method in methods if isinstance(method, CoRa)]
+    if len(ours) != len(methods) and len(set(methods)) > 1:
+        raise SubbyteError("PublishedCoRa searches over the network; give all rules the same one")
+    if ours:
+        common(ours)
 
-    def calibrate(self, effect: bool) -> None:
-        """Statistics of the teaching images; effect: of the rows too, for a search and adapters."""
-        images, own = self.teaching, list(self.sites.values())
-        self.tell(f"calibrating on {len(images):,} images")
-        self.statistics = input_statistics(self.model, own, images.split(64))
-        by_row = self._effects(images) if effect else {}
-        for site in own:
-            statistics = self.statistics.get(site.name)
-            if statistics is None:
-                self.note(
-                    f"layer '{site.name}' ({site.type}) has no input statistics (not reached by "
-                    "the calibration images, or of a kind without): round to nearest"
-                )
-            weight = getattr(self.model.get_submodule(site.owner), site.parameter).detach()
-            groups = 1 if statistics is None else len(statistics.gram)
-            matrix = as_matrix(weight, site.channel_axis)
-            sure = None if statistics is None else statistics.shrunk()
-            self.known.append(Layer(site, matrix, groups, sure, by_row.get(site.name)))
 
-    def see_more(self) -> None:
-        """Of layers that saw fewer vectors than they have inputs, mosaics of the images added.
+# ---------------------------------------------------------------- the two roads
 
-        After the search: an error costs what it does on images as they are.
-        """
-        images, seen = self.teaching, self.statistics
-        rounds = {n: rounds_needed(x.patches, x.gram.shape[-1]) for n, x in seen.items()}
-        self.starved = [name for name, needed in rounds.items() if needed]
-        if images.ndim != 4 or not self.starved:
-            return
-        most = max(rounds.values())
-        self.tell(f"few inputs for {', '.join(self.starved)}: {most} mosaics an image as well")
-        self.mosaics = Mosaics(images, most, self.seed)
-        starved = [self.sites[name] for name in self.starved]
-        more = input_statistics(self.model, starved, self.mosaics)
-        for i, layer in enumerate(self.known):
-            name = layer.site.name
-            if name in more:
-                pooled = seen[name].pooled(more[name])
-                self.known[i] = replace(layer, statistics=pooled.shrunk())
 
-    def _effects(self, images: Tensor) -> dict[str, Tensor]:
-        return effects(
-            self.model, list(self.sites.values()), self.statistics, images.split(_EFFECT_BATCH),
-            self.generator, temperature=TEMPERATURE,
-        )  # fmt: skip
+def _reclaimed(run: _Run, generator: torch.Generator, seed: int) -> _Outcome:
+    """Ours: codes layer by layer, then every step in turn."""
+    method = common(run.methods)
+    adapters = any(m.target_bits is not None for m in run.methods)
+    adapters |= any(layer.rank for layer in run.plan.layers)
+    statistics = _measured(run)
+    by_row = _effects(run, statistics, generator) if adapters else {}
+    known = [_known(run, site, statistics.get(name), by_row) for name, site in run.sites.items()]
+    chosen = _chosen(run, known)
+    run.notes.tell(str(chosen))
+    mosaics = _mosaics(run, statistics, seed)
+    known = list(_seen_more(run, known, statistics, mosaics))
+    solve = _solver(run, chosen)
+    start = Quantized(copy.deepcopy(run.teacher), {x.site.name: solve(x) for x in known})
+    steps: list[_Step] = []
+    if method.in_order and any(x.statistics for x in known) and _compensates(run):
+        steps.append(_Step(_IN_ORDER_NOTE, partial(_in_order, run, known, solve, mosaics)))
+    if method.correct_norms and has_norms(run.teacher):
+        steps.append(_Step("corrected norms", partial(_norms, run), unless=_IN_ORDER_NOTE))
+    iterations = method.tune if len(run.examples) >= 2 * HELD_OUT else 0
+    if iterations:
+        what = f"{iterations} iterations of tuning"
+        steps.append(_Step(what, partial(_tuned, run, iterations, generator)))
+    done = _improved(start, steps, run)
+    if method.tune and not iterations:
+        n = len(run.examples)
+        run.notes.add(f"not tuned: {n} calibration examples are too few to judge by")
+    _note_scales(run, done)
+    return _Outcome(done, chosen, iterations)
 
-    def plan(self, method: CoRa) -> RankPlan:
-        levels = LEVELS if method.n_levels is None else (method.n_levels,)
-        if method.target_bits is not None:
-            return search(
-                self.known, method.target_bits, levels=levels, adapter_bits=method.adapter_bits
-            )
-        assert method.n_levels is not None
-        same = [
-            LayerPlan(x.site.name, x.site.type, x.site.shape, method.n_levels, 0, 0)
-            for x in self.known
-        ]
-        return self.checked(RankPlan(tuple(same)), method)
 
-    def checked(self, plan: RankPlan, method: CoRa) -> RankPlan:
-        """The plan with bytes as they are, for this network."""
-        by_name = {layer.name: layer for layer in plan.layers}
-        for name in by_name:
-            if name not in self.sites:
-                raise SubbyteError(
-                    f"the plan names layer '{name}', which the network has not (or not for "
-                    f"quantizing); it has {', '.join(self.sites)}"
-                )
-        bits = method.adapter_bits
-        sized = [_sized(layer, by_name.get(layer.site.name), bits) for layer in self.known]
-        return RankPlan(tuple(sized))
+def _published(run: _Run, generator: torch.Generator, searching: bool) -> _Outcome:
+    """The paper's: a search by gradient descent, then codes and plain adapters."""
+    method: PublishedCoRa = run.methods[0]
+    ranks = {layer.name: layer.rank for layer in run.plan.layers}
+    if searching:
+        labels = run.labels if method.labels else None
+        ranks = search_ranks(run.teacher, run.sites, run.examples, labels, method, generator)
+    layers, chosen = published_layers(run.teacher, run.sites, ranks, method)
+    run.notes.tell(str(chosen))
+    done = Quantized(copy.deepcopy(run.teacher), layers)
+    return _Outcome(done, chosen, method.iterations if searching else 0)
 
-    def solve(self, plan: RankPlan, method: CoRa) -> None:
-        for layer, planned in zip(self.known, plan.layers, strict=True):
-            if planned.levels:
-                self.layers[layer.site.name] = self._solved(layer, planned, method)
 
-    def solve_in_order(self, plan: RankPlan, method: CoRa) -> bool:
-        """Whether it helped; if so, the norms behind the layers have moved as well."""
-        if (
-            not method.in_order
-            or method.codes != "gptq"
-            or not any(x.statistics for x in self.known)
-        ):
-            return False
-        self.tell("solving again, layer by layer, for the inputs of the quantized network")
-        planned = {layer.name: layer for layer in plan.quantized}
-        known = [layer for layer in self.known if layer.site.name in planned]
-        done = solve_in_order(
-            self.teacher, known, lambda x: self._solved(x, planned[x.site.name], method),
-            self._some(_IN_ORDER).split(64), more=self.mosaics, starved=self.starved,
-        )  # fmt: skip
-        return self._keep_if_better("layers solved in order", done.model, done.layers)
+# ---------------------------------------------------------------- judged steps
 
-    def _solved(self, layer: Layer, planned: LayerPlan, method: CoRa) -> QuantizedLayer:
-        """Codes and adapter by turns: codes for what the adapter leaves, and back."""
-        levels, rank, bits = planned.levels, planned.rank, method.adapter_bits
-        site, matrix = layer.site, layer.matrix
-        gram = None if layer.statistics is None else layer.statistics.gram
-        metric = Metric(gram, layer.effect, layer.groups, matrix.shape[1])
-        codes, adapter = _codes(matrix, gram, levels, method), None
-        for _ in range(method.rounds if rank else 0):
-            if adapter is not None:
-                codes = _codes(matrix - adapter.product(), gram, levels, method)
-            adapter = _adapter(layer, matrix - codes.dequantize(), metric, rank, bits)
-        grid = channel_grid(levels, site.channel_axis)
-        weight = QuantizedTensor(
-            as_weight(codes.codes, site.shape, site.channel_axis).contiguous(), codes.scale, grid
-        )
-        return QuantizedLayer(weight, self._bias(site), adapter)
+_IN_ORDER_NOTE = "layers solved in order"
 
-    def _bias(self, site: Site) -> Tensor | None:
-        bias = getattr(self.model.get_submodule(site.owner), "bias", None)
-        return None if bias is None or site.parameter != "weight" else bias.detach().clone()
 
-    def correct(self, method: CoRa) -> None:
-        if not method.correct_norms or not has_norms(self.model):
-            return
-        model = copy.deepcopy(self.model)
-        per_image = max(1, self.images[0].numel())
-        images = self.teaching[: max(32, _NORM_VALUES // per_image)]
-        correct_norms(model, self.teacher, self.layers, images)
-        self._keep_if_better("corrected norms", model, self.layers)
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """what: for the note. unless: a step that, where it was kept, leaves this one nothing to do."""
 
-    def tune(self, method: CoRa) -> None:
-        if not method.tune:
-            return
-        if len(self.images) < 2 * HELD_OUT:
-            self.note(f"not tuned: {len(self.images)} calibration images are too few to judge by")
-            return
-        done = tune(
-            self.model, self.teacher, self.layers, self.sites, self.teaching, method.tune,
-            self.generator,
-        )  # fmt: skip
-        self.iterations = method.tune
-        self._keep_if_better(f"{method.tune} iterations of tuning", done.model, done.layers)
+    what: str
+    take: Callable[[Quantized], Quantized]
+    unless: str = ""
 
-    # ------------------------------------------------------------ judging
 
-    def _keep_if_better(
-        self, what: str, model: nn.Module, layers: dict[str, QuantizedLayer]
-    ) -> bool:
-        """Only what brings the held-out images closer to the float network is kept."""
-        before = self.distance
-        if before is None:
-            before = self.judge.distance(self.model, self.layers)
-        after = self.judge.distance(model, layers)
+def _improved(start: Quantized, steps: Sequence[_Step], run: _Run) -> Quantized:
+    """Of each step's outcome only what brings the held-out examples closer to the float network."""
+    best, before = start, None
+    kept: set[str] = set()
+    for step in steps:
+        if step.unless in kept:
+            continue
+        outcome = step.take(best)
+        before = run.judge.distance(best) if before is None else before
+        after = run.judge.distance(outcome)
         better = after < before
-        self.note(
-            f"{what}: {'kept' if better else 'dropped'}, divergence from the float network on "
+        for note in outcome.notes:
+            run.notes.add(note)
+        run.notes.add(
+            f"{step.what}: {'kept' if better else 'dropped'}, divergence from the float network on "
             f"held-out images {before:.4f} -> {after:.4f}"
         )
-        self.distance = min(before, after)
         if better:
-            self.model, self.layers = model, layers
-        return better
-
-    def _some(self, most: int) -> Tensor:
-        """About so many of the teaching images at most, from all over the set."""
-        return self.teaching[:: max(1, round(len(self.teaching) / most))]
+            best, before = replace(outcome, notes=()), after
+            kept.add(step.what)
+    return best
 
 
-def _sized(layer: Layer, given: LayerPlan | None, adapter_bits: int) -> LayerPlan:
-    """What the plan gives a layer, with its bytes; a layer that it leaves out stays float."""
-    site = layer.site
-    if given is None or not given.levels:
-        return LayerPlan(site.name, site.type, site.shape, 0, 0, 0)
-    size = layer_bytes(layer, given.levels, given.rank, adapter_bits)
-    return LayerPlan(
-        site.name, site.type, site.shape, given.levels, given.rank, size, given.predicted
-    )
+def _in_order(
+    run: _Run,
+    known: Sequence[Layer],
+    solve: Callable[[Layer], QuantizedLayer],
+    mosaics: Sequence[Tensor],
+    start: Quantized,
+) -> Quantized:
+    run.notes.tell("solving again, layer by layer, for the inputs of the quantized network")
+    examples = run.teaching
+    some = examples[:: max(1, round(len(examples) / _IN_ORDER))]
+    starved = [x.site.name for x in known if x.starved]
+    return solve_in_order(start, known, solve, some.split(64), more=mosaics, starved=starved)
 
 
-def _codes(matrix: Tensor, gram: Tensor | None, levels: int, method: CoRa) -> QuantizedTensor:
-    grid = channel_grid(levels, 0)
-    if method.codes == "rtn" or gram is None:
-        return rtn(matrix, None, grid)
-    return gptq(matrix, gram, grid)
+def _norms(run: _Run, start: Quantized) -> Quantized:
+    few = max(32, _NORM_VALUES // max(1, values_an_example(run.examples)))
+    return correct_norms(start, run.teacher, one_batch(run.teaching[:few]))
 
 
-def _adapter(layer: Layer, error: Tensor, metric: Metric, rank: int, bits: int) -> LowRank:
-    try:
-        return fit_adapter(error, metric, rank, bits)
-    except SubbyteError as fault:
-        raise SubbyteError(f"layer '{layer.site.name}': {fault}") from None
+def _tuned(run: _Run, iterations: int, generator: torch.Generator, start: Quantized) -> Quantized:
+    return tune(start, run.teacher, run.teaching, iterations, generator)
+
+
+# ---------------------------------------------------------------- what the examples show
+
+
+def _measured(run: _Run) -> dict[str, Statistics]:
+    """Of the teaching examples."""
+    run.notes.tell(f"calibrating on {len(run.teaching):,} images")
+    own = list(run.sites.values())
+    found = input_statistics(run.teacher, own, run.teaching.split(64))
+    for site in own:
+        if site.name not in found:
+            run.notes.add(
+                f"layer '{site.name}' ({site.type}) has no input statistics (not reached by "
+                "the calibration images, or of a kind without): round to nearest"
+            )
+    return found
+
+
+def _effects(
+    run: _Run, statistics: Mapping[str, Statistics], generator: torch.Generator
+) -> dict[str, Tensor]:
+    return effects(
+        run.teacher, list(run.sites.values()), statistics, run.teaching.split(_EFFECT_BATCH),
+        generator, temperature=TEMPERATURE,
+    )  # fmt: skip
+
+
+def _known(
+    run: _Run, site: Site, statistics: Statistics | None, by_row: Mapping[str, Tensor]
+) -> Layer:
+    weight = getattr(run.teacher.get_submodule(site.owner), site.parameter).detach()
+    groups = 1 if statistics is None else len(statistics.gram)
+    sure = None if statistics is None else statistics.shrunk()
+    matrix = as_matrix(weight, site.channel_axis)
+    return Layer(site, matrix, groups, sure, by_row.get(site.name))
+
+
+def _mosaics(run: _Run, seen: Mapping[str, Statistics], seed: int) -> Sequence[Tensor]:
+    """Mosaics of the images, if layers saw fewer vectors than they have inputs."""
+    images, starved = run.teaching, _starved(seen)
+    if not isinstance(images, Tensor) or images.ndim != 4 or not starved:
+        return ()
+    if not images.is_floating_point():
+        return ()
+    most = max(starved.values())
+    run.notes.tell(f"few inputs for {', '.join(starved)}: {most} mosaics an image as well")
+    return Mosaics(images, most, seed)
+
+
+def _starved(seen: Mapping[str, Statistics]) -> dict[str, int]:
+    rounds = {n: rounds_needed(x.patches, x.gram.shape[-1]) for n, x in seen.items()}
+    return {name: needed for name, needed in rounds.items() if needed}
+
+
+def _seen_more(
+    run: _Run, known: Sequence[Layer], seen: Mapping[str, Statistics], mosaics: Sequence[Tensor]
+) -> Iterator[Layer]:
+    """Layers that saw too little with the statistics of the mosaics, too.
+
+    After the search: an error costs what it does on images as they are.
+    """
+    starved = _starved(seen)
+    more: dict[str, Statistics] = {}
+    if len(mosaics):
+        more = input_statistics(run.teacher, [run.sites[name] for name in starved], mosaics)
+    for layer in known:
+        name = layer.site.name
+        if name in more:
+            layer = replace(layer, statistics=seen[name].pooled(more[name]).shrunk())
+        yield replace(layer, starved=name in starved)
+
+
+# ---------------------------------------------------------------- plans and codes
+
+
+def _chosen(run: _Run, known: Sequence[Layer]) -> Plan:
+    """Levels, ranks and bytes of every layer: as the plan says, by the method, or searched."""
+    wanted = {layer.name: layer for layer in run.plan.layers}
+    found: dict[str, PlannedLayer] = {}
+    open_: dict[CoRa, list[Layer]] = {}
+    for layer in known:
+        own = wanted[layer.site.name]
+        method: CoRa = own.method
+        if own.levels is None and method.target_bits is not None:
+            open_.setdefault(method, []).append(layer)
+        else:
+            levels = own.levels or method.n_levels
+            found[own.name] = _sized(layer, replace(own, levels=levels), method)
+    for method, layers in open_.items():
+        levels_ = LEVELS if method.n_levels is None else (method.n_levels,)
+        searched = search(
+            layers, method.target_bits or 0.0, levels=levels_, adapter_bits=method.adapter_bits
+        )
+        found |= {layer.name: layer for layer in searched.layers}
+    layers_ = tuple(replace(found.get(x.name, x), method=None) for x in run.plan.layers)
+    return replace(run.plan, layers=layers_)
+
+
+def _sized(layer: Layer, planned: PlannedLayer, method: CoRa) -> PlannedLayer:
+    if planned.levels is None:
+        raise SubbyteError(
+            f"the plan leaves the levels of layer '{planned.name}' to a method that has none"
+        )
+    size = layer_bytes(layer, planned.levels, planned.rank, method.adapter_bits)
+    return replace(planned, n_bytes=size)
+
+
+def _solver(run: _Run, chosen: Plan) -> Callable[[Layer], QuantizedLayer]:
+    """Codes, adapter and bias of a layer, as the plan says."""
+    planned = {layer.name: layer for layer in chosen.layers}
+    methods = {layer.name: layer.method for layer in run.plan.layers}
+
+    def solve(layer: Layer) -> QuantizedLayer:
+        name, bias = layer.site.name, bias_of(run.teacher, layer.site)
+        solved = solve_layer(layer, planned[name], methods[name])
+        return replace(solved, bias=None if bias is None else bias.clone())
+
+    return solve
+
+
+def _compensates(run: _Run) -> bool:
+    return any(method.solver.compensates for method in run.methods)
+
+
+def _note_scales(run: _Run, done: Quantized) -> None:
+    for name, layer in done.layers.items():
+        grid = layer.weight.grid
+        if isinstance(grid.granularity, PerChannel) and grid.scale_domain is ScaleDomain.FLOAT32:
+            run.notes.add(
+                f"layer '{name}' has float32 scales: its weights need some that float16 has not"
+            )
+
+
+def _as_solved(plan: Plan, layers: Mapping[str, QuantizedLayer]) -> Plan:
+    """The plan with the bytes that the layers really take."""
+    sized = [
+        replace(x, n_bytes=layers[x.name].n_bytes) if x.name in layers else x for x in plan.layers
+    ]
+    return replace(plan, layers=tuple(sized))

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from subbyte.core.quantized import Quantized
 from subbyte.core.sites import sites
 from subbyte.errors import SubbyteError
 from subbyte.kernels import Precision
@@ -40,7 +41,7 @@ def assemble(
     artifact: Artifact, model: nn.Module | None = None, *, precision: Precision = "int8"
 ) -> nn.Module:
     """The packed model of what was read from a file; as `load`, whose errors name the file too."""
-    net = pack(_skeleton(artifact, model), artifact.layers(), precision=precision)
+    net = pack(Quantized(_skeleton(artifact, model), artifact.layers()), precision=precision)
     restore(net, artifact.affine)
     _load_state(net, artifact)
     return net

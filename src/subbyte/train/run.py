@@ -10,7 +10,7 @@ from torch import nn
 from subbyte import storage
 from subbyte.data import load_images
 from subbyte.errors import SubbyteError
-from subbyte.methods import freeze, quantizers
+from subbyte.methods import freeze, frozen_layers, quantizers
 from subbyte.models import Network, build, load_weights
 from subbyte.modules import pack
 from subbyte.train.checkpoint import EpochRecord
@@ -67,7 +67,7 @@ def _save(result: TrainResult, config: RunConfig) -> tuple[Path, nn.Module]:
         return _save_float(result.model, config.out / WEIGHTS)
     path, last = config.out / NETWORK, result.history[-1]
     soft = last.rounded_top1 is not None
-    net = pack(result.model, freeze(result.model), batchnorm=config.batchnorm)
+    net = pack(freeze(result.model), batchnorm=config.batchnorm)
     storage.save(net, path, compress=config.compress, distance=last.distance if soft else None)
     return path, storage.load(path, precision="float32")
 
@@ -81,7 +81,7 @@ def _save_float(model: Network, path: Path) -> tuple[Path, nn.Module]:
 
 def _plot(result: TrainResult, config: RunConfig, progress: Progress) -> None:
     """A run is not lost for want of a picture: what is missing becomes a note."""
-    frozen = freeze(result.model) if config.recipe else {}
+    frozen = frozen_layers(result.model) if config.recipe else {}
     soft = [site.name for site, quantizer, _ in quantizers(result.model) if quantizer.soft]
     levels = {name: frozen[name].weight.grid.n_levels for name in soft}
     try:

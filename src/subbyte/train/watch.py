@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.core.functional import divide, spread
+from subbyte.core.quantized import Quantized
 from subbyte.core.tensors import QuantizedLayer, QuantizedTensor
 from subbyte.data import ImageSet
-from subbyte.methods import freeze, quantizers
+from subbyte.methods import frozen_layers, quantizers, without_quantizers
 from subbyte.modules import pack
 from subbyte.train.evaluate import evaluate
 
@@ -57,7 +58,10 @@ def watch(
         away += float(in_steps(w.detach() - weight.dequantize(), weight).abs().sum())
         soft |= quantizer.soft
         pulls += [quantizer.pull(progress)]
-    rounded = evaluate(pack(model, layers, precision="float32"), test).top1 if soft else None
+    rounded = None
+    if soft:
+        done = Quantized(without_quantizers(model), layers)
+        rounded = evaluate(pack(done, precision="float32"), test).top1
     pull = max((pull for pull in pulls if pull is not None), default=None)
     return Watch(away / n_weights, changed / n_weights, rounded, pull), codes
 
@@ -110,5 +114,5 @@ def histograms(model: nn.Module) -> Histograms:
 
 
 def _frozen(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """`freeze`, or nothing for a float model."""
-    return freeze(model) if any(True for _ in quantizers(model)) else {}
+    """`frozen_layers`, or nothing for a float model."""
+    return frozen_layers(model) if any(True for _ in quantizers(model)) else {}

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from subbyte.core.sites import Site
 from subbyte.errors import SubbyteError
+from subbyte.ptq.calibration import Batch, call
 
 T = TypeVar("T")
 
@@ -73,7 +74,7 @@ class Statistics:
 def input_statistics(
     model: nn.Module,
     layers: Sequence[Site],
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     *,
     limit: int = GRAM_BYTES,
     patches: int = PATCHES,
@@ -94,7 +95,7 @@ def input_statistics(
     return found
 
 
-def patches_an_image(batches: Sequence[Tensor], patches: int) -> int:
+def patches_an_image(batches: Sequence[Batch], patches: int) -> int:
     """How many of a layer's patches each image gives, for about `patches` of all."""
     return max(1, patches // sum(len(x) for x in batches))
 
@@ -131,7 +132,7 @@ def _is_depthwise(site: Site) -> bool:
 
 @torch.no_grad()
 def _one_pass(
-    model: nn.Module, layers: Sequence[Site], batches: Sequence[Tensor], quota: int
+    model: nn.Module, layers: Sequence[Site], batches: Sequence[Batch], quota: int
 ) -> dict[str, Statistics]:
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -144,13 +145,15 @@ def _one_pass(
                     f"the input of layer '{name}' has NaN or infinite values on the calibration "
                     "images; check the images and the weights before it"
                 )
+            if not chunk.shape[2]:
+                continue  # a layer that was called with no token, as an expert may be
             product = (chunk @ chunk.transpose(1, 2)).double()
             sums[name] = sums[name].add_(product) if name in sums else product
             counts[name] = counts.get(name, 0) + chunk.shape[2]
 
     for x in batches:
         with inputs_of(model, layers, add, quota * len(x)):
-            model(x)
+            call(model, x)
     return {name: Statistics(sums[name] / counts[name], counts[name]) for name in sums}
 
 
@@ -287,7 +290,7 @@ def effects(
     model: nn.Module,
     layers: Sequence[Site],
     statistics: Mapping[str, Statistics],
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     generator: torch.Generator,
     *,
     temperature: float = 1.0,
@@ -304,7 +307,7 @@ def effects(
     images = 0
     for x in batches:
         with torch.enable_grad():
-            logits = model(x).flatten(0, -2) / temperature
+            logits = call(model, x).flatten(0, -2) / temperature
             labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             loss = temperature * F.cross_entropy(logits, labels, reduction="sum")
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)

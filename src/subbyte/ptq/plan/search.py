@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from subbyte.core.grids import n_words
+from subbyte.core.plan import Plan, PlannedLayer
 from subbyte.core.sites import Site
 from subbyte.errors import SubbyteError
-from subbyte.packing import radix
 from subbyte.ptq.evidence.statistics import Statistics
-from subbyte.ptq.plan.ranks import LayerPlan, RankPlan
-from subbyte.ptq.solvers.codes import channel_grid, gptq, rtn
+from subbyte.ptq.solvers.codes import channel_grid, gptq, rtn, scale_domain
 from subbyte.ptq.solvers.lowrank import Metric, adapter_bytes, largest_rank, reclaimed
 
 LEVELS = (2, 3, 4, 5, 8, 9, 16, 17, 32, 64, 256)
@@ -36,25 +36,32 @@ class _Option:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """What the search knows of a layer. matrix: float [out, width]."""
+    """What is known of a layer. matrix: float [out, width]. starved: it saw fewer vectors than it
+    has inputs."""
 
     site: Site
     matrix: Tensor
     groups: int
     statistics: Statistics | None
     effect: Tensor | None
+    starved: bool = False
 
 
-def code_bytes(site: Site, levels: int) -> int:
-    """Radix words and a float16 scale a channel."""
-    return 8 * radix.n_words(site.n_weights, levels) + 2 * site.shape[site.channel_axis]
+def code_bytes(layer: Layer, levels: int) -> int:
+    """Radix words and a scale per channel."""
+    scales = len(layer.matrix) * scale_domain(layer.matrix).bits // 8
+    return 8 * n_words(layer.site.n_weights, levels) + scales
+
+
+def extra_bytes(layer: Layer, rank: int, adapter_bits: int) -> int:
+    """The adapter."""
+    out, width = layer.matrix.shape
+    return adapter_bytes(out, width, layer.groups, rank, adapter_bits) if rank else 0
 
 
 def layer_bytes(layer: Layer, levels: int, rank: int, adapter_bits: int) -> int:
     """Codes, scales and adapter."""
-    out, width = layer.matrix.shape
-    extra = adapter_bytes(out, width, layer.groups, rank, adapter_bits) if rank else 0
-    return code_bytes(layer.site, levels) + extra
+    return code_bytes(layer, levels) + extra_bytes(layer, rank, adapter_bits)
 
 
 def search(
@@ -64,7 +71,7 @@ def search(
     levels: Sequence[int] = LEVELS,
     adapter_bits: int = 8,
     most_rank: int = MOST_RANK,
-) -> RankPlan:
+) -> Plan:
     """The plan with the least predicted loss of at most `target_bits` bits a weight.
 
     Raises SubbyteError, with the smallest budget that can be met, if that is too little.
@@ -79,14 +86,14 @@ def search(
             f"{8 * least / weights:.3f} bits a weight"
         )
     chosen = _spend(_priced(options, budget), options, budget)
-    return RankPlan(
+    return Plan(
         tuple(_planned(layer, option) for layer, option in zip(layers, chosen, strict=True))
     )
 
 
-def _planned(layer: Layer, option: _Option) -> LayerPlan:
+def _planned(layer: Layer, option: _Option) -> PlannedLayer:
     site = layer.site
-    return LayerPlan(
+    return PlannedLayer(
         site.name, site.type, site.shape, option.levels, option.rank, option.n_bytes,
         None if layer.statistics is None else option.loss,
     )  # fmt: skip
@@ -103,8 +110,9 @@ def _options(
     for n in levels:
         error = layer.matrix - quick(layer.matrix, gram, n)
         left = 0.5 * reclaimed(error, metric, most)
+        codes = code_bytes(layer, n)
         found += [
-            _Option(n, rank, layer_bytes(layer, n, rank, adapter_bits), float(left[rank]))
+            _Option(n, rank, codes + extra_bytes(layer, rank, adapter_bits), float(left[rank]))
             for rank in range(most + 1)
         ]
     return found
@@ -112,7 +120,7 @@ def _options(
 
 def quick(matrix: Tensor, gram: Tensor | None, levels: int) -> Tensor:
     """The quantized weight as a first look gives it: one scale tried, no refinement."""
-    grid = channel_grid(levels, 0)
+    grid = channel_grid(levels, 0, scale_domain(matrix))
     if gram is None:
         return rtn(matrix, None, grid).dequantize()
     return gptq(matrix, gram, grid, sweeps=0, factors=(1.0,)).dequantize()

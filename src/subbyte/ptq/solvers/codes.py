@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from subbyte.core.functional import decode, encode, nearest_level, round_scale
+from subbyte.core.functional import FLOAT16_MAX, decode, encode, nearest_level, round_scale
 from subbyte.core.grids import Grid, PerChannel, PerTensor, ScaleDomain, uniform
 from subbyte.core.tensors import QuantizedTensor
 from subbyte.errors import SubbyteError
@@ -27,13 +27,25 @@ DAMPING = 0.01  # of the gram's mean diagonal
 _BLOCK = 128
 _LEAST, _MOST, _RATIO = 0.1, 1.15, 1.04  # scales tried, times max |w|
 _REFITS = 3
+_LEAST_PEAK = 2.0**-16  # of |w| in a row: its scale may be a quarter of that
+_MOST_PEAK = FLOAT16_MAX / _MOST
 _COMPENSATED = (1.0, 0.8, 0.88, 0.95, 1.06, 1.13)  # times the best plain scale
 _SEARCH_WORK = 2**32  # rows * width^2 above which one scale is compensated, not several
 
 
-def channel_grid(levels: int, channel_axis: int) -> Grid:
-    """What post-training codes live on: uniform levels, a float16 scale a channel."""
-    return uniform(levels, PerChannel(channel_axis), ScaleDomain.FLOAT16)
+def channel_grid(levels: int, channel_axis: int, domain: ScaleDomain = ScaleDomain.FLOAT16) -> Grid:
+    """What post-training codes live on: uniform levels, a scale per channel."""
+    return uniform(levels, PerChannel(channel_axis), domain)
+
+
+def scale_domain(matrix: Tensor) -> ScaleDomain:
+    """float16; float32 where a row [out, width] needs a scale that float16 has not, or has only
+    with an error above 2^-7."""
+    peaks = matrix.abs().amax(1)
+    peaks = peaks[peaks > 0]
+    if not len(peaks) or (peaks.min() >= _LEAST_PEAK and peaks.max() <= _MOST_PEAK):
+        return ScaleDomain.FLOAT16
+    return ScaleDomain.FLOAT32
 
 
 def tensor_grid(levels: int) -> Grid:
@@ -249,18 +261,19 @@ def _descend(matrix: Tensor, codes: Tensor, scale: Tensor, metric: Tensor, grid:
 # ---------------------------------------------------------------- the paper's quantizer
 
 
-def k_sigma(matrix: Tensor, bits: int, k: float | None) -> QuantizedTensor:
+def k_sigma(matrix: Tensor, levels: int, k: float | None) -> QuantizedTensor:
     """CoRa's quantizer: uniform, asymmetric, one scale a tensor; arXiv:2408.00923, released code.
 
-        s = (b - a) / (2^bits - 1)      z = int(clamp(-a / s, 0, 2^bits - 1))
-        q = round(clamp(z + x / s, 0, 2^bits - 1))       value s (q - z)
+        s = (b - a) / (levels - 1)      z = int(clamp(-a / s, 0, levels - 1))
+        q = round(clamp(z + x / s, 0, levels - 1))       value s (q - z)
 
     [a, b] is mean -+ k standard deviations, or for k None the least and the largest weight.
-    Rounding is to even, as torch.round. Raises SubbyteError for bits outside 1 to 8.
+    Rounding is to even, as torch.round. The paper's levels are 2^bits. Raises SubbyteError
+    for levels outside 2 to 256.
     """
-    if not 1 <= bits <= 8:
-        raise SubbyteError(f"bits={bits!r}; the k-sigma quantizer takes 1 to 8")
-    top = 2**bits - 1
+    if not 2 <= levels <= 256:
+        raise SubbyteError(f"levels={levels!r}; the k-sigma quantizer takes 2 to 256")
+    top = levels - 1
     if k is None:
         low, high = matrix.min(), matrix.max()
     else:

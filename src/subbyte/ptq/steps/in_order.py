@@ -18,7 +18,6 @@ adapters, biases and norms are ours.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,8 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subbyte.core.sites import Site
+from subbyte.core.quantized import Quantized
+from subbyte.core.ready import copied
+from subbyte.core.sites import Site, bias_of
 from subbyte.core.tensors import QuantizedLayer, as_matrix, as_weight
+from subbyte.ptq.calibration import Batch, call
 from subbyte.ptq.equalize import norms_behind
 from subbyte.ptq.evidence.statistics import (
     PATCHES,
@@ -48,32 +50,24 @@ Solve = Callable[[Layer], QuantizedLayer]
 _Patches = dict[str, list[Tensor]]  # chunks [groups, width, n] of each layer
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Solved:
-    """The float network with its norms and biases moved, and its layers."""
-
-    model: nn.Module
-    layers: dict[str, QuantizedLayer]
-
-
 @torch.no_grad()
 def solve_in_order(
-    teacher: nn.Module,
+    start: Quantized,
     known: Sequence[Layer],
     solve: Solve,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     *,
-    more: Sequence[Tensor] = (),
+    more: Sequence[Batch] = (),
     starved: Collection[str] = (),
-) -> Solved:
+) -> Quantized:
     """Solve every layer of `known`, in the order in which the float network runs them.
 
-    known: layers to quantize, with the float network's statistics. solve: codes and adapter of a
-    layer, in the metric of the statistics it is given. batches: inputs of the network. more: yet
-    more, for the layers named in `starved` alone. Layers without statistics are solved first, as
-    they are.
+    start: its float network is where this begins; its layers are solved anew. known: layers to
+    quantize, with the float network's statistics. solve: codes and adapter of a layer, in the
+    metric of the statistics it is given. batches: inputs of the network. more: yet more, for the
+    layers named in `starved` alone. Layers without statistics are solved first, as they are.
     """
-    work = _Work(teacher, batches, more, starved)
+    work = _Work(start.model, batches, more, starved)
     for layer in known:
         if layer.statistics is None:
             work.take(layer, solve(layer), None)
@@ -81,13 +75,14 @@ def solve_in_order(
     needs = work.needs([layer.site for layer in measured.values()])
     for ahead in _spans(list(_stages(list(needs))), needs, AHEAD_BYTES):
         sites = [measured[name].site for names in ahead for name in names]
-        wanted = list(work.patches(teacher, sites))
+        wanted = list(work.patches(work.teacher, sites))
         for names in ahead:
             paired = work.paired([measured[name].site for name in names], wanted)
             for name in names:
-                layer = work.adapted(measured[name], paired[name])
-                work.take(measured[name], solve(layer), paired[name])
-    return Solved(work.model, work.layers)
+                pair = paired.get(name)
+                layer = measured[name] if pair is None else work.adapted(measured[name], pair)
+                work.take(measured[name], solve(layer), pair)
+    return Quantized(work.model, work.layers, _unpaired_note(work.unpaired))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,21 +107,30 @@ class _Work:
     def __init__(
         self,
         teacher: nn.Module,
-        batches: Sequence[Tensor],
-        more: Sequence[Tensor],
+        batches: Sequence[Batch],
+        more: Sequence[Batch],
         starved: Collection[str],
     ) -> None:
         self.teacher, self.batches, self.more, self.starved = teacher, batches, more, starved
-        self.model, self.student = copy.deepcopy(teacher), copy.deepcopy(teacher)
+        self.model, self.student = copied(teacher), copied(teacher)
         self.norms = norms_behind(teacher, batches[0][:1])
         self.layers: dict[str, QuantizedLayer] = {}
+        self.unpaired: list[str] = []
         self.quota = patches_an_image(batches, PATCHES)
 
     def needs(self, layers: Sequence[Site]) -> dict[str, int]:
-        """About the bytes of each layer's patches, in the order in which the layers first run."""
-        seen = _patches(self.teacher, layers, self.batches[0][:1], self.quota)
-        images = sum(len(x) for x in self.batches)
-        return {n: images * sum(x.nbytes for x in chunks) for n, chunks in seen.items()}
+        """About the bytes of each layer's patches, in the order in which the layers first run.
+
+        Layers that one example does not reach (experts) come where a batch reaches them, or last.
+        """
+        few = self.batches[0][:1]
+        seen = _patches(self.teacher, layers, few, self.quota)
+        if len(seen) < len(layers):
+            few = self.batches[0]
+            seen = _patches(self.teacher, layers, few, self.quota * len(few))
+        share = sum(len(x) for x in self.batches) / len(few)
+        needs = {n: round(share * sum(x.nbytes for x in own)) for n, own in seen.items()}
+        return needs | {site.name: 0 for site in layers if site.name not in needs}
 
     def patches(self, model: nn.Module, stage: Sequence[Site]) -> Iterator[_Patches]:
         """Of each batch; then of more batches, if any of the layers needs them."""
@@ -137,11 +141,20 @@ class _Work:
             yield _patches(model, starved, x, self.quota * len(x))
 
     def paired(self, stage: Sequence[Site], wanted: Sequence[_Patches]) -> dict[str, _Paired]:
-        """wanted: the float network's patches of each batch, of these layers and maybe more."""
+        """wanted: the float network's patches of each batch, of these layers and maybe more.
+
+        A layer that is given other numbers of vectors in the two networks is left out: a router
+        has sent it other tokens, and there is nothing to pair.
+        """
+        odd: set[str] = set()
         sums: dict[str, list[Tensor]] = {}
         counts = dict.fromkeys((site.name for site in stage), 0)
         for x, z in zip(wanted, self.patches(self.student, stage), strict=False):
             for name in z:
+                if not _are_pairs(x.get(name, []), z[name]):
+                    odd.add(name)
+                if name in odd:
+                    continue
                 # z is of the first call alone, if the pass ended there
                 for a, b in zip(x[name], z[name], strict=False):
                     products = (b @ b.mT, a @ b.mT, b.sum(2, True), a.sum(2, True))
@@ -150,7 +163,12 @@ class _Work:
                         old + new.double() for old, new in zip(own, products, strict=True)
                     ]
                     counts[name] += a.shape[2]
-        means = {name: [s / counts[name] for s in own] for name, own in sums.items()}
+        self.unpaired += [site.name for site in stage if site.name in odd]
+        means = {
+            name: [s / counts[name] for s in own]
+            for name, own in sums.items()
+            if counts[name] and name not in odd
+        }
         return {n: _Paired(zz, xz, z, x, counts[n]) for n, (zz, xz, z, x) in means.items()}
 
     def adapted(self, layer: Layer, paired: _Paired) -> Layer:
@@ -171,7 +189,7 @@ class _Work:
 
     def absorbs(self, site: Site) -> bool:
         """Whether a norm or a bias takes what the means have moved."""
-        return site.name in self.norms or self._bias(self.model, site) is not None
+        return site.name in self.norms or bias_of(self.model, site) is not None
 
     def take(self, layer: Layer, solved: QuantizedLayer, paired: _Paired | None) -> None:
         site = layer.site
@@ -182,7 +200,7 @@ class _Work:
         weight.copy_(as_weight(matrix, site.shape, site.channel_axis))
         if paired is not None and self.absorbs(site):
             self._absorb(site, layer.matrix.double(), matrix.double(), paired)
-        bias = self._bias(self.model, site)
+        bias = bias_of(self.model, site)
         self.layers[site.name] = replace(solved, bias=None if bias is None else bias.clone())
 
     def _absorb(self, site: Site, w: Tensor, w_hat: Tensor, paired: _Paired) -> None:
@@ -194,21 +212,31 @@ class _Work:
                 norm: Any = net.get_submodule(self.norms[site.name])
                 norm.running_mean += got - wanted
             else:
-                bias = self._bias(net, site)
+                bias = bias_of(net, site)
                 assert bias is not None
                 bias += wanted - got
 
-    @staticmethod
-    def _bias(net: nn.Module, site: Site) -> Tensor | None:
-        bias = getattr(net.get_submodule(site.owner), "bias", None)
-        return None if bias is None or site.parameter != "weight" else bias.detach()
+
+def _are_pairs(x: Sequence[Tensor], z: Sequence[Tensor]) -> bool:
+    """Whether the chunks of a pass through the float network go with those of the other; z may end
+    after the first call."""
+    return len(z) <= len(x) and all(a.shape == b.shape for a, b in zip(x, z, strict=False))
+
+
+def _unpaired_note(names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    return (
+        f"{', '.join(repr(name) for name in names)} got other numbers of vectors in the quantized "
+        "network (a router's choice): solved for the float network's inputs",
+    )
 
 
 class _ReachedError(Exception):
     """All layers of interest have been seen; the rest of the network need not run."""
 
 
-def _patches(model: nn.Module, stage: Sequence[Site], x: Tensor, most: int) -> _Patches:
+def _patches(model: nn.Module, stage: Sequence[Site], x: Batch, most: int) -> _Patches:
     """Chunks of patches [groups, width, n] of each layer, in a pass that ends with the last one."""
     seen: dict[str, list[Tensor]] = {}
 
@@ -218,7 +246,7 @@ def _patches(model: nn.Module, stage: Sequence[Site], x: Tensor, most: int) -> _
             raise _ReachedError
 
     with suppress(_ReachedError), inputs_of(model, stage, receive, most):
-        model(x)
+        call(model, x)
     return seen
 
 

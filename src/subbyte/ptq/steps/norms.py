@@ -12,14 +12,16 @@ layer by layer in the order of execution: each norm is corrected before its outp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from subbyte.core.tensors import QuantizedLayer
+from subbyte.core.quantized import Quantized
+from subbyte.core.ready import copied
 from subbyte.modules import pack
+from subbyte.ptq.calibration import Batch, call
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _LEAST, _MOST = 0.25, 4.0  # a variance changes at most so far
@@ -35,13 +37,8 @@ def _corrects(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def correct_norms(
-    model: nn.Module,
-    teacher: nn.Module,
-    layers: Mapping[str, QuantizedLayer],
-    images: Tensor,
-) -> None:
-    """In place: the running statistics of `model`, whose layers are quantized.
+def correct_norms(start: Quantized, teacher: nn.Module, images: Batch) -> Quantized:
+    """The running statistics moved, the layers as they are.
 
     teacher: the float network, whose statistics are where they start from. images: one batch; it
     goes through both networks whole.
@@ -60,7 +57,8 @@ def correct_norms(
 
     floats = dict(teacher.named_modules())
     _run(teacher, images, measure)
-    quantized = pack(model, layers, precision="float32")
+    model = copied(start.model)
+    quantized = pack(replace(start, model=model), precision="float32")
     _run(quantized, images, correct)
     fixed = dict(quantized.named_modules())
     for name, module in model.named_modules():
@@ -68,6 +66,7 @@ def correct_norms(
             twin: Any = fixed[name]
             module.running_mean.copy_(twin.running_mean)  # type: ignore[union-attr,operator]
             module.running_var.copy_(twin.running_var)  # type: ignore[union-attr,operator]
+    return replace(start, model=model)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +75,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def _run(model: nn.Module, images: Tensor, visit: Any) -> None:
+def _run(model: nn.Module, images: Batch, visit: Any) -> None:
     """One forward pass; `visit(name, norm, x)` before each norm is applied."""
     handles = []
     for name, module in model.named_modules():
@@ -87,7 +86,7 @@ def _run(model: nn.Module, images: Tensor, visit: Any) -> None:
 
             handles.append(module.register_forward_pre_hook(hook))
     try:
-        model(images)
+        call(model, images)
     finally:
         for handle in handles:
             handle.remove()

@@ -13,11 +13,11 @@ images decide whether the outcome is kept (`subbyte.ptq.quantize`).
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,24 +26,20 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from subbyte.core.functional import decode, round_scale
-from subbyte.core.sites import Site
+from subbyte.core.quantized import Quantized
+from subbyte.core.ready import copied
+from subbyte.core.sites import Site, bias_of, sites
 from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_matrix, as_weight
 from subbyte.data import random_crop, random_flip
+from subbyte.ptq.calibration import Batch, Examples, call, one_batch
+from subbyte.ptq.entrance import channels_last
 from subbyte.ptq.solvers.lowrank import stored
 
 BATCH = 32
 TEMPERATURE = 4.0
 LR = 0.01  # times the root of the relative error that the tuning starts with
+Seen = dict[tuple[str, int], Tensor]
 _CROP = 8  # a shift of at most 1/8 of the image's side
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tuned:
-    """The network whose norms and biases were tuned, and its layers."""
-
-    model: nn.Module
-    layers: dict[str, QuantizedLayer]
-    losses: tuple[float, ...]
 
 
 class _Relative(nn.Module):
@@ -82,7 +78,8 @@ class _Weight(nn.Module):
             self.up, self.down = _Relative(left), _Relative(right)
 
     def scales(self) -> Tensor:
-        return self.scale_start * (1 + self.scale)  # type: ignore[operator]
+        """What the forward pass multiplies with: never below 0, which no file can store."""
+        return self.scale_start * (1 + self.scale).clamp(min=0.0)  # type: ignore[operator]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """up [groups, out / groups, rank], down [groups, rank, width]."""
@@ -99,7 +96,7 @@ class _Weight(nn.Module):
     def read(self, bias: Tensor | None) -> QuantizedLayer:
         """The layer as it is now, rounded to what is stored."""
         old = self.layer.weight
-        scale = round_scale(self.scales().abs(), old.grid.scale_domain)
+        scale = round_scale(self.scales(), old.grid.scale_domain)
         weight = QuantizedTensor(old.codes, scale, old.grid)
         adapter = None
         if self.layer.adapter is not None:
@@ -118,52 +115,60 @@ def _balanced(adapter: LowRank) -> tuple[Tensor, Tensor]:
 
 
 def tune(
-    model: nn.Module,
+    start: Quantized,
     teacher: nn.Module,
-    layers: Mapping[str, QuantizedLayer],
-    sites: Mapping[str, Site],
-    images: Tensor,
+    images: Examples,
     iterations: int,
     generator: torch.Generator,
     *,
     step: Callable[[int, float], None] | None = None,
-) -> Tuned:
-    """Tune against the float network `teacher`; neither model is changed.
+) -> Quantized:
+    """Tuned against the float network `teacher`; codes stay, scales and adapters, norms and biases
+    do not.
 
-    model: the float network with the norms and biases to start from. images: inputs of the network
-    [n, ...]. step: called with the number of the iteration and its loss.
+    images: inputs of the network. step: called with the number of the iteration and its loss.
     """
-    student, teacher = _laid_out(copy.deepcopy(model).eval()), _laid_out(copy.deepcopy(teacher))
-    weights = {}
-    for name, layer in layers.items():
-        owner = student.get_submodule(sites[name].owner)
-        weights[name] = _Weight(layer, sites[name])
-        parametrize.register_parametrization(
-            owner, sites[name].parameter, weights[name], unsafe=True
-        )
-    _learn_vectors(student)
+    own = {site.name: site for site in sites(start.model) if site.name in start.layers}
+    student = channels_last(copied(start.model).eval())
+    weights = _learning(student, start.layers, own)
     parameters = [p for name, p in student.named_parameters() if not name.endswith("original")]
     optimizer = torch.optim.Adam(parameters, lr=LR, betas=(0.9, 0.99))
-    owners = sorted({sites[name].owner for name in layers})
-    losses, first = [], 0.0
+    owners = sorted({site.owner for site in own.values()})
+    first = 0.0
     for i, x in enumerate(_draw(images, iterations, generator)):
         with torch.no_grad(), inputs_seen(teacher, owners) as wanted:
-            target = teacher(x)
+            target = call(teacher, x)
         with torch.enable_grad(), parametrize.cached(), inputs_seen(student, owners) as seen:
-            logits = student(x)
-            apart = _relative_error([*seen, logits], [*wanted, target])
+            logits = call(student, x)
+            apart = _relative_error(seen, wanted, logits, target)
             loss = divergence(logits, target, TEMPERATURE) + apart
             optimizer.zero_grad()
             loss.backward()
         first = float(apart.detach().sqrt()) if i == 0 else first
-        optimizer.param_groups[0]["lr"] = (
-            LR * first * 0.5 * (1 + math.cos(math.pi * i / iterations))
-        )
+        optimizer.param_groups[0]["lr"] = rate(first, i, iterations)
         optimizer.step()
-        losses.append(float(loss.detach()))
         if step is not None:
-            step(i, losses[-1])
-    return _read(student, model, weights, sites, losses)
+            step(i, float(loss.detach()))
+    return _read(student, start, weights, own)
+
+
+def rate(first: float, i: int, iterations: int) -> float:
+    """The learning rate of iteration i: half a cosine from LR times the first error down to 0."""
+    return LR * first * 0.5 * (1 + math.cos(math.pi * i / iterations))
+
+
+def _learning(
+    student: nn.Module, layers: Mapping[str, QuantizedLayer], own: Mapping[str, Site]
+) -> dict[str, _Weight]:
+    """In place: what learns in the student; its quantized weights by layer name."""
+    weights = {}
+    for name, layer in layers.items():
+        site = own[name]
+        weights[name] = _Weight(layer, site)
+        owner = student.get_submodule(site.owner)
+        parametrize.register_parametrization(owner, site.parameter, weights[name], unsafe=True)
+    _learn_vectors(student)
+    return weights
 
 
 def divergence(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
@@ -178,16 +183,22 @@ def divergence(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tens
 
 
 @contextmanager
-def inputs_seen(model: nn.Module, owners: Sequence[str]) -> Iterator[list[Tensor]]:
-    """A list that fills up with the first input of each of these modules, in order of execution."""
-    seen: list[Tensor] = []
+def inputs_seen(model: nn.Module, owners: Sequence[str]) -> Iterator[Seen]:
+    """Fills up, in order of execution, with the first input of each call of these modules; keys are
+    (owner, number of the call)."""
+    seen: Seen = {}
+    calls = dict.fromkeys(owners, 0)
 
-    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(owner: str, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        seen.extend(x for x in found[:1] if x.is_floating_point())
+        calls[owner] += 1
+        if found and found[0].is_floating_point():
+            seen[owner, calls[owner]] = found[0]
 
-    modules = [model.get_submodule(owner) for owner in owners]
-    handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
+    handles = [
+        model.get_submodule(owner).register_forward_pre_hook(partial(hook, owner), with_kwargs=True)
+        for owner in owners
+    ]
     try:
         yield seen
     finally:
@@ -195,13 +206,18 @@ def inputs_seen(model: nn.Module, owners: Sequence[str]) -> Iterator[list[Tensor
             handle.remove()
 
 
-def _relative_error(seen: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    """Mean over tensors of the squared error over the squared value."""
+def _relative_error(seen: Seen, wanted: Seen, logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over inputs and the logits of the squared error over the squared value.
+
+    Inputs of another shape than the float network's (a router's choice) do not count.
+    """
+    pairs = [(a, wanted[key]) for key, a in seen.items() if key in wanted]
     errors = [
         (a - b).square().sum() / b.square().sum().clamp(min=torch.finfo(b.dtype).tiny)
-        for a, b in zip(seen, wanted, strict=True)
+        for a, b in [*pairs, (logits, target)]
+        if a.shape == b.shape
     ]
-    return torch.stack(errors).mean() if errors else torch.zeros(())
+    return torch.stack(errors).mean()
 
 
 def _learn_vectors(student: nn.Module) -> None:
@@ -218,7 +234,7 @@ def _learn_vectors(student: nn.Module) -> None:
                 parameter.requires_grad_(False)
 
 
-def _draw(images: Tensor, iterations: int, generator: torch.Generator) -> Iterator[Tensor]:
+def _draw(images: Examples, iterations: int, generator: torch.Generator) -> Iterator[Batch]:
     """Batches in epochs without replacement, flipped and shifted, every other one blended."""
     order = torch.empty(0, dtype=torch.long)
     batch = min(BATCH, len(images))
@@ -226,8 +242,8 @@ def _draw(images: Tensor, iterations: int, generator: torch.Generator) -> Iterat
         if len(order) < batch:
             order = torch.randperm(len(images), generator=generator)
         index, order = order[:batch], order[batch:]
-        x = images[index]
-        if x.ndim == 4:
+        x = one_batch(images[index])
+        if isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point():
             x = random_crop(x, x.shape[-1] // _CROP, generator)
             x = random_flip(x, generator)
             x = _blended(x, generator) if i % 2 else x
@@ -241,27 +257,15 @@ def _blended(x: Tensor, generator: torch.Generator) -> Tensor:
     return share * x + (1 - share) * x.roll(1, 0)
 
 
-def _laid_out(model: nn.Module) -> nn.Module:
-    """In place: channels last doubles the speed of convolutions on a CPU."""
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-
-
 @torch.no_grad()
 def _read(
-    student: nn.Module,
-    model: nn.Module,
-    weights: Mapping[str, _Weight],
-    sites: Mapping[str, Site],
-    losses: Sequence[float],
-) -> Tuned:
-    tuned = copy.deepcopy(model)
+    student: nn.Module, start: Quantized, weights: Mapping[str, _Weight], own: Mapping[str, Site]
+) -> Quantized:
+    """What the student has learnt, as it is stored."""
+    tuned = copied(start.model)
     for path, module in student.named_modules():
         for name in getattr(module, "parametrizations", {}):
             if isinstance(module.parametrizations[name][0], _Relative):  # type: ignore[index]
                 getattr(tuned.get_submodule(path), name).copy_(getattr(module, name))
-    layers = {}
-    for name, weight in weights.items():
-        owner = tuned.get_submodule(sites[name].owner)
-        bias = getattr(owner, "bias", None) if sites[name].parameter == "weight" else None
-        layers[name] = weight.read(bias)
-    return Tuned(tuned, layers, tuple(losses))
+    layers = {name: weight.read(bias_of(tuned, own[name])) for name, weight in weights.items()}
+    return replace(start, model=tuned, layers=layers)

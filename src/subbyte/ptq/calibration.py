@@ -1,0 +1,286 @@
+"""Calibration examples, as the network takes them.
+
+    x                     model(x)
+    (a, b)                model(a, b)
+    {"ids": a, "mask": b} model(ids=a, mask=b), if these are parameters of forward; else model(x)
+
+The last part of a tuple or list is labels, which the network is not given, where forward has no
+place for it; and where forward could take it but need not, if it is one whole number an example.
+Tensors whose first dimension is the batch's are of the examples; everything else (flags, None,
+tensors of another length) has to be the same in every batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subbyte.errors import SubbyteError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """n examples of a network that takes more than one tensor, or named ones."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    n: int
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: slice | Tensor) -> Inputs:
+        def part(value: Any) -> Any:
+            return value[index] if _is_of_examples(value, self.n) else value
+
+        args, kwargs = _mapped(part, self.args), _mapped(part, self.kwargs)
+        return Inputs(args, kwargs, len(torch.arange(self.n)[index]))
+
+    def split(self, size: int) -> list[Inputs]:
+        return [self[i : i + size] for i in range(0, self.n, size)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ragged:
+    """Examples whose shapes differ from batch to batch, such as padded sentences."""
+
+    parts: tuple[Tensor | Inputs, ...]
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def __getitem__(self, index: slice | Tensor) -> Ragged:
+        """In the order of the parts."""
+        wanted = torch.zeros(len(self), dtype=torch.bool)
+        wanted[index] = True
+        own = wanted.split([len(part) for part in self.parts])
+        return Ragged(tuple(p[o] for p, o in zip(self.parts, own, strict=True) if o.any()))
+
+    def split(self, size: int) -> list[Tensor | Inputs]:
+        return [batch for part in self.parts for batch in part.split(size)]
+
+
+Batch = Tensor | Inputs
+Examples = Tensor | Inputs | Ragged
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """What the network makes of a batch."""
+    if isinstance(batch, Inputs):
+        return model(*batch.args, **batch.kwargs)
+    return model(batch)
+
+
+def one_batch(examples: Examples) -> Batch:
+    """The examples as one batch; of several shapes, the shape that most of them have."""
+    if isinstance(examples, Ragged):
+        return max(examples.parts, key=len)
+    return examples
+
+
+def values_an_example(examples: Examples) -> int:
+    """Input values of the first example."""
+    first = one_batch(examples[:1])
+    if isinstance(first, Tensor):
+        return first.numel()
+    leaves = _leaves((first.args, first.kwargs))
+    return sum(x.numel() for x in leaves if _is_of_examples(x, first.n))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """labels: of the examples, if every batch has them. notes: how batches were understood."""
+
+    examples: Examples
+    labels: Tensor | None
+    notes: tuple[str, ...]
+
+
+def gathered(calibration: Iterable[Any], model: nn.Module) -> Calibration:
+    """All calibration batches, on the CPU and in float32 where they are float.
+
+    Raises SubbyteError for what is no iterable of batches, and for none.
+    """
+    if isinstance(calibration, Tensor | Mapping | str):
+        raise SubbyteError(
+            f"calibration is one {type(calibration).__name__}; give an iterable of batches, such "
+            "as a list of it"
+        )
+    forward = _Forward(model)
+    found = [_parted(batch, forward) for batch in calibration]
+    found = [(inputs, labels) for inputs, labels in found if len(inputs)]
+    if not found:
+        raise SubbyteError("no calibration images; give at least one batch")
+    labelled = all(labels is not None for _, labels in found)
+    labels = torch.cat([y for _, y in found if y is not None]) if labelled else None
+    notes = () if not forward.guessed else (forward.guess,)
+    return Calibration(_joined([inputs for inputs, _ in found]), labels, notes)
+
+
+class _Forward:
+    """What the network's forward takes; remembers whether labels had to be guessed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        kinds = {p.kind for p in parameters}
+        self.least = sum(p.default is p.empty for p in named)
+        self.open = inspect.Parameter.VAR_POSITIONAL in kinds
+        self.most = len(named)
+        self.any_name = inspect.Parameter.VAR_KEYWORD in kinds
+        self.names = {p.name for p in parameters}
+        self.guessed = False
+        self.guess = ""
+
+    def takes(self, names: Iterable[Any]) -> bool:
+        """Whether these can be keywords."""
+        names = list(names)
+        return all(isinstance(n, str) for n in names) and (
+            self.any_name or set(names) <= self.names
+        )
+
+    def has_labels(self, batch: Sequence[Any]) -> bool:
+        """Whether the last of a batch's parts is labels."""
+        count = len(batch)
+        if count < 2 or count <= self.least:
+            return False
+        if not self.open and count == self.most + 1:
+            return True
+        if (self.open or count <= self.most) and _are_classes(batch[-1]):
+            self.guessed = True
+            self.guess = (
+                f"the last of the {count} parts of each batch, one whole number an example, is "
+                "taken for labels; give the batches as dicts to hand it to forward"
+            )
+            return True
+        return False
+
+
+def _are_classes(value: Any) -> bool:
+    if value is None:
+        return True
+    tensor = value if isinstance(value, Tensor) else None
+    return (
+        tensor is not None
+        and tensor.ndim == 1
+        and not tensor.is_floating_point()
+        and not tensor.is_complex()
+    )
+
+
+def _parted(batch: Any, forward: _Forward) -> tuple[Batch, Tensor | None]:
+    """Inputs and labels."""
+    labels = None
+    if isinstance(batch, tuple | list) and forward.has_labels(batch):
+        *rest, labels = batch
+        batch = rest[0] if len(rest) == 1 else rest
+    inputs = _inputs(_mapped(_on_cpu, batch), forward)
+    if labels is None:
+        return inputs, None
+    labels = torch.as_tensor(labels).cpu()
+    if len(labels) != len(inputs):
+        raise SubbyteError(f"a calibration batch has {len(inputs)} inputs and {len(labels)} labels")
+    return inputs, labels
+
+
+def _inputs(batch: Any, forward: _Forward) -> Batch:
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, tuple | list) and len(batch) == 1:
+        return _inputs(batch[0], forward)
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
+    if isinstance(batch, Mapping) and forward.takes(batch):
+        kwargs = dict(batch)
+    elif isinstance(batch, tuple | list):
+        args = tuple(batch)
+    else:
+        args = (batch,)
+    tensors = [x for x in _leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
+    if not tensors:
+        raise SubbyteError(
+            f"a calibration batch is a {type(batch).__name__} without tensors; give inputs as the "
+            "network takes them, with the examples along their first dimension"
+        )
+    return Inputs(args, kwargs, len(tensors[0]))
+
+
+def _on_cpu(value: Any) -> Any:
+    """Arrays as tensors; floats in float32, as the network computes here."""
+    if hasattr(value, "__array__") and not isinstance(value, Tensor):
+        value = torch.as_tensor(value)
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu()
+    return value.float() if value.is_floating_point() else value
+
+
+def _joined(batches: Sequence[Batch]) -> Examples:
+    """One set of examples; parts of their own for batches of other shapes."""
+    parts = [list(own) for _, own in itertools.groupby(batches, _form)]
+    whole = tuple(_concatenated(own) for own in parts)
+    return whole[0] if len(whole) == 1 else Ragged(whole)
+
+
+def _form(batch: Batch) -> Any:
+    """What batches must have in common to be one: names, shapes of an example, constants."""
+    if isinstance(batch, Tensor):
+        return batch.dtype, batch.shape[1:]
+    return (
+        type(batch),
+        *(
+            (x.dtype, x.shape[1:]) if _is_of_examples(x, batch.n) else _constant(x)
+            for x in _leaves((batch.args, batch.kwargs))
+        ),
+        tuple(batch.kwargs),
+    )
+
+
+def _constant(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _concatenated(batches: Sequence[Batch]) -> Batch:
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat([b for b in batches if isinstance(b, Tensor)])
+    if len(batches) == 1:
+        return first
+    others = [b for b in batches if isinstance(b, Inputs)]
+    leaves = zip(*(list(_leaves((b.args, b.kwargs))) for b in others), strict=True)
+    joined = iter(
+        [torch.cat(own) if _is_of_examples(own[0], first.n) else own[0] for own in leaves]
+    )
+    args, kwargs = _mapped(lambda _: next(joined), (first.args, first.kwargs))
+    return Inputs(args, kwargs, sum(len(b) for b in others))
+
+
+def _is_of_examples(value: Any, n: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == n
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """The same structure of tuples, lists and mappings with its leaves changed, in order."""
+    if isinstance(value, Mapping):
+        return {key: _mapped(change, own) for key, own in value.items()}
+    if isinstance(value, tuple | list):
+        own = [_mapped(change, part) for part in value]
+        return own if isinstance(value, list) else tuple(own)
+    return change(value)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        for own in value.values():
+            yield from _leaves(own)
+    elif isinstance(value, tuple | list):
+        for own in value:
+            yield from _leaves(own)
+    else:
+        yield value
