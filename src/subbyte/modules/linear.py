@@ -13,28 +13,18 @@ from torch.nn import functional as F
 
 from subbyte import kernels
 from subbyte.core.tensors import QuantizedLayer
-from subbyte.kernels import Activation, Precision
+from subbyte.kernels import Activation, Epilogue, Precision
 from subbyte.modules.weight import PackedWeight, copied, decoded_weight
 
 
 def packed_linear(
-    x: Tensor,
-    packed: PackedWeight,
-    bias: Tensor | None,
-    precision: Precision,
-    plus: Tensor | None = None,
-    activation: Activation = "none",
+    x: Tensor, packed: PackedWeight, precision: Precision, epilogue: Epilogue
 ) -> Tensor:
     """x [..., in] -> activation(x W' + bias + plus) [..., out], the adapter included."""
-    buffers: Any = packed._buffers
-    if buffers["up"] is not None:
+    if packed._buffers["up"] is not None:
         up, down = packed.factors()  # type: ignore[misc]
-        extra = F.linear(F.linear(x, down), up)
-        plus = extra if plus is None else extra + plus
-    return kernels.linear(
-        x, buffers["words"], buffers["scale"], bias, packed.grid, packed.shape, precision, plus,
-        activation,
-    )  # fmt: skip
+        epilogue = epilogue.adding(F.linear(F.linear(x, down), up))
+    return kernels.linear(x, packed.matrix(), precision, epilogue)
 
 
 def then(layer: Any) -> str:
@@ -67,9 +57,8 @@ class PackedLinear(nn.Module):
             return kernels.finish(y, plus, self.activation)
         # From the dictionaries: nn.Module's look-up by attribute takes a microsecond a name.
         packed: Any = self._modules["packed"]
-        return packed_linear(
-            x, packed, self._buffers["bias"], self.precision, plus, self.activation
-        )
+        epilogue = packed.epilogue(self._buffers["bias"], self.activation)
+        return packed_linear(x, packed, self.precision, epilogue.adding(plus))
 
     def why_not(self, x: Tensor, plus: Tensor | None = None) -> str | None:
         """Why the kernels do not multiply x, in words; None if they do."""

@@ -11,6 +11,7 @@ its entropy, which it cannot in 64-bit words.
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import torch
@@ -37,8 +38,14 @@ def why_not_native(device: torch.device) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=1024)
 def digits_per(n_levels: int, word_bits: int) -> int:
-    """Most base-N digits that fit in a word: the largest d with N^d <= 2^word_bits."""
+    """Most base-N digits that fit in a word: the largest d with N^d <= 2^word_bits.
+
+    Raises SubbyteError unless N is 2 to 256.
+    """
+    if not 2 <= n_levels <= 256:
+        raise SubbyteError(f"codes of {n_levels} levels have no digits; use 2 to 256")
     digits, value = 0, n_levels
     while value <= 1 << word_bits:
         digits, value = digits + 1, value * n_levels
