@@ -282,8 +282,13 @@ def test_a_weight_cannot_be_transformed_and_says_so(case):
     net, x, _ = case
     scale = net[0].packed.scale
     stacked = {"0.packed.scale": torch.stack([scale, scale])}
-    with pytest.raises(SubbyteError, match="only activations"), torch.no_grad():
-        torch.func.vmap(lambda b: torch.func.functional_call(net, b, (x,)))(stacked)
+    with torch.no_grad():
+        with pytest.raises(SubbyteError, match="only activations"):
+            torch.func.vmap(lambda b: torch.func.functional_call(net, b, (x,)))(stacked)
+        with pytest.raises(SubbyteError, match="only activations"):
+            torch.func.vmap(lambda b, v: torch.func.functional_call(net, b, (v,)))(
+                stacked, torch.stack([x, x])
+            )
     with pytest.raises(SubbyteError, match="only activations"):
         torch.func.grad(lambda b: torch.func.functional_call(net, b, (x,)).sum())(
             {"0.packed.scale": scale}
@@ -389,6 +394,12 @@ def test_values_are_built_once_and_follow_the_buffers(kind):
         assert torch.equal(mine(x), net(x))
         change(mine)
         assert torch.equal(mine(x), wanted), name
+    for name in ("words", "scale"):
+        mine = copy.deepcopy(net)
+        mine(x)
+        setattr(mine[0].packed, name, getattr(other[0].packed, name).clone())
+        assert torch.equal(mine(x), copy.deepcopy(mine)(x)), name
+        assert torch.equal(mine[0].weight, copy.deepcopy(mine)[0].weight), name
     for same in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), copy.copy(net)):
         assert torch.equal(same(x), net(x))
     there_and_back = copy.deepcopy(net).to(torch.float16).to(torch.float32)
