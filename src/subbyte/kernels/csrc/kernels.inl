@@ -202,7 +202,10 @@ inline T limited(T value, const Limits& limits) {
 template <class T>
 inline T in_order(T value) {
 #if defined(__GNUC__) && defined(__x86_64__) && !defined(SUBBYTE_EMULATE)
-  if constexpr (sizeof(T) >= 32) asm volatile("" : "+x"(value));
+  if constexpr (sizeof(T) == 64)
+    asm volatile("" : "+v"(value));  // any of the 32 registers; "x" are the first 16
+  else if constexpr (sizeof(T) == 32)
+    asm volatile("" : "+x"(value));
 #endif
   return value;
 }
