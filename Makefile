@@ -9,7 +9,7 @@ NATIVE := CMakeLists.txt $(wildcard src/subbyte/kernels/csrc/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # SUBBYTE_ISA=avx2 (avx512vnni, neon, portable) forces an instruction set in anything below.
-.PHONY: demo test test-all test-san test-old test-avx512 test-neon wheel check format bench bench-peers mutants reproduce clean
+.PHONY: demo test test-all test-tiers test-san test-old test-avx512 test-neon wheel check format bench bench-peers mutants reproduce clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
@@ -26,6 +26,14 @@ test: $(STAMP)  ## The test suite (minutes)
 
 test-all: $(STAMP)  ## Everything, also what needs ../shared/data or takes long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+# Of what depends on the instruction set; `make test` runs it on the best one.
+TIER_TESTS := $(addprefix tests/test_,kernels.py traced.py misuse.py fuse.py modules.py bench.py)
+test-tiers: $(STAMP)  ## The kernels' tests on each other instruction set that this machine has
+	for tier in $$($(BIN)/python -c 'from subbyte import _native; print(*_native.tiers()[1:])'); do \
+	  echo "SUBBYTE_ISA=$$tier"; \
+	  SUBBYTE_ISA=$$tier OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TIER_TESTS) || exit 1; \
+	done
 
 test-san:  ## The C++ core under the address and undefined-behaviour sanitizers
 	tests/native/run.sh san

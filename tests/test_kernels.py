@@ -422,6 +422,76 @@ def test_changed_words_and_scales_are_noticed():
     assert torch.equal(again(x), net(x))
 
 
+def large_layer():
+    """(packed layer whose words and scales are too large to be looked at in one call, an input)."""
+    weight = quantized(5, (1024, 500), grid=uniform(5, PerChannel(0)))
+    return packed_linear(weight, None), torch.randn(1, 500)
+
+
+def decoded_product(layer, x):
+    return rounded(x, 1) @ layer.weight.double().T
+
+
+CHANGES = {  # each past PyTorch's counter of versions, and of most bytes
+    "scale.data.mul_": lambda p: p.scale.data.mul_(2),
+    "scale.numpy": lambda p: p.scale.numpy().__imul__(2),
+    "words.data.copy_": lambda p: p.words.data.copy_(p.words.roll(8)),
+    "words.data.zero_": lambda p: p.words.data.zero_(),
+    "words.numpy": lambda p: p.words.numpy().__ixor__(1),
+    "storage": lambda p: p.words.untyped_storage().copy_(p.words.roll(8).untyped_storage()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changes_past_pytorch_are_noticed(change):
+    layer, x = large_layer()
+    before = layer(x)
+    versions = layer.packed.words._version, layer.packed.scale._version
+    change(layer.packed)
+    assert versions == (layer.packed.words._version, layer.packed.scale._version)
+    got, wanted = layer(x), decoded_product(layer, x)
+    assert not torch.equal(got, before)
+    assert torch.allclose(got.double(), wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["words", "scale"])
+def test_one_changed_byte_that_pytorch_counts_is_noticed_at_once(name):
+    for place in (0, 1999, 4095):
+        layer, x = large_layer()
+        layer(x)
+        getattr(layer.packed, name).view(torch.uint8)[place] ^= 1
+        again = copy.deepcopy(layer)
+        assert torch.equal(layer(x), again(x))
+
+
+def test_one_byte_changed_past_pytorch_is_noticed_as_calls_go_round():
+    layer, x = large_layer()
+    for place in (0, 1999, 4095):
+        before = layer(x)
+        layer.packed.words.data[place] ^= 1
+        blocks = -(-layer.packed.words.numel() // 256)
+        results = [layer(x) for _ in range(-(-blocks // 4))]
+        assert torch.equal(results[-1], copy.deepcopy(layer)(x))
+        assert not torch.equal(results[-1], before)
+
+
+def test_the_bytes_of_a_panel_are_looked_at_block_by_block():
+    words, scale = torch.arange(7777).to(torch.uint8), torch.rand(300).half()
+    origin = core.Origin(words, scale)
+    rounds = -(-7777 // 256 // 4) + 1
+    assert all(origin.glance(words, scale) for _ in range(2 * rounds))
+    assert origin.same(words.clone(), scale.clone())
+    assert not origin.glance(words.clone(), scale)  # it lies elsewhere
+    assert not origin.same(words[:-1], scale)
+    for place in (0, 255, 256, 7776):
+        words[place] += 1
+        assert not origin.same(words, scale)
+        assert not all(origin.glance(words, scale) for _ in range(rounds))
+        words[place] -= 1
+    scale[299] += 1
+    assert not origin.same(words, scale)
+
+
 PANEL_BITS_OF_3_LEVELS = {  # docs/kernels.md; one table look-up by bytes packs five digits into one
     "portable": 2, "avx2": 2, "neon": 2, "avx512vnni": 2, "avx512vbmi": 1.6,
 }  # fmt: skip
@@ -432,7 +502,7 @@ def test_panels_are_counted_and_die_with_their_words():
     words = net[3].packed.words
     assert kernels.panel_bytes(words) == 0
     net(x)
-    bits = panels.linear_panel(words, net[3].packed.scale, net[3].packed.grid, (10, 576)).bits
+    bits = panels.panel_of(net[3].packed.matrix()).bits
     assert bits == PANEL_BITS_OF_3_LEVELS[kernels.tier()]
     group = round(4 * 8 / bits)  # k that are packed together
     padded = -(-576 // group) * group

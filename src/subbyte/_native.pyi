@@ -2,6 +2,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+# Sizes, types, devices and gaps are checked: whatever does not fit is a ValueError.
+
 def radix_pack(codes: Tensor, levels: int, digits: int, words: Tensor) -> None: ...
 def radix_unpack(words: Tensor, levels: int, digits: int, codes: Tensor) -> None: ...
 def tiers() -> list[str]: ...
@@ -26,11 +28,10 @@ class Panel:
     def bits(self) -> float: ...
     def linear(
         self,
-        x: int,
-        n: int,
-        y: int,
-        bias: int,
-        plus: int,
+        x: Tensor,
+        y: Tensor,
+        bias: Tensor | None,
+        plus: Tensor | None,
         low: float,
         high: float,
         planes: int,
@@ -42,19 +43,21 @@ class ConvPanels:
     def bytes(self) -> int: ...
     def conv2d(
         self,
-        x: int,
-        n: int,
-        h: int,
-        w: int,
-        y: int,
+        x: Tensor,
+        y: Tensor,
         last: bool,
-        bias: int,
-        plus: int,
+        bias: Tensor | None,
+        plus: Tensor | None,
         low: float,
         high: float,
         planes: int,
         threads: int,
     ) -> list[int]: ...
+
+class Origin:
+    def __init__(self, words: Tensor, scale: Tensor) -> None: ...
+    def same(self, words: Tensor, scale: Tensor) -> bool: ...
+    def glance(self, words: Tensor, scale: Tensor) -> bool: ...
 
 def make_panel(
     words: Tensor,

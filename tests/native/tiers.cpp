@@ -14,8 +14,10 @@
 #include "conv.hpp"
 #include "dispatch.hpp"
 #include "linear.hpp"
+#include "origin.hpp"
 #include "panels.hpp"
 #include "radix.hpp"
+#include "roofs.hpp"
 
 using namespace subbyte;
 
@@ -284,11 +286,113 @@ void check_conv(const Kernels& tier, int levels, const ConvShape& s, int n, int 
   }
 }
 
+template <class F>
+void refused(const char* what, F&& call) {
+  try {
+    call();
+  } catch (const std::invalid_argument&) {
+    ++checks;
+    return;
+  } catch (const std::bad_alloc&) {
+    ++checks;
+    return;
+  }
+  require(false, "not refused: %s", what);
+}
+
+// What no caller may ask for. Under sanitizers an overflow or a read past an end would end the run.
+void check_refusals(const Kernels& tier) {
+  constexpr std::int64_t kHuge = std::int64_t{1} << 62;
+  const Weight weight(3, 8, 60);
+  for (const unsigned levels : {0u, 1u, 257u}) refused("levels", [&] { check_radix(levels, 40); });
+  for (const unsigned digits : {0u, 39u, 41u}) refused("digits", [&] { check_radix(3, digits); });
+  const auto panel = [&](std::int64_t first, std::int64_t rows, std::int64_t length,
+                         const std::vector<std::int32_t>& order, Affine affine) {
+    return make_panel(weight.stored(), first, rows, length, order, weight.scale.data(), affine,
+                      tier.tables);
+  };
+  const auto wrong = [&](std::int64_t first, std::int64_t rows, std::int64_t length) {
+    refused("rows", [&] { panel(first, rows, length, weight.order, weight.affine); });
+  };
+  wrong(-1, 8, 60), wrong(1, 8, 60), wrong(0, 0, 60), wrong(0, -8, 60), wrong(0, 8, 0);
+  wrong(0, 8, kHuge), wrong(0, kHuge, 60), wrong(kHuge, kHuge, 60), wrong(kHuge, 8, 60);
+  for (const std::int32_t from : {-2, 60})
+    refused("order", [&] { panel(0, 8, 60, {from}, weight.affine); });
+  refused("order", [&] { panel(0, 8, 60, {}, weight.affine); });
+  for (const Affine affine : {Affine{0, 1}, Affine{3, 1}, Affine{1, 128}, Affine{1, -126}})
+    refused("affine", [&] { panel(0, 8, 60, weight.order, affine); });
+
+  const ConvShape right{60, 8, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1};
+  const auto conv = [&](const ConvShape& shape) {
+    return ConvPanels(shape, weight.stored(), weight.scale.data(), weight.affine, tier.tables);
+  };
+  for (std::int64_t ConvShape::* size :
+       {&ConvShape::channels, &ConvShape::out_channels, &ConvShape::kernel_h, &ConvShape::kernel_w,
+        &ConvShape::stride_h, &ConvShape::stride_w, &ConvShape::dilation_h, &ConvShape::dilation_w,
+        &ConvShape::groups})
+    for (const std::int64_t value : {std::int64_t{0}, std::int64_t{-1}, kHuge}) {
+      ConvShape shape = right;
+      shape.*size = value;
+      refused("a size of a convolution", [&] { conv(shape); });
+    }
+  for (std::int64_t ConvShape::* pad :
+       {&ConvShape::top, &ConvShape::bottom, &ConvShape::left, &ConvShape::right})
+    for (const std::int64_t value : {std::int64_t{-1}, kHuge}) {
+      ConvShape shape = right;
+      shape.*pad = value;
+      refused("padding", [&] { conv(shape); });
+    }
+  ConvShape shape = right;
+  shape.groups = 7;
+  refused("groups", [&] { conv(shape); });
+
+  const ConvPanels panels = conv(right);
+  const Panel rows = panel(0, 8, 60, weight.order, weight.affine);
+  std::vector<float> x(60), y(8);
+  const auto run = [&](std::int64_t n, std::int64_t h, int threads) {
+    return conv2d(tier, panels, x.data(), n, h, 1, y.data(), false, {}, Precision::kInt8, threads);
+  };
+  refused("small images", [&] { run(1, 0, 1); });
+  refused("huge images", [&] { run(1, kHuge, 1); });
+  for (const int threads : {0, -1}) {
+    refused("threads", [&] { run(1, 1, threads); });
+    refused("threads",
+            [&] { linear(tier, rows, x.data(), 1, y.data(), {}, Precision::kInt8, threads); });
+    refused("threads", [&] { spin_float(1, threads); });
+  }
+  require(run(0, 1, 1).empty() && run(1, 1, 1 << 30).empty(), "%s: no images", tier.name);
+  refused("rounds", [&] { spin_int8(tier.name, -1, 1); });
+  refused("rounds", [&] { spin_int8(tier.name, kHuge, 1); });
+  refused("a tier", [&] { spin_int8("avx1024", 1, 1); });
+  for (const std::size_t bytes : {std::size_t{0}, ~std::size_t{0}, std::size_t{1} << 60})
+    refused("bytes", [&] { Stream stream(bytes); });
+  refused("passes", [&] { Stream(4096).read(0, 1); });
+}
+
+void check_origin() {
+  for (const std::size_t size : {0, 1, 7, 8, 255, 256, 257, 5000}) {
+    std::vector<std::uint8_t> bytes(size, 3);
+    const Origin origin(bytes.data(), size);
+    require(origin.same(bytes.data(), size) && origin.glance(bytes.data(), size), "origin");
+    require(!origin.same(bytes.data(), size + 1), "origin of %zu bytes is longer", size);
+    for (std::size_t i = 0; i < size; ++i) {
+      bytes[i] ^= 1;
+      bool seen = false;
+      for (std::size_t calls = 0; calls <= size / 1024; ++calls)
+        seen |= !origin.glance(bytes.data(), size);
+      require(seen && !origin.same(bytes.data(), size), "byte %zu of %zu", i, size);
+      bytes[i] ^= 1;
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  check_origin();
   for (const Kernels* tier : tiers()) {
     checks = 0;
+    check_refusals(*tier);
     check_quantize(*tier);
     for (const int levels : {2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 18, 33, 127, 128, 255})
       for (const int rows : {1, 32, 45})

@@ -154,7 +154,12 @@ def _affine(levels: tuple[float, ...]) -> tuple[float, float] | None:
 
 
 def digits_per(n_levels: int, word_bits: int) -> int:
-    """Most base-N digits that fit in a word: the largest d with N^d <= 2^word_bits."""
+    """Most base-N digits that fit in a word: the largest d with N^d <= 2^word_bits.
+
+    Raises SubbyteError unless N is 2 to 256.
+    """
+    if not 2 <= n_levels <= MAX_LEVELS:
+        raise SubbyteError(f"codes of {n_levels} levels have no digits; use 2 to {MAX_LEVELS}")
     digits, value = 0, n_levels
     while value <= 1 << word_bits:
         digits, value = digits + 1, value * n_levels

@@ -2,7 +2,7 @@
 
 from subbyte.kernels.calls import conv2d, linear
 from subbyte.kernels.panels import panel_bytes
-from subbyte.kernels.products import Activation, finish
+from subbyte.kernels.products import finish
 from subbyte.kernels.served import (
     Precision,
     check_precision,
@@ -11,16 +11,20 @@ from subbyte.kernels.served import (
     why_not,
     why_not_conv,
 )
+from subbyte.kernels.values import Activation, Epilogue, Window, plain_bias
 
 __all__ = [
     "Activation",
+    "Epilogue",
     "Precision",
+    "Window",
     "check_precision",
     "conv2d",
     "finish",
     "is_depthwise",
     "linear",
     "panel_bytes",
+    "plain_bias",
     "tier",
     "why_not",
     "why_not_conv",

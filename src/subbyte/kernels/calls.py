@@ -2,98 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from subbyte.core.grids import Grid
 from subbyte.errors import SubbyteError
-from subbyte.kernels import products
-from subbyte.kernels.ops import conv2d_op, linear_op, plain
-from subbyte.kernels.products import Activation, finish
+from subbyte.kernels import products, traced
+from subbyte.kernels.values import PLAIN, Epilogue, Window
+from subbyte.packing import PackedMatrix
 
 
-def linear(
-    x: Tensor,
-    words: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    grid: Grid,
-    shape: Sequence[int],
-    precision: str,
-    plus: Tensor | None = None,
-    activation: Activation = "none",
-) -> Tensor:
-    """activation(x W' + bias + plus): x [..., in] -> [..., out], W `shape` [out, in] in words.
+def linear(x: Tensor, matrix: PackedMatrix, precision: str, epilogue: Epilogue = PLAIN) -> Tensor:
+    """activation(x W' + bias + plus): x [..., in] -> [..., out], W a matrix [out, in].
 
-    scale: as the grid's domain stores it, one or one a row. Ask `why_not` first.
+    Ask `why_not` first.
     """
-    _check_width(x, -1, shape[1])
-    if _by_op(x, plus):
-        if precision == "float32":
-            y = F.linear(x, products.decoded(words, scale, grid, shape), bias)
-        else:
-            y = linear_op(x, words, scale, bias, *plain(grid), list(shape), precision)
-        return finish(y, plus, activation)
-    return products.linear(x, words, scale, bias, grid, shape, precision, plus, activation)
+    width, size = matrix.shape[1], x.shape
+    if not size or size[-1] != width:
+        raise _mismatch(size, -1, width)
+    way = traced if traced.is_seen(x, matrix, epilogue) else products
+    return way.linear(x, matrix, precision, epilogue)
 
 
 def conv2d(
-    x: Tensor,
-    words: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    grid: Grid,
-    shape: Sequence[int],
-    geometry: tuple[int, ...],
-    precision: str,
-    plus: Tensor | None = None,
-    activation: Activation = "none",
+    x: Tensor, matrix: PackedMatrix, window: Window, precision: str, epilogue: Epilogue = PLAIN
 ) -> Tensor:
-    """activation(conv(x) + bias + plus): x [n, c, h, w] or [c, h, w], a weight in radix words.
+    """activation(conv(x) + bias + plus): x [n, c, h, w] or [c, h, w], W [out, in / groups, kh, kw].
 
-    geometry: stride (2), dilation (2), padding (top, bottom, left, right), groups. The result has
-    x's memory format. Ask `why_not_conv` first.
+    The result has x's memory format. Ask `why_not_conv` first.
     """
-    if x.ndim == 3:
-        y = conv2d(x[None], words, scale, bias, grid, shape, geometry, precision)[0]
-        return finish(y, plus, activation)
-    if x.ndim != 4:
-        raise SubbyteError(f"activations are {tuple(x.shape)}; expected [n, c, h, w] or [c, h, w]")
-    _check_width(x, 1, shape[1] * geometry[-1])
-    if min(products.out_size(x, shape, geometry)) < 1:
+    size, shape = x.shape, matrix.shape
+    if len(size) == 3:
+        y = conv2d(x[None], matrix, window, precision, Epilogue(epilogue.bias))[0]
+        return products.finish(y, epilogue.plus, epilogue.activation)
+    if len(size) != 4:
+        raise SubbyteError(f"activations are {tuple(size)}; expected [n, c, h, w] or [c, h, w]")
+    if size[1] != shape[1] * window.groups:
+        raise _mismatch(size, 1, shape[1] * window.groups)
+    if min(window.out_size((size[2], size[3]), (shape[2], shape[3]))) < 1:
         raise SubbyteError(
-            f"images of {x.shape[2]} x {x.shape[3]} are smaller than the kernel {tuple(shape[2:])}"
+            f"images of {size[2]} x {size[3]} are smaller than the kernel {tuple(shape[2:])}"
         )
-    if _by_op(x, plus):
-        if precision == "float32":
-            y = products.reference_conv2d(
-                x, products.decoded(words, scale, grid, shape), bias, geometry
-            )
-        else:
-            y = conv2d_op(
-                x, words, scale, bias, *plain(grid), list(shape), list(geometry), precision
-            )
-        return finish(y, plus, activation)
-    return products.conv2d(
-        x, words, scale, bias, grid, shape, geometry, precision, plus, activation
+    way = traced if traced.is_seen(x, matrix, epilogue) else products
+    return way.conv2d(x, matrix, window, precision, epilogue)
+
+
+def _mismatch(size: tuple[int, ...], axis: int, width: int) -> SubbyteError:
+    return SubbyteError(
+        f"activations are {tuple(size)}; dimension {axis} must be {width} for this layer"
     )
-
-
-def _by_op(x: Tensor, plus: Tensor | None = None) -> bool:
-    """Whether the call must be seen by autograd or by a tracer."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
-        return True
-    if not torch.is_grad_enabled():
-        return False
-    return x.requires_grad or (isinstance(plus, Tensor) and plus.requires_grad)
-
-
-def _check_width(x: Tensor, axis: int, width: int) -> None:
-    size = x.shape
-    if not size or size[axis] != width:
-        raise SubbyteError(
-            f"activations are {tuple(x.shape)}; dimension {axis} must be {width} for this layer"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -18,6 +19,7 @@ except ImportError:  # a source tree without a compiler: the reference does ever
 
 Precision = Literal["int8", "int16", "float32"]
 
+_FLOAT32 = torch.float32
 _LARGEST = 127  # integer weights are signed bytes
 _SUMS = 2**31
 _FEW_CHANNELS = 8  # of a group; panels have 32 rows, so less would mostly multiply by nothing
@@ -48,26 +50,18 @@ def why_not(x: Tensor, grid: Grid, row_length: int) -> str | None:
 
     row_length: weights that a value of the result is the sum of.
     """
-    if x.dtype is not torch.float32:
-        return f"activations are {str(x.dtype).removeprefix('torch.')}, not float32"
-    if not x.is_cpu:
-        return f"activations are on {x.device}"
-    return _why_not_grid(grid, row_length)
+    if x.dtype is _FLOAT32 and x.is_cpu:
+        return _why_not_grid(grid, row_length)
+    return _why_not_activations(x)
 
 
 def why_not_conv(
-    x: Tensor,
-    grid: Grid,
-    shape: Sequence[int],
-    groups: int,
-    padding_mode: str,
+    x: Tensor, grid: Grid, shape: Sequence[int], groups: int, padding_mode: str
 ) -> str | None:
     """The same for a convolution with a weight [out, in / groups, kh, kw]."""
-    if padding_mode != "zeros":
-        return f"padding mode is {padding_mode!r}"
-    if shape[0] // groups < _FEW_CHANNELS and not is_depthwise(shape, groups):
-        return f"groups have {shape[0] // groups} output channels"
-    return why_not(x, grid, torch.Size(shape[1:]).numel())
+    if x.dtype is _FLOAT32 and x.is_cpu:
+        return _why_not_window(grid, shape, groups, padding_mode)
+    return _why_not_activations(x)
 
 
 def is_depthwise(shape: Sequence[int], groups: int) -> bool:
@@ -75,18 +69,26 @@ def is_depthwise(shape: Sequence[int], groups: int) -> bool:
     return shape[0] == groups and shape[1] == 1
 
 
+def _why_not_activations(x: Tensor) -> str:
+    if x.dtype is not _FLOAT32:
+        return f"activations are {str(x.dtype).removeprefix('torch.')}, not float32"
+    return f"activations are on {x.device}"
+
+
+# Grids are frozen, and these are asked at every call.
+
+
+@functools.lru_cache(maxsize=4096)
+def _why_not_window(grid: Grid, shape: Sequence[int], groups: int, padding_mode: str) -> str | None:
+    if padding_mode != "zeros":
+        return f"padding mode is {padding_mode!r}"
+    if shape[0] // groups < _FEW_CHANNELS and not is_depthwise(shape, groups):
+        return f"groups have {shape[0] // groups} output channels"
+    return _why_not_grid(grid, torch.Size(shape[1:]).numel())
+
+
+@functools.lru_cache(maxsize=4096)
 def _why_not_grid(grid: Grid, row_length: int) -> str | None:
-    """Cached: a grid is frozen, and this is asked at every call."""
-    key = (grid, row_length)
-    if key not in _REASONS:
-        _REASONS[key] = _find_reason(grid, row_length)
-    return _REASONS[key]
-
-
-_REASONS: dict[tuple[Grid, int], str | None] = {}
-
-
-def _find_reason(grid: Grid, row_length: int) -> str | None:
     if _native is None:
         return "the C++ core (subbyte._native) was not built"
     found = integers(grid)

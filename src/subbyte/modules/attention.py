@@ -116,9 +116,9 @@ class PackedMultiheadAttention(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         """Self-attention of x [batch, tokens, width], or [tokens, batch, width]."""
-        projected = packed_linear(
-            x, cast(PackedWeight, self.in_proj), self.in_proj_bias, self.precision
-        )
+        packed = cast(PackedWeight, self.in_proj)
+        epilogue = packed.epilogue(self.in_proj_bias, "none")
+        projected = packed_linear(x, packed, self.precision, epilogue)
         if not self.batch_first:
             projected = projected.transpose(0, 1)
         query, key, value = (

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from subbyte import kernels
 from subbyte.core.tensors import QuantizedLayer
 from subbyte.errors import SubbyteError
-from subbyte.kernels import Activation, Precision
+from subbyte.kernels import Activation, Precision, Window
 from subbyte.modules.linear import then
 from subbyte.modules.weight import (
     PackedWeight,
@@ -87,26 +87,25 @@ class PackedConv2d(_PackedConv):
     def __init__(self, like: nn.Conv2d, layer: QuantizedLayer) -> None:
         super().__init__(like, layer)
         left, right, top, bottom = self.pads
-        strides, dilations = tuple(self.stride), tuple(self.dilation)
-        self.geometry = (*strides, *dilations, top, bottom, left, right, self.groups)
+        (sh, sw), (dh, dw) = self.stride, self.dilation
+        self.window = Window((sh, sw), (dh, dw), (top, bottom, left, right), self.groups)
 
     def forward(self, input: Tensor, plus: Tensor | None = None) -> Tensor:
         x = input
         if self.why_not(x):
             return kernels.finish(super().forward(x), plus, self.activation)
-        packed, groups = self.packed, self.groups
-        buffers: Any = packed._buffers
-        factors = packed.factors()
-        if factors is not None:
-            up, down = factors
-            down = down.reshape(-1, *packed.shape[1:])
-            inner = F.conv2d(x, down, None, self.stride, self.padding, self.dilation, groups)
-            extra = F.conv2d(inner, up[:, :, None, None], groups=groups)
-            plus = extra if plus is None else extra + plus
-        return kernels.conv2d(
-            x, buffers["words"], buffers["scale"], self._parameters["bias"], packed.grid,
-            packed.shape, self.geometry, self.precision, plus, self.activation,
-        )  # fmt: skip
+        # From the dictionaries: nn.Module's look-up by attribute takes a microsecond a name.
+        packed: Any = self._modules["packed"]
+        epilogue = packed.epilogue(self._parameters["bias"], self.activation).adding(plus)
+        if packed._buffers["up"] is not None:
+            epilogue = epilogue.adding(self._adapted(x, *packed.factors()))
+        return kernels.conv2d(x, packed.matrix(), self.window, self.precision, epilogue)
+
+    def _adapted(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        """What the adapter adds to the products."""
+        down = down.reshape(-1, *self.packed.shape[1:])
+        inner = F.conv2d(x, down, None, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(inner, up[:, :, None, None], groups=self.groups)
 
     def why_not(self, x: Tensor, plus: Tensor | None = None) -> str | None:
         """Why the kernels do not convolve x, in words; None if they do."""

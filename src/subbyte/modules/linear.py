@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from subbyte import kernels
 from subbyte.core.tensors import QuantizedLayer
-from subbyte.kernels import Activation, Precision
+from subbyte.kernels import Activation, Epilogue, Precision
 from subbyte.modules.weight import (
     PackedWeight,
     by_reference,
@@ -25,23 +25,13 @@ from subbyte.modules.weight import (
 
 
 def packed_linear(
-    x: Tensor,
-    packed: PackedWeight,
-    bias: Tensor | None,
-    precision: Precision,
-    plus: Tensor | None = None,
-    activation: Activation = "none",
+    x: Tensor, packed: PackedWeight, precision: Precision, epilogue: Epilogue
 ) -> Tensor:
     """x [..., in] -> activation(x W' + bias + plus) [..., out], the adapter included."""
-    buffers: Any = packed._buffers
-    if buffers["up"] is not None:
+    if packed._buffers["up"] is not None:
         up, down = packed.factors()  # type: ignore[misc]
-        extra = F.linear(F.linear(x, down), up)
-        plus = extra if plus is None else extra + plus
-    return kernels.linear(
-        x, buffers["words"], buffers["scale"], bias, packed.grid, packed.shape, precision, plus,
-        activation,
-    )  # fmt: skip
+        epilogue = epilogue.adding(F.linear(F.linear(x, down), up))
+    return kernels.linear(x, packed.matrix(), precision, epilogue)
 
 
 def then(layer: Any) -> str:
@@ -78,9 +68,8 @@ class PackedLinear(nn.Module):
             return kernels.finish(y, plus, self.activation)
         # From the dictionaries: nn.Module's look-up by attribute takes a microsecond a name.
         packed: Any = self._modules["packed"]
-        return packed_linear(
-            x, packed, self._parameters["bias"], self.precision, plus, self.activation
-        )
+        epilogue = packed.epilogue(self._parameters["bias"], self.activation)
+        return packed_linear(x, packed, self.precision, epilogue.adding(plus))
 
     def why_not(self, x: Tensor, plus: Tensor | None = None) -> str | None:
         """Why the kernels do not multiply x, in words; None if they do."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subbyte.core.functional import decode, read_scale, store_scale
+from subbyte import kernels
+from subbyte.core.functional import store_scale
 from subbyte.core.grids import Grid
 from subbyte.core.tensors import (
     LowRank,
@@ -19,7 +20,8 @@ from subbyte.core.tensors import (
     low_rank_product,
 )
 from subbyte.errors import SubbyteError
-from subbyte.packing import radix
+from subbyte.kernels import Activation, Epilogue
+from subbyte.packing import PackedMatrix, radix
 
 
 def keep_types(module: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -72,6 +74,38 @@ class PackedWeight(nn.Module):
         self.dtype_of = nn.Parameter(torch.empty(0), requires_grad=False)
         self.register_buffer("words", radix.pack(weight.codes, weight.grid.n_levels))
         self.register_buffer("scale", store_scale(weight.scale, weight.grid.scale_domain))
+        self._matrix: PackedMatrix | None = None
+        self._epilogue: Epilogue | None = None
+
+    def matrix(self) -> PackedMatrix:
+        """The buffers as they are now, as one value: the same one as long as they are the same."""
+        held, buffers = self._matrix, self._buffers
+        words, scale = buffers["words"], buffers["scale"]
+        if (
+            held is not None
+            and held.words is words
+            and held.scale is scale
+            and held.grid is self.grid
+        ):
+            return held
+        made = PackedMatrix(words, scale, self.grid, self.shape)  # type: ignore[arg-type]
+        if not torch.compiler.is_compiling():
+            self._matrix = made
+        return made
+
+    def epilogue(self, bias: Tensor | None, activation: Activation) -> Epilogue:
+        """What the layer does with its products; the same value as long as it does the same."""
+        held = self._epilogue
+        if held is not None and held.bias is bias and held.activation == activation:
+            return held
+        made = Epilogue(kernels.plain_bias(bias), None, activation)
+        if not torch.compiler.is_compiling():
+            self._epilogue = made
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles make their own values."""
+        return {**self.__dict__, "_matrix": None, "_epilogue": None}
 
     @property
     def n_weights(self) -> int:
@@ -79,12 +113,11 @@ class PackedWeight(nn.Module):
 
     def codes(self) -> Tensor:
         """uint8, the weight's shape."""
-        return radix.unpack(self.words, self.grid.n_levels, self.n_weights).reshape(self.shape)
+        return self.matrix().codes()
 
     def quantized(self) -> QuantizedTensor:
         """Back to the value it was made of, bit for bit."""
-        scale = read_scale(self.scale, self.grid.scale_domain)
-        return QuantizedTensor(self.codes(), scale, self.grid)
+        return QuantizedTensor(self.codes(), self.matrix().unit(), self.grid)
 
     def adapter(self) -> LowRank | None:
         """Back to the value it was made of."""
@@ -102,8 +135,7 @@ class PackedWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """The weight that the layer computes with, as float32: decoded, plus the adapter."""
-        scale = read_scale(self.scale, self.grid.scale_domain)
-        weight = decode(self.codes(), scale, self.grid)
+        weight = self.matrix().decoded()
         if self.up is None or self.down is None or self.adapter_scale is None:
             return weight
         extra = low_rank_product(self.up, self.down, self.adapter_scale.float())

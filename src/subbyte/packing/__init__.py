@@ -1,5 +1,6 @@
-"""How codes become bytes. A packing knows codes and level counts, never values or methods."""
+"""How codes become bytes: digits in words (`radix`), and a weight made of them as one value."""
 
 from subbyte.packing import radix
+from subbyte.packing.matrix import PackedMatrix
 
-__all__ = ["radix"]
+__all__ = ["PackedMatrix", "radix"]

@@ -1,123 +1,190 @@
-// The only file that knows Python. torch CPU tensors come in without a copy (DLPack).
+// The only file that knows Python, with arrays.hpp. Whatever it is given, it answers or throws:
+// every size is checked before memory is read, std::invalid_argument becomes ValueError.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 
+#include "arrays.hpp"
 #include "conv.hpp"
 #include "dispatch.hpp"
 #include "linear.hpp"
+#include "origin.hpp"
 #include "panels.hpp"
 #include "radix.hpp"
 #include "roofs.hpp"
+#include "sizes.hpp"
 #include "threads.hpp"
 
 namespace nb = nanobind;
 
-using InBytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using OutBytes = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using subbyte::Array;
+using subbyte::maybe;
+using subbyte::require;
+
+using Sizes = std::vector<std::int64_t>;
 
 namespace {
 
-void require_words(std::size_t count, unsigned digits, std::size_t bytes) {
-  if (digits == 0 || bytes != 8 * ((count + digits - 1) / digits))
-    throw std::invalid_argument("words and codes differ in size");
+using Bytes = Array<std::uint8_t>;
+using Floats = Array<float>;
+
+std::size_t length(const Bytes& bytes) {
+  bytes.require_length(bytes.size());
+  return static_cast<std::size_t>(bytes.size());
 }
 
-void pack(InBytes codes, unsigned levels, unsigned digits, OutBytes words) {
-  require_words(codes.size(), digits, words.size());
+void require_words(const Bytes& words, const Bytes& codes, unsigned levels, unsigned digits) {
+  subbyte::check_radix(levels, digits);
+  words.require_length(8 * static_cast<std::int64_t>((length(codes) + digits - 1) / digits));
+}
+
+void pack(nb::handle codes, unsigned levels, unsigned digits, nb::handle words) {
+  const Bytes from(codes, "codes"), to(words, "words");
+  require_words(to, from, levels, digits);
   nb::gil_scoped_release released;
-  subbyte::radix_pack(codes.data(), codes.size(), levels, digits, words.data());
+  subbyte::radix_pack(from.data(), from.size(), levels, digits, to.data());
 }
 
-void unpack(InBytes words, unsigned levels, unsigned digits, OutBytes codes) {
-  require_words(codes.size(), digits, words.size());
+void unpack(nb::handle words, unsigned levels, unsigned digits, nb::handle codes) {
+  const Bytes from(words, "words"), to(codes, "codes");
+  require_words(from, to, levels, digits);
   nb::gil_scoped_release released;
-  subbyte::radix_unpack(words.data(), codes.size(), levels, digits, codes.data());
+  subbyte::radix_unpack(from.data(), to.size(), levels, digits, to.data());
 }
 
-// Largest magnitude of an integer sum, which must fit in 32 bits.
-void require_room(const subbyte::Panel& panel) {
-  const std::int64_t weight = std::max(panel.max_abs, panel.traits().max_digit);
-  if (panel.affine.factor * weight * 255 * panel.k >= std::int64_t{1} << 31)
-    throw std::invalid_argument("rows are too long for 32-bit sums");
-}
-
-subbyte::Panel make_panel(InBytes words, unsigned levels, unsigned digits, std::int64_t first_row,
-                          std::int64_t rows, std::int64_t row_length,
-                          nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig> order,
-                          nb::ndarray<const float, nb::ndim<1>, nb::c_contig> scale, int factor,
-                          int center) {
-  require_words((words.size() / 8) * digits, digits, words.size());
-  const std::size_t stop = static_cast<std::size_t>((first_row + rows) * row_length);
-  if (first_row < 0 || rows < 0 || stop > words.size() / 8 * digits ||
-      scale.size() != static_cast<std::size_t>(rows))
-    throw std::invalid_argument("rows, scales and words differ in size");
-  const std::vector<std::int32_t> where(order.data(), order.data() + order.size());
-  for (const std::int32_t from : where)
-    if (from >= row_length) throw std::invalid_argument("order points past a row");
+subbyte::Panel make_panel(nb::handle words, unsigned levels, unsigned digits,
+                          std::int64_t first_row, std::int64_t rows, std::int64_t row_length,
+                          nb::handle order, nb::handle scale, int factor, int center) {
+  const Bytes bytes(words, "words");
+  const Array<std::int32_t> from(order, "order");
+  const Floats scales(scale, "scale");
+  const subbyte::RadixCodes codes{bytes.data(), length(bytes), levels, digits};
+  from.require_length(from.size());
+  scales.require_length(rows);
+  const std::vector<std::int32_t> where(from.data(), from.data() + from.size());
   nb::gil_scoped_release released;
-  subbyte::Panel panel =
-      subbyte::make_panel({words.data(), words.size(), levels, digits}, first_row, rows, row_length,
-                          where, scale.data(), {factor, center}, subbyte::kernels().tables);
-  require_room(panel);
-  return panel;
+  return subbyte::make_panel(codes, first_row, rows, row_length, where, scales.data(),
+                             {factor, center}, subbyte::kernels().tables);
 }
 
-// Pointers are the caller's word, 0 for none.
-subbyte::Finish finish(std::uintptr_t bias, std::uintptr_t plus, float low, float high) {
-  return {reinterpret_cast<const float*>(bias), reinterpret_cast<const float*>(plus), low, high};
+// Sizes of ConvShape in its order.
+subbyte::ConvPanels make_conv(nb::handle words, unsigned levels, unsigned digits,
+                              const Sizes& sizes, nb::handle scale, int factor, int center) {
+  const Bytes bytes(words, "words");
+  const Floats scales(scale, "scale");
+  require(sizes.size() == 13, "sizes are 13 numbers");
+  const subbyte::ConvShape shape{sizes[0],  sizes[1],  sizes[2], sizes[3], sizes[4],
+                                 sizes[5],  sizes[6],  sizes[7], sizes[8], sizes[9],
+                                 sizes[10], sizes[11], sizes[12]};
+  const subbyte::RadixCodes codes{bytes.data(), length(bytes), levels, digits};
+  scales.require_length(shape.out_channels);
+  nb::gil_scoped_release released;
+  return {shape, codes, scales.data(), {factor, center}, subbyte::kernels().tables};
 }
 
 // planes: of bytes, 0 for float32.
 subbyte::Precision precision_of(int planes) {
+  require(planes >= 0 && planes <= 2, "planes must be 0, 1 or 2");
   if (planes == 0) return subbyte::Precision::kFloat32;
   return planes == 2 ? subbyte::Precision::kInt16 : subbyte::Precision::kInt8;
 }
 
-// float32 x [n, panel.k], y and plus [n, panel.rows], bias [panel.rows].
-std::vector<std::int64_t> linear(const subbyte::Panel& panel, std::uintptr_t x, std::int64_t n,
-                                 std::uintptr_t y, std::uintptr_t bias, std::uintptr_t plus,
-                                 float low, float high, int planes, int threads) {
-  nb::gil_scoped_release released;
-  return subbyte::linear(subbyte::kernels(), panel, reinterpret_cast<const float*>(x), n,
-                         reinterpret_cast<float*>(y), finish(bias, plus, low, high),
-                         precision_of(planes), threads);
+// Panels of tiers with tables cannot be read by others.
+const subbyte::Kernels& kernels_for(bool readable_without) {
+  const subbyte::Kernels& tier = subbyte::kernels();
+  require(tier.tables || readable_without, "the panel was made for another instruction set");
+  return tier;
 }
 
-using Sizes = std::vector<std::int64_t>;
-
-// Sizes of ConvShape in its order.
-subbyte::ConvPanels make_conv(InBytes words, unsigned levels, unsigned digits, const Sizes& sizes,
-                              nb::ndarray<const float, nb::ndim<1>, nb::c_contig> scale, int factor,
-                              int center) {
-  require_words((words.size() / 8) * digits, digits, words.size());
-  const subbyte::ConvShape shape{sizes.at(0),  sizes.at(1),  sizes.at(2), sizes.at(3), sizes.at(4),
-                                 sizes.at(5),  sizes.at(6),  sizes.at(7), sizes.at(8), sizes.at(9),
-                                 sizes.at(10), sizes.at(11), sizes.at(12)};
-  const std::int64_t weights =
-      shape.out_channels * shape.in_group() * shape.kernel_h * shape.kernel_w;
-  if (weights > static_cast<std::int64_t>(words.size() / 8 * digits) ||
-      scale.size() != static_cast<std::size_t>(shape.out_channels))
-    throw std::invalid_argument("sizes, scales and words do not fit together");
-  nb::gil_scoped_release released;
-  subbyte::ConvPanels panels(shape, {words.data(), words.size(), levels, digits}, scale.data(),
-                             {factor, center}, subbyte::kernels().tables);
-  for (const subbyte::Panel& panel : panels.panels()) require_room(panel);
-  return panels;
+// Whether two tensors have the same sizes.
+bool same_sizes(const Floats& a, const Floats& b) {
+  bool same = a.ndim() == b.ndim();
+  for (int i = 0; same && i < a.ndim(); ++i) same = a.size(i) == b.size(i);
+  return same;
 }
 
-// float32 x [n, channels, h, w], y and plus [n, out_channels, ...].
-Sizes conv2d(const subbyte::ConvPanels& weight, std::uintptr_t x, std::int64_t n, std::int64_t h,
-             std::int64_t w, std::uintptr_t y, bool last, std::uintptr_t bias, std::uintptr_t plus,
-             float low, float high, int planes, int threads) {
-  nb::gil_scoped_release released;
-  return subbyte::conv2d(subbyte::kernels(), weight, reinterpret_cast<const float*>(x), n, h, w,
-                         reinterpret_cast<float*>(y), last, finish(bias, plus, low, high),
-                         precision_of(planes), threads);
+subbyte::Finish finish(const std::optional<Floats>& bias, const std::optional<Floats>& plus,
+                       std::int64_t rows, const Floats& y, float low, float high) {
+  if (bias) bias->require_length(rows);
+  if (plus && !same_sizes(*plus, y)) plus->fail("is " + plus->text() + ", y is " + y.text());
+  return {bias ? bias->data() : nullptr, plus ? plus->data() : nullptr, low, high};
 }
+
+// float32 x [..., panel.k], y and plus [..., panel.rows], bias [panel.rows].
+Sizes linear(const subbyte::Panel& panel, nb::handle x, nb::handle y, nb::handle bias,
+             nb::handle plus, float low, float high, int planes, int threads) {
+  const Floats in(x, "x"), out(y, "y");
+  const auto offset = maybe<float>(bias, "bias"), more = maybe<float>(plus, "plus");
+  if (in.last() != panel.k) in.fail("is " + in.text() + ", rows have " + std::to_string(panel.k));
+  const std::int64_t n = in.size() / panel.k;
+  if (out.last() != panel.rows || out.size() / panel.rows != n)
+    out.fail("is " + out.text() + ", x is " + in.text());
+  if (!in.dense() || !out.dense() || (more && !more->dense())) in.fail("or y or plus has gaps");
+  const subbyte::Finish last = finish(offset, more, panel.rows, out, low, high);
+  const subbyte::Precision precision = precision_of(planes);
+  const subbyte::Kernels& tier = kernels_for(panel.readable(false));
+  nb::gil_scoped_release released;
+  return subbyte::linear(tier, panel, in.data(), n, out.data(), last, precision, threads);
+}
+
+// float32 x [n, channels, h, w], y and plus [n, out_channels, ...], bias [out_channels]; all of
+// them lie as N H W C (`last`) or as N C H W.
+Sizes conv2d(const subbyte::ConvPanels& weight, nb::handle x, nb::handle y, bool channels_last,
+             nb::handle bias, nb::handle plus, float low, float high, int planes, int threads) {
+  const Floats in(x, "x"), out(y, "y");
+  const auto offset = maybe<float>(bias, "bias"), more = maybe<float>(plus, "plus");
+  const subbyte::ConvShape& s = weight.shape();
+  if (in.ndim() != 4 || in.size(1) != s.channels || !s.covers(in.size(2), in.size(3)))
+    in.fail("is " + in.text() + ", which the convolution does not take");
+  const std::int64_t n = in.size(0), h = in.size(2), w = in.size(3);
+  if (out.ndim() != 4 || out.size(0) != n || out.size(1) != s.out_channels ||
+      out.size(2) != s.out_h(h) || out.size(3) != s.out_w(w))
+    out.fail("is " + out.text() + ", x is " + in.text());
+  const auto lies = [&](const Floats& array) {
+    return channels_last ? array.dense({0, 2, 3, 1}) : array.dense();
+  };
+  if (!lies(in) || !lies(out) || (more && !lies(*more))) in.fail("or y or plus has gaps");
+  const subbyte::Finish done = finish(offset, more, s.out_channels, out, low, high);
+  const subbyte::Precision precision = precision_of(planes);
+  const subbyte::Kernels& tier = kernels_for(s.depthwise() || weight.panels()[0].readable(false));
+  nb::gil_scoped_release released;
+  return subbyte::conv2d(tier, weight, in.data(), n, h, w, out.data(), channels_last, done,
+                         precision, threads);
+}
+
+// What a panel was made of: words, and scales of whatever type they are stored in.
+struct Origins {
+  Origins(nb::handle words, nb::handle scale) : words(of(words)), scale(of(scale)) {}
+
+  bool same(nb::handle words, nb::handle scale) const {
+    return holds<&subbyte::Origin::same>(words, scale);
+  }
+  bool glance(nb::handle words, nb::handle scale) const {
+    return holds<&subbyte::Origin::glance>(words, scale);
+  }
+
+ private:
+  struct View {
+    explicit View(nb::handle object) : array(object, "a panel's origin") {
+      if (!array.dense()) array.fail("has gaps");
+    }
+    const std::uint8_t* data() const { return static_cast<const std::uint8_t*>(array.data()); }
+    Array<void> array;
+  };
+  static subbyte::Origin of(nb::handle object) {
+    const View view(object);
+    return {view.data(), view.array.bytes()};
+  }
+  template <auto Holds>
+  bool holds(nb::handle first, nb::handle second) const {
+    const View a(first), b(second);
+    return (words.*Holds)(a.data(), a.array.bytes()) && (scale.*Holds)(b.data(), b.array.bytes());
+  }
+
+  subbyte::Origin words, scale;
+};
 
 std::vector<std::string> tier_names() {
   std::vector<std::string> names;
@@ -153,13 +220,20 @@ NB_MODULE(_native, module) {
       .def_ro("k", &subbyte::Panel::k)
       .def_prop_ro("bytes", &subbyte::Panel::bytes)
       .def_prop_ro("bits", [](const subbyte::Panel& panel) { return panel.traits().bits(); })
-      .def("linear", &linear, nb::arg("x"), nb::arg("n"), nb::arg("y"), nb::arg("bias"),
-           nb::arg("plus"), nb::arg("low"), nb::arg("high"), nb::arg("planes"), nb::arg("threads"));
+      .def("linear", &linear, nb::arg("x"), nb::arg("y"), nb::arg("bias").none(),
+           nb::arg("plus").none(), nb::arg("low"), nb::arg("high"), nb::arg("planes"),
+           nb::arg("threads"));
   nb::class_<subbyte::ConvPanels>(module, "ConvPanels", "A convolution's weight, repacked.")
       .def_prop_ro("bytes", &subbyte::ConvPanels::bytes)
-      .def("conv2d", &conv2d, nb::arg("x"), nb::arg("n"), nb::arg("h"), nb::arg("w"), nb::arg("y"),
-           nb::arg("last"), nb::arg("bias"), nb::arg("plus"), nb::arg("low"), nb::arg("high"),
-           nb::arg("planes"), nb::arg("threads"));
+      .def("conv2d", &conv2d, nb::arg("x"), nb::arg("y"), nb::arg("last"), nb::arg("bias").none(),
+           nb::arg("plus").none(), nb::arg("low"), nb::arg("high"), nb::arg("planes"),
+           nb::arg("threads"));
+  nb::class_<Origins>(module, "Origin", "What a panel was made of: words and scales.")
+      .def(nb::init<nb::handle, nb::handle>(), nb::arg("words"), nb::arg("scale"))
+      .def("same", &Origins::same, nb::arg("words"), nb::arg("scale"),
+           "Whether these hold the same bytes.")
+      .def("glance", &Origins::glance, nb::arg("words"), nb::arg("scale"),
+           "The same, from a few of their blocks, at each call others.");
   module.def("make_conv", &make_conv, nb::arg("words"), nb::arg("levels"), nb::arg("digits"),
              nb::arg("sizes"), nb::arg("scale"), nb::arg("factor"), nb::arg("center"));
   module.def("make_panel", &make_panel, nb::arg("words"), nb::arg("levels"), nb::arg("digits"),

@@ -9,6 +9,7 @@
 #include "depthwise.hpp"
 #include "memory.hpp"
 #include "radix.hpp"
+#include "sizes.hpp"
 #include "threads.hpp"
 
 namespace subbyte {
@@ -378,10 +379,27 @@ std::vector<float> taps_of(const ConvShape& shape, const RadixCodes& codes, cons
 
 }  // namespace
 
+void ConvShape::check() const {
+  constexpr std::int64_t kMost = std::int64_t{1} << 31;
+  for (const std::int64_t size : {channels, out_channels, kernel_h, kernel_w, stride_h, stride_w,
+                                  dilation_h, dilation_w, groups})
+    require(size >= 1 && size < kMost, "sizes of a convolution must be 1 or more, below 2^31");
+  for (const std::int64_t pad : {top, bottom, left, right})
+    require(pad >= 0 && pad < kMost, "padding must be 0 or more, below 2^31");
+  require(channels % groups == 0 && out_channels % groups == 0, "groups must divide the channels");
+  require(product({in_group(), kernel_h, kernel_w}) < kMost / 4, "the window is too large");
+}
+
 ConvPanels::ConvPanels(const ConvShape& shape, const RadixCodes& codes, const float* scale,
                        Affine affine, bool tables)
     : shape_(shape) {
+  shape.check();
+  check_radix(codes.levels, codes.digits);
   const std::int64_t length = shape.in_group() * shape.kernel_h * shape.kernel_w;
+  const std::int64_t weights = product({shape.out_channels, length});
+  require(codes.bytes == 8 * static_cast<std::size_t>((weights + codes.digits - 1) / codes.digits),
+          "words and weights differ in size");
+  largest(affine, codes.levels);
   if (shape.depthwise()) {
     taps_ = taps_of(shape, codes, scale, affine);
     return;
@@ -404,6 +422,10 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
                                  bool last, const Finish& finish, Precision precision,
                                  int threads) {
   const ConvShape& s = weight.shape();
+  require(h >= 0 && w >= 0 && s.covers(h, w), "images are smaller than the window");
+  threads = team_of(threads);
+  if (n == 0) return {};
+  product({n, s.channels, h + s.top + s.bottom, w + s.left + s.right, 8});
   if (s.depthwise()) {
     depthwise(kernels, weight, x, n, h, w, y, last, finish, threads);
     return {};

@@ -15,8 +15,16 @@ struct ConvShape {
   std::int64_t top, bottom, left, right;  // zero padding
   std::int64_t groups;
 
+  // Throws std::invalid_argument for sizes that no convolution has.
+  void check() const;
+
   std::int64_t in_group() const { return channels / groups; }
   bool depthwise() const { return in_group() == 1 && out_channels == channels; }
+  // Whether the window fits into images of this size, padding included.
+  bool covers(std::int64_t h, std::int64_t w) const {
+    return h + top + bottom > dilation_h * (kernel_h - 1) &&
+           w + left + right > dilation_w * (kernel_w - 1);
+  }
   std::int64_t out_h(std::int64_t h) const {
     return (h + top + bottom - dilation_h * (kernel_h - 1) - 1) / stride_h + 1;
   }
@@ -25,7 +33,8 @@ struct ConvShape {
   }
 };
 
-// A convolution's weight [out, in / groups, kh, kw], repacked.
+// A convolution's weight [out, in / groups, kh, kw], repacked. Throws what `make_panel` and
+// `ConvShape::check` throw. scale: [out].
 class ConvPanels {
  public:
   ConvPanels(const ConvShape& shape, const RadixCodes& codes, const float* scale, Affine affine,
@@ -47,7 +56,7 @@ class ConvPanels {
 // y = conv(x, weight), finished, for x [n, channels, h, w], float32. x and y lie as N H W C
 // (`last`) or as N C H W. Each image has a scale of its own.
 // Returns the images that have none, as `linear` does its rows. Depthwise convolutions round
-// nothing.
+// nothing. Throws std::invalid_argument for images smaller than the window.
 std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weight, const float* x,
                                  std::int64_t n, std::int64_t h, std::int64_t w, float* y,
                                  bool last, const Finish& finish, Precision precision, int threads);

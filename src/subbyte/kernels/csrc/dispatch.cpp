@@ -9,15 +9,6 @@ namespace {
 
 std::atomic<const Kernels*> current{nullptr};
 
-const Kernels* find(const std::string& name) {
-  std::string known;
-  for (const Kernels* tier : tiers()) {
-    if (name == tier->name) return tier;
-    known += std::string(known.empty() ? "" : ", ") + tier->name;
-  }
-  throw std::invalid_argument("SUBBYTE_ISA='" + name + "': this machine has " + known);
-}
-
 }  // namespace
 
 const std::vector<const Kernels*>& tiers() {
@@ -31,16 +22,27 @@ const std::vector<const Kernels*>& tiers() {
   return found;
 }
 
+const Kernels& tier_of(const std::string& name) {
+  std::string known;
+  for (const Kernels* tier : tiers()) {
+    if (name == tier->name) return *tier;
+    known += std::string(known.empty() ? "" : ", ") + tier->name;
+  }
+  throw std::invalid_argument("SUBBYTE_ISA='" + name + "': this machine has " + known);
+}
+
 const Kernels& kernels() {
   const Kernels* tier = current.load(std::memory_order_relaxed);
   if (!tier) {
     const char* forced = std::getenv("SUBBYTE_ISA");
-    tier = forced && *forced ? find(forced) : tiers().front();
+    tier = forced && *forced ? &tier_of(forced) : tiers().front();
     current.store(tier, std::memory_order_relaxed);
   }
   return *tier;
 }
 
-void select_tier(const std::string& name) { current.store(find(name), std::memory_order_relaxed); }
+void select_tier(const std::string& name) {
+  current.store(&tier_of(name), std::memory_order_relaxed);
+}
 
 }  // namespace subbyte

@@ -15,7 +15,10 @@ const std::vector<const Kernels*>& tiers();
 // Throws std::invalid_argument if that one is not among `tiers`.
 const Kernels& kernels();
 
-// Use the tier of this name from now on.
+// The tier of this name. Throws std::invalid_argument if it is not among `tiers`.
+const Kernels& tier_of(const std::string& name);
+
+// Use the tier of this name from now on, likewise.
 void select_tier(const std::string& name);
 
 }  // namespace subbyte

@@ -202,7 +202,10 @@ inline T limited(T value, const Limits& limits) {
 template <class T>
 inline T in_order(T value) {
 #if defined(__GNUC__) && defined(__x86_64__) && !defined(SUBBYTE_EMULATE)
-  if constexpr (sizeof(T) >= 32) asm volatile("" : "+x"(value));
+  if constexpr (sizeof(T) == 64)
+    asm volatile("" : "+v"(value));  // any of the 32 registers; "x" are the first 16
+  else if constexpr (sizeof(T) == 32)
+    asm volatile("" : "+x"(value));
 #endif
   return value;
 }
@@ -212,6 +215,8 @@ template <Packing P, class Dots, int R, int N>
 void small_rows(const std::uint8_t* runs, std::int64_t groups, const std::int8_t* const* x,
                 std::int32_t* sums, int row) {
   constexpr Traits t = traits(P);
+  // Of a single column, positions in turn: one after another would wait for the last product.
+  constexpr int kChains = N == 1 && V::kRegisters == 32 ? std::min(4, t.positions) : 1;
   typename V::Sums total[R][N];
   for (auto& line : total)
     for (auto& sum : line) sum = V::zero();
@@ -219,7 +224,7 @@ void small_rows(const std::uint8_t* runs, std::int64_t groups, const std::int8_t
   const std::uint8_t* run = runs + 4 * row;
   for (std::int64_t g = 0; g < groups;) {
     const std::int64_t stop = std::min(groups, g + stride);
-    typename Dots::Part part[R][N];
+    typename Dots::Part part[R][N * kChains];
     for (auto& line : part)
       for (auto& sum : line) sum = Dots::zero();
     for (; g < stop; ++g, run += t.vectors * kRunBytes)
@@ -229,7 +234,8 @@ void small_rows(const std::uint8_t* runs, std::int64_t groups, const std::int8_t
         for (int r = 0; r < R; ++r)
           each<t.positions>([&](auto position) {
             const auto digit = Format<P>::template digit<position>(run + r * V::kBytes);
-            part[r][0] = in_order(Dots::dot(part[r][0], digit, column[position]));
+            auto& chain = part[r][position % kChains];
+            chain = in_order(Dots::dot(chain, digit, column[position]));
           });
       } else {
         each<t.positions>([&](auto position) {
@@ -243,7 +249,8 @@ void small_rows(const std::uint8_t* runs, std::int64_t groups, const std::int8_t
         });
       }
     for (int r = 0; r < R; ++r)
-      for (int n = 0; n < N; ++n) total[r][n] = Dots::flush(total[r][n], part[r][n]);
+      for (int n = 0; n < N * kChains; ++n)
+        total[r][n / kChains] = Dots::flush(total[r][n / kChains], part[r][n]);
   }
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n)

@@ -140,6 +140,8 @@ void many_columns(const Kernels& kernels, const Panel& panel, const Columns& col
 std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, const float* x,
                                  std::int64_t n, float* y, const Finish& finish,
                                  Precision precision, int threads) {
+  threads = team_of(threads);
+  if (n == 0) return {};
   thread_local Buffer scratch;
   const bool single = precision == Precision::kFloat32;
   const int planes = planes_of(precision);

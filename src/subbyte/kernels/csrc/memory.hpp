@@ -17,6 +17,7 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(std::size_t bytes) : size_(bytes) {
+    if (bytes > kMost) throw std::bad_alloc();
     constexpr std::size_t kHuge = std::size_t{2} << 20;
     const std::size_t align = bytes >= kHuge ? kHuge : 64;
     const std::size_t room = (bytes + kSlack + align - 1) / align * align;
@@ -44,7 +45,8 @@ class Buffer {
   }
 
  private:
-  static constexpr std::size_t kSlack = 64;  // a vector may be read across the end
+  static constexpr std::size_t kMost = std::size_t{1} << 46;  // more is a mistake in a size
+  static constexpr std::size_t kSlack = 64;                   // a vector may be read across the end
   void swap(Buffer& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "radix.hpp"
+#include "sizes.hpp"
 
 namespace subbyte {
 namespace {
@@ -28,20 +29,44 @@ void encode_block(const std::uint8_t* codes, std::int64_t rows, std::int64_t row
   }
 }
 
+void check(const RadixCodes& codes, std::int64_t first_row, std::int64_t rows,
+           std::int64_t row_length, const std::vector<std::int32_t>& order) {
+  check_radix(codes.levels, codes.digits);
+  require(codes.bytes % 8 == 0, "words are 8 bytes each");
+  require(first_row >= 0 && rows >= 1 && row_length >= 1, "a panel needs rows, and rows weights");
+  const std::int64_t stored = product({static_cast<std::int64_t>(codes.bytes / 8), codes.digits});
+  require(first_row <= stored - rows && product({first_row + rows, row_length}) <= stored,
+          "rows reach past the end of the words");
+  require(!order.empty() && order.size() < std::size_t{1} << 31, "order is empty or too long");
+  for (const std::int32_t from : order)
+    require(from >= -1 && from < row_length, "order points outside of a row");
+}
+
 }  // namespace
+
+int largest(Affine affine, std::int64_t levels) {
+  require(affine.factor == 1 || affine.factor == 2, "factor must be 1 or 2");
+  const std::int64_t center = affine.center, top = affine.factor * (levels - 1) - center;
+  const std::int64_t most = std::max(std::abs(center), std::abs(top));
+  require(most <= 127, "a weight's integers must be -127 to 127");
+  return static_cast<int>(most);
+}
 
 Panel make_panel(const RadixCodes& codes, std::int64_t first_row, std::int64_t rows,
                  std::int64_t row_length, const std::vector<std::int32_t>& order,
                  const float* scale, Affine affine, bool tables) {
+  check(codes, first_row, rows, row_length, order);
   Panel panel;
   panel.rows = rows;
   panel.k = static_cast<std::int64_t>(order.size());
   panel.packing = packing_of(static_cast<int>(codes.levels), tables);
   panel.affine = affine;
+  panel.max_abs = largest(affine, codes.levels);
+  require(product({affine.factor, std::max(panel.max_abs, panel.traits().max_digit), 255,
+                   panel.k}) < std::int64_t{1} << 31,
+          "rows are too long for 32-bit sums");
   panel.scale.resize(panel.blocks() * kBlockRows);
   std::copy(scale, scale + rows, panel.scale.begin());
-  const int top = affine.factor * static_cast<int>(codes.levels - 1) - affine.center;
-  panel.max_abs = std::max(std::abs(affine.center), std::abs(top));
   for (std::size_t i = 0; i < order.size(); ++i)
     if (order[i] < 0) panel.padding.push_back(static_cast<std::int32_t>(i));
   panel.excess_of_flip.resize(panel.blocks() * kBlockRows);

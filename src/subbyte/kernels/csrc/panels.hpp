@@ -40,6 +40,11 @@ struct Panel {
   std::int64_t block_bytes() const { return groups() * traits().vectors * kRunBytes; }
   std::size_t bytes() const { return data.size(); }
 
+  // Whether a tier with these tables, or none, can read it.
+  bool readable(bool tables) const {
+    return tables || (packing != Packing::kTrits5 && packing != Packing::kQuints10);
+  }
+
   // What sums [32] over q ^ flip have too much.
   const std::int32_t* excess(std::uint8_t flip, std::int64_t block) const {
     static constexpr std::int32_t kNothing[kBlockRows] = {};
@@ -47,9 +52,14 @@ struct Panel {
   }
 };
 
+// The largest magnitude of a weight's integer, of so many levels. Throws std::invalid_argument if
+// it does not fit in a signed byte, or if the factor is neither 1 nor 2.
+int largest(Affine affine, std::int64_t levels);
+
 // rows x order.size() of the weight as a panel. order[i]: where in a row of the stored weight k = i
 // comes from, -1 for padding. row_length: weights of a stored row; first_row: the first one taken;
-// tables: of the tier that will use it (`Kernels`).
+// scale: [rows]; tables: of the tier that will use it (`Kernels`). Throws std::invalid_argument for
+// sizes that do not fit together, codes above the grid, and sums that could leave 32 bits.
 Panel make_panel(const RadixCodes& codes, std::int64_t first_row, std::int64_t rows,
                  std::int64_t row_length, const std::vector<std::int32_t>& order,
                  const float* scale, Affine affine, bool tables);

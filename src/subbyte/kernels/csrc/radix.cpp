@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "sizes.hpp"
+
 namespace subbyte {
 namespace {
 
@@ -62,6 +64,14 @@ void unpack_words(const std::uint8_t* words, std::size_t count, unsigned levels,
   }
 
 }  // namespace
+
+void check_radix(unsigned levels, unsigned digits) {
+  require(levels >= 2 && levels <= 256, "levels must be 2 to 256");
+  unsigned most = 0;
+  for (std::uint64_t rest = ~std::uint64_t{0}; rest >= levels - 1; ++most)
+    rest = (rest - (levels - 1)) / levels;
+  require(digits == most, "digits must be the most that fit in a 64-bit word");
+}
 
 void radix_pack(const std::uint8_t* codes, std::size_t count, unsigned levels, unsigned digits,
                 std::uint8_t* words) {

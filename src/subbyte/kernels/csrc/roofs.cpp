@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "dispatch.hpp"
+#include "sizes.hpp"
 #include "threads.hpp"
 
 #if !defined(SUBBYTE_EMULATE) && (defined(__x86_64__) || defined(_M_X64))
@@ -18,7 +20,9 @@
 namespace subbyte {
 namespace {
 
-constexpr std::int64_t kStep = 128;  // bytes read at a time
+constexpr std::int64_t kStep = 128;                          // bytes read at a time
+constexpr std::int64_t kMostRounds = std::int64_t{1} << 30;  // seconds, not days
+constexpr std::int64_t kMostBytes = std::int64_t{1} << 42;   // likewise
 constexpr int kSums = 12;  // independent ones: more than the latency of a product in any CPU here
 
 // A round adds one product to each sum. The empty assembly keeps every product: the compiler can
@@ -141,6 +145,8 @@ auto reader() -> void (*)(const std::uint8_t*, std::int64_t) {
 }
 
 std::int64_t spin(const Spin& of, std::int64_t rounds, int threads) {
+  threads = team_of(threads);
+  require(rounds >= 1 && rounds <= kMostRounds, "rounds must be 1 to 2^30");
   parallel(threads, threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) of.run(rounds);
   });
@@ -150,18 +156,23 @@ std::int64_t spin(const Spin& of, std::int64_t rounds, int threads) {
 }  // namespace
 
 std::int64_t spin_int8(const std::string& tier, std::int64_t rounds, int threads) {
-  return spin(bytes_of(tier), rounds, threads);
+  return spin(bytes_of(tier_of(tier).name), rounds, threads);
 }
 
 std::int64_t spin_float(std::int64_t rounds, int threads) {
   return spin(floats(), rounds, threads);
 }
 
-Stream::Stream(std::size_t bytes) : buffer_(bytes), bytes_(bytes) {
+Stream::Stream(std::size_t bytes) : bytes_(bytes) {
+  require(bytes >= kStep && bytes <= std::size_t{1} << 32, "bytes must be 128 to 2^32");
+  buffer_ = Buffer(bytes);
   std::memset(buffer_.data(), 1, bytes);
 }
 
 std::int64_t Stream::read(int passes, int threads) const {
+  threads = team_of(threads);
+  require(passes >= 1 && product({passes, static_cast<std::int64_t>(bytes_)}) <= kMostBytes,
+          "passes must be 1 or more, and read no more than 2^42 bytes");
   const auto read = reader();
   const std::int64_t steps = static_cast<std::int64_t>(bytes_) / kStep;
   parallel(threads, steps, [&](std::int64_t begin, std::int64_t end) {

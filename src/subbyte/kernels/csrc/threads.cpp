@@ -4,6 +4,9 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
+#include <thread>
+
+#include "sizes.hpp"
 
 #if defined(__linux__) || defined(__APPLE__)
 #include <dlfcn.h>
@@ -59,6 +62,12 @@ struct Job {
 };
 
 }  // namespace
+
+int team_of(int threads) {
+  require(threads >= 1, "threads must be 1 or more");
+  static const int most = 4 * static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  return std::min(threads, most);
+}
 
 bool has_openmp() { return openmp() != nullptr; }
 

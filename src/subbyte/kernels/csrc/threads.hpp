@@ -9,6 +9,10 @@
 
 namespace subbyte {
 
+// `threads`, and no more than four a core: an OpenMP runtime that cannot have a thread ends the
+// process. Throws std::invalid_argument for less than one.
+int team_of(int threads);
+
 // f(context, begin, end) over [0, n), cut into parts for at most `threads` threads. Without an
 // OpenMP runtime in the process everything runs on the caller's thread.
 void parallel(int threads, std::int64_t n, void (*f)(void*, std::int64_t, std::int64_t),
