@@ -5,11 +5,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import subbyte as sb
+from subbyte.core.rtn import rtn
 from subbyte.core.sites import sites
 from subbyte.core.tensors import QuantizedLayer, QuantizedTensor, as_matrix, as_weight
 from subbyte.ptq.evidence.statistics import input_statistics
 from subbyte.ptq.plan.search import Layer
-from subbyte.ptq.solvers.codes import channel_grid, rtn
+from subbyte.ptq.solvers.codes import channel_grid
 from subbyte.ptq.solvers.lowrank import Metric, fit_adapter
 from subbyte.ptq.steps.in_order import _spans, _stages, solve_in_order
 
