@@ -28,12 +28,12 @@ from torch.nn.utils import parametrize
 
 from subbyte.commands.quantize import drawn
 from subbyte.core.grids import PerChannel, uniform
+from subbyte.core.rtn import rtn
 from subbyte.core.tensors import as_matrix
 from subbyte.data import load_images
 from subbyte.models import build, load_weights
 from subbyte.modules import pack
 from subbyte.ptq import CoRa, quantize
-from subbyte.ptq.solvers.codes import rtn
 from subbyte.train import evaluate
 
 SHARED = Path("../shared/data")

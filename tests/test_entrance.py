@@ -157,6 +157,8 @@ def test_padded_batches_may_differ_in_length():
     [
         (mlp, X, "calibration is one Tensor; give an iterable of batches"),
         (mlp, {"input": X}, "calibration is one dict"),
+        (mlp, None, "calibration is one NoneType; .* or a DataLoader"),
+        (mlp, TensorDataset(X), "calibration is one TensorDataset; .* or a DataLoader"),
         (mlp, [], "no calibration images"),
         (mlp, [X[:0]], "no calibration images"),
         (mlp, ["words"], "a calibration batch is a str without tensors"),
@@ -188,6 +190,25 @@ def test_frozen_parameters_change_nothing():
 def test_other_floats_are_quantized_in_float32(dtype):
     wanted = sb.quantize(mlp().to(dtype).float(), PLAIN, calibration=[X.to(dtype).float()])
     same(sb.quantize(mlp().to(dtype), PLAIN, calibration=[X.to(dtype)]), wanted)
+
+
+def test_the_callers_modes_and_graphs_do_not_matter():
+    method = CoRa(target_bits=3.4, tune=3)
+    wanted = sb.quantize(mlp(), method, calibration=[X])
+    with torch.inference_mode():
+        made, own = mlp(), X.clone()
+        same(sb.quantize(mlp(), method, calibration=[{"input": own}]), wanted)
+    same(sb.quantize(made, method, calibration=[own]), wanted)
+    same(sb.quantize(made, method, calibration=[{"input": own}]), wanted)
+    with torch.no_grad():
+        same(sb.quantize(mlp(), method, calibration=[X.clone().requires_grad_()]), wanted)
+
+
+def test_a_norm_that_needs_two_examples_gets_them():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(32, track_running_stats=False)
+    net = nn.Sequential(nn.Linear(16, 32), nn.Dropout(0.5), norm, nn.Linear(32, 5))
+    assert set(sb.quantize(net, PLAIN, calibration=[X]).layers) == {"0", "3"}
 
 
 def test_volumes_and_shared_modules_work():
@@ -350,6 +371,7 @@ class WithLogits:
         (lambda y: {"logits": y}, "a dict"),
         (WithLogits, r"a WithLogits with `\.logits`"),
         (lambda y: y.argmax(-1), r"torch\.int64"),
+        (lambda y: y * float("nan"), "NaN values"),
     ],
 )
 @pytest.mark.parametrize("method", [CoRa(target_bits=3.4), PublishedCoRa(labels=False)], ids=str)

@@ -8,12 +8,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import subbyte as sb
+from subbyte.core.rtn import rtn
 from subbyte.core.sites import sites
 from subbyte.core.tensors import QuantizedLayer, QuantizedTensor, as_matrix, as_weight
 from subbyte.ptq.evidence.mosaics import Mosaics, mosaic, rounds_needed
 from subbyte.ptq.evidence.statistics import input_statistics
 from subbyte.ptq.plan.search import Layer
-from subbyte.ptq.solvers.codes import channel_grid, rtn
+from subbyte.ptq.solvers.codes import channel_grid
 from subbyte.ptq.steps.in_order import solve_in_order
 
 quantizing = sys.modules["subbyte.ptq.quantize"]  # the function of that name hides it

@@ -12,6 +12,7 @@ from nets import Mixed, mixed_input
 from oracle import assert_within, exact_weight, gamma
 from subbyte import SubbyteError
 from subbyte.core.functional import encode
+from subbyte.core.rtn import rtn
 from subbyte.core.sites import sites
 from subbyte.core.tensors import LowRank, QuantizedLayer, as_matrix, as_weight
 from subbyte.ptq.evidence.statistics import Statistics, effects, input_statistics
@@ -25,7 +26,6 @@ from subbyte.ptq.solvers.codes import (
     gptq,
     k_sigma,
     row_errors,
-    rtn,
     tensor_grid,
 )
 from subbyte.ptq.solvers.lowrank import Metric, adapter_bytes, fit_adapter, largest_rank, reclaimed

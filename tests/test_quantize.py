@@ -15,14 +15,15 @@ import subbyte as sb
 from subbyte import CoRa, SubbyteError
 from subbyte.cli import app
 from subbyte.commands.demo import BASE
+from subbyte.core.follow import norms_behind
 from subbyte.core.plan import Plan, PlannedLayer
 from subbyte.core.sites import bias_of, sites
 from subbyte.core.tensors import as_matrix
 from subbyte.data import load_images
+from subbyte.methods.equalize import equalize
 from subbyte.models import build, load_weights
 from subbyte.ptq import PublishedCoRa, quantize
 from subbyte.ptq.cora import solve_layer
-from subbyte.ptq.equalize import equalize, norms_behind
 from subbyte.ptq.evidence.statistics import Statistics
 from subbyte.ptq.plan.search import Layer, _options, _priced, search
 from subbyte.ptq.published import butterworth, equivalent_bits, search_ranks
@@ -448,7 +449,7 @@ def test_equalized_channels_compute_what_they_did(net, images):
     model = build("digitsnet")
     model.load_state_dict(net.state_dict())
     model.eval()
-    pairs = norms_behind(model, images[0][:2])
+    pairs = norms_behind(model, lambda: model(images[0][:2]))
     assert pairs == {"features.0": "features.1", "features.3": "features.4",
                      "features.7": "features.8", "classifier.1": "classifier.2"}  # fmt: skip
     found = equalize(model, images[0][:2], levels=3)

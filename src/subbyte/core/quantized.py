@@ -21,9 +21,9 @@ from subbyte.core.tensors import QuantizedLayer
 class Evidence:
     """What post-training quantization measured.
 
-    plan: what each layer got. seconds: of the whole run. iterations: tuning steps taken.
-    agreement: percent of the held-out calibration examples of which the packed network predicts
-    the float network's class.
+    plan: what each layer got. seconds: of the work, once the batches were read. iterations: tuning
+    steps taken. agreement: percent of the held-out calibration examples of which the packed network
+    predicts the float network's class.
     """
 
     plan: Plan

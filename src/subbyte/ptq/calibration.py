@@ -107,10 +107,11 @@ def gathered(calibration: Iterable[Any], model: nn.Module) -> Calibration:
 
     Raises SubbyteError for what is no iterable of batches, and for none.
     """
-    if isinstance(calibration, Tensor | Mapping | str):
+    one = isinstance(calibration, Tensor | Mapping | str)
+    if one or not isinstance(calibration, Iterable):
         raise SubbyteError(
             f"calibration is one {type(calibration).__name__}; give an iterable of batches, such "
-            "as a list of it"
+            "as a list of it, or a DataLoader"
         )
     forward = _Forward(model)
     found = [_parted(batch, forward) for batch in calibration]
@@ -218,6 +219,7 @@ def _on_cpu(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     value = value.detach().cpu()
+    value = value.clone() if value.is_inference() else value  # those take no part in gradients
     return value.float() if value.is_floating_point() else value
 
 

@@ -66,6 +66,9 @@ def check_outputs(twin: nn.Module, examples: Examples) -> None:
             "them as model(batch), model(*batch) or model(**batch) takes them"
         ) from error
     fault = _fault(y)
+    given = first if isinstance(first, Tensor) else torch.zeros(())
+    if fault is None and y.isnan().any() and given.isfinite().all():
+        fault = "NaN values"
     if fault:
         raise SubbyteError(
             f"{type(twin).__name__} returns {fault}; quantize judges by class scores, one tensor "

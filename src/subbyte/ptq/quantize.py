@@ -75,11 +75,17 @@ def quantize(
     weights without values or not finite; later for inputs that are not finite (naming the layer)
     and a budget that cannot be met (naming the smallest).
     """
+    with torch.inference_mode(False):  # a caller may be in it, and steps here need gradients
+        run = _started(model, as_recipe(method), calibration, plan, _Notes(listener))
+        return _quantized(run, seed, searching=plan is None)
+
+
+def _quantized(run: _Run, seed: int, searching: bool) -> Quantized:
+    """What `quantize` does once everything was checked."""
     started = time.perf_counter()
-    run = _started(model, as_recipe(method), calibration, plan, _Notes(listener))
     generator = torch.Generator().manual_seed(seed)
     if any(isinstance(m, PublishedCoRa) for m in run.methods):
-        outcome = _published(run, generator, plan is None)
+        outcome = _published(run, generator, searching)
     else:
         outcome = _reclaimed(run, generator, seed)
     done = outcome.done

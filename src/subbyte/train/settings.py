@@ -39,7 +39,7 @@ class ModelConfig:
 
     weights: what to start from, None at random: float weights (.safetensors), a packed file, or the
     `checkpoint.pt` of another run. equalize: a number of levels; channels in front of a BatchNorm
-    are rescaled so that one power of two a layer suits them all (`ptq.equalize`).
+    are rescaled so that one power of two a layer suits them all (`methods.equalize`).
     """
 
     name: str

@@ -10,8 +10,8 @@ import torch
 from subbyte.data import ImageSet, load_images
 from subbyte.errors import SubbyteError
 from subbyte.methods import prepare
+from subbyte.methods.equalize import equalize
 from subbyte.models import Network, build
-from subbyte.ptq.equalize import equalize
 from subbyte.train.evaluate import check_classes, check_labels, describe, eval_mode
 from subbyte.train.initial import load_initial
 from subbyte.train.settings import DataConfig, ModelConfig, RunConfig

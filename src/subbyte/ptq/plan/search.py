@@ -15,10 +15,11 @@ from torch import Tensor
 
 from subbyte.core.grids import n_words
 from subbyte.core.plan import Plan, PlannedLayer
+from subbyte.core.rtn import rtn
 from subbyte.core.sites import Site
 from subbyte.errors import SubbyteError
 from subbyte.ptq.evidence.statistics import Statistics
-from subbyte.ptq.solvers.codes import channel_grid, gptq, rtn, scale_domain
+from subbyte.ptq.solvers.codes import channel_grid, gptq, scale_domain
 from subbyte.ptq.solvers.lowrank import Metric, adapter_bytes, largest_rank, reclaimed
 
 LEVELS = (2, 3, 4, 5, 8, 9, 16, 17, 32, 64, 256)

@@ -8,9 +8,10 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from subbyte.core.grids import PerChannel
+from subbyte.core.rtn import rtn
 from subbyte.core.sites import Site
 from subbyte.core.tensors import QuantizedTensor, as_weight
-from subbyte.ptq.solvers.codes import channel_grid, gptq, k_sigma, rtn, scale_domain
+from subbyte.ptq.solvers.codes import channel_grid, gptq, k_sigma, scale_domain
 
 
 class Solver(Protocol):

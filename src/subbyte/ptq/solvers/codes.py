@@ -12,23 +12,21 @@ K-sigma: arXiv:2408.00923, the authors' code.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from subbyte.core.functional import FLOAT16_MAX, decode, encode, nearest_level, round_scale
+from subbyte.core.functional import FLOAT16_MAX, decode, nearest_level, round_scale
 from subbyte.core.grids import Grid, PerChannel, PerTensor, ScaleDomain, uniform
+from subbyte.core.rtn import MOST, rtn
 from subbyte.core.tensors import QuantizedTensor
 from subbyte.errors import SubbyteError
 
 DAMPING = 0.01  # of the gram's mean diagonal
 _BLOCK = 128
-_LEAST, _MOST, _RATIO = 0.1, 1.15, 1.04  # scales tried, times max |w|
-_REFITS = 3
 _LEAST_PEAK = 2.0**-16  # of |w| in a row: its scale may be a quarter of that
-_MOST_PEAK = FLOAT16_MAX / _MOST
+_MOST_PEAK = FLOAT16_MAX / MOST
 _COMPENSATED = (1.0, 0.8, 0.88, 0.95, 1.06, 1.13)  # times the best plain scale
 _SEARCH_WORK = 2**32  # rows * width^2 above which one scale is compensated, not several
 
@@ -68,60 +66,6 @@ def row_errors(error: Tensor, gram: Tensor | None) -> Tensor:
         return error.square().sum(1)
     grouped = error.reshape(len(gram), -1, error.shape[1])
     return ((grouped @ gram.double()) * grouped).sum(2).flatten()
-
-
-# ---------------------------------------------------------------- round to nearest
-
-
-def rtn(matrix: Tensor, gram: Tensor | None, grid: Grid) -> QuantizedTensor:
-    """Nearest levels, with the scale of least squares; matrix float [out, width].
-
-    gram: its diagonal weights the squares; None weights all alike. The grid is of the matrix
-    (channels on axis 0), per channel or per tensor.
-    """
-    scale = _plain_scale(matrix, gram, grid)
-    return QuantizedTensor(encode(matrix, scale, grid), scale, grid)
-
-
-def _plain_scale(matrix: Tensor, gram: Tensor | None, grid: Grid) -> Tensor:
-    """The scale with the least weighted squared rounding error of a geometric series of them.
-
-    Each of the last ones is the best for the codes of the one before.
-    """
-    weights = _column_weights(matrix, gram)
-    peak = matrix.abs().amax(1) if isinstance(grid.granularity, PerChannel) else matrix.abs().max()
-    peak = peak.reshape(-1) / max(abs(grid.levels[0]), abs(grid.levels[-1]))
-    best = torch.full_like(peak, torch.inf, dtype=torch.float64)
-    chosen = round_scale(peak, grid.scale_domain)
-    count = int(math.log(_MOST / _LEAST) / math.log(_RATIO))
-    factors: list[float | None] = [_MOST * _RATIO**-i for i in range(count)]
-    for factor in factors + [None] * _REFITS:
-        if factor is None:
-            q = decode(encode(matrix, chosen, grid), torch.ones_like(chosen), grid)
-            fitted = _rows((matrix * q * weights), best) / _rows(q.square() * weights, best)
-            scale = torch.where(fitted.isfinite() & (fitted > 0), fitted.float(), chosen)
-        else:
-            scale = peak * factor
-        scale = round_scale(scale, grid.scale_domain)
-        error = (matrix - decode(encode(matrix, scale, grid), scale, grid)).square() * weights
-        total = _rows(error, best)
-        better = total < best
-        best, chosen = torch.where(better, total, best), torch.where(better, scale, chosen)
-    return chosen
-
-
-def _rows(x: Tensor, like: Tensor) -> Tensor:
-    """The sum of each row, or, for one scale a tensor, of all; float64."""
-    sums = x.double().sum(1)
-    return sums if sums.shape == like.shape else sums.sum().reshape(1)
-
-
-def _column_weights(matrix: Tensor, gram: Tensor | None) -> Tensor:
-    """Weight of each squared error; broadcasts to the matrix."""
-    if gram is None:
-        return torch.ones(1, 1)
-    diagonal = gram.diagonal(dim1=1, dim2=2).float()
-    return diagonal.repeat_interleave(len(matrix) // len(gram), 0)
 
 
 # ---------------------------------------------------------------- GPTQ

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subbyte.core.follow import norms_behind
 from subbyte.core.quantized import Quantized
 from subbyte.core.ready import copied
 from subbyte.core.sites import Site, bias_of
 from subbyte.core.tensors import QuantizedLayer, as_matrix, as_weight
 from subbyte.ptq.calibration import Batch, call
-from subbyte.ptq.equalize import norms_behind
 from subbyte.ptq.evidence.statistics import (
     PATCHES,
     Statistics,
@@ -113,7 +113,7 @@ class _Work:
     ) -> None:
         self.teacher, self.batches, self.more, self.starved = teacher, batches, more, starved
         self.model, self.student = copied(teacher), copied(teacher)
-        self.norms = norms_behind(teacher, batches[0][:1])
+        self.norms = norms_behind(teacher, lambda: call(teacher, batches[0][:2]))
         self.layers: dict[str, QuantizedLayer] = {}
         self.unpaired: list[str] = []
         self.quota = patches_an_image(batches, PATCHES)
@@ -121,10 +121,10 @@ class _Work:
     def needs(self, layers: Sequence[Site]) -> dict[str, int]:
         """About the bytes of each layer's patches, in the order in which the layers first run.
 
-        Layers that one example does not reach (experts) come where a batch reaches them, or last.
+        Layers that two examples do not reach (experts) come where a batch reaches them, or last.
         """
-        few = self.batches[0][:1]
-        seen = _patches(self.teacher, layers, few, self.quota)
+        few = self.batches[0][:2]
+        seen = _patches(self.teacher, layers, few, self.quota * len(few))
         if len(seen) < len(layers):
             few = self.batches[0]
             seen = _patches(self.teacher, layers, few, self.quota * len(few))

@@ -17,57 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subbyte.core.follow import norms_behind
 from subbyte.core.functional import power_of_two, scale_exponent
 from subbyte.core.grids import PerChannel, uniform
+from subbyte.core.rtn import rtn
 from subbyte.core.tensors import as_matrix
 from subbyte.errors import SubbyteError
-from subbyte.ptq.calibration import Batch, call
-from subbyte.ptq.solvers.codes import rtn
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def norms_behind(model: nn.Module, x: Batch) -> dict[str, str]:
-    """Layer name -> the BatchNorm that takes its output as it is, found by running x once.
-
-    A layer that is called more than once, or whose output goes to several norms, is left out; what
-    else may read its output cannot be seen from here.
-    """
-    outputs: dict[int, tuple[str, Tensor]] = {}
-    calls: dict[str, int] = {}
-    pairs: dict[str, list[str]] = {}
-
-    def after(name: str) -> Any:
-        def hook(_: Any, __: Any, y: Tensor) -> None:
-            outputs[id(y)] = (name, y)  # y is held, so that its id stays its own
-            calls[name] = calls.get(name, 0) + 1
-
-        return hook
-
-    def before(name: str) -> Any:
-        def hook(_: Any, args: tuple[Tensor, ...]) -> None:
-            found = outputs.get(id(args[0]))
-            if found is not None:
-                pairs.setdefault(found[0], []).append(name)
-
-        return hook
-
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, _LAYERS):
-            handles.append(module.register_forward_hook(after(name)))
-        if isinstance(module, _NORMS) and module.running_mean is not None:
-            handles.append(module.register_forward_pre_hook(before(name)))
-    training = model.training
-    try:
-        with torch.no_grad():
-            call(model.eval(), x)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    return {n: norms[0] for n, norms in pairs.items() if len(norms) == 1 and calls[n] == 1}
 
 
 @torch.no_grad()
@@ -77,7 +32,7 @@ def equalize(model: nn.Module, x: Tensor, levels: int) -> dict[str, float]:
     x: one batch of inputs, to find the norms. levels: uniform levels that the weights will have.
     """
     found = {}
-    for name, norm_name in norms_behind(model, x).items():
+    for name, norm_name in norms_behind(model, lambda: model(x)).items():
         layer: Any = model.get_submodule(name)
         norm: Any = model.get_submodule(norm_name)
         matrix = as_matrix(layer.weight)
