@@ -93,6 +93,15 @@ def test_a_plan_of_prepare_quantizes(tmp_path):
     assert str(again).splitlines()[0].split() == ["layer", "type", "shape", "weights", "levels"]
 
 
+def test_the_published_form_follows_a_plan_too():
+    plan = Plan((PlannedLayer("0", "Linear", (), 5, rank=2), PlannedLayer("4", "Linear", (), None)))
+    done = sb.quantize(mlp(), PublishedCoRa(bits=4), calibration=[X], plan=plan)
+    assert levels(done) == {"0": 5, "4": 16}
+    assert done.layers["0"].adapter.rank == 2
+    assert [(x.levels, x.rank) for x in done.evidence.plan.layers] == [(5, 2), (0, 0), (16, 0)]
+    assert done.evidence.iterations == 0
+
+
 def test_levels_left_open_are_the_methods():
     open_ = Plan((PlannedLayer("0", "Linear", (32, 16), None), PlannedLayer("2", "Linear", (), 0)))
     done = sb.quantize(mlp(), CoRa(levels=6, tune=0), calibration=[X], plan=open_)

@@ -11,8 +11,9 @@ sb.save(sb.pack(done), "net.safetensors")
 """
 
 from subbyte.core.grids import Grid, PerChannel, PerTensor, ScaleDomain, fixed_point, uniform
+from subbyte.core.plan import Plan
 from subbyte.core.quantized import Quantized
-from subbyte.core.recipe import Plan, Recipe, Rule
+from subbyte.core.recipe import Recipe, Rule
 from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor
 from subbyte.errors import SubbyteError
 from subbyte.graph.fuse import fuse

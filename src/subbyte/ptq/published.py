@@ -19,7 +19,7 @@ Ours:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -182,26 +182,26 @@ def _student(
 
 
 def published_layers(
-    model: nn.Module, sites: Mapping[str, Site], ranks: Mapping[str, int], method: PublishedCoRa
-) -> tuple[dict[str, QuantizedLayer], Plan]:
-    """k-sigma codes everywhere, plain SVD adapters of the given ranks (0 or missing: none)."""
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    planned: Sequence[PlannedLayer],
+    method: PublishedCoRa,
+) -> dict[str, QuantizedLayer]:
+    """k-sigma codes and plain SVD adapters of the planned levels and ranks."""
     layers = {}
-    for name, site in sites.items():
-        owner = model.get_submodule(site.owner)
-        matrix = as_matrix(getattr(owner, site.parameter).detach(), site.channel_axis)
-        codes = method.solver.solve(matrix, None, 2**method.bits)
-        rank, adapter = ranks.get(name, 0), None
-        if rank:
-            plain = Metric(None, None, 1, matrix.shape[1])
-            adapter = fit_adapter(matrix - codes.dequantize(), plain, rank, method.adapter_bits)
-        layers[name] = QuantizedLayer(weight_of(codes, site), bias_of(model, site), adapter)
-    return layers, Plan(tuple(_planned(site, layers[name]) for name, site in sites.items()))
-
-
-def _planned(site: Site, layer: QuantizedLayer) -> PlannedLayer:
-    rank = 0 if layer.adapter is None else layer.adapter.rank
-    levels = layer.weight.grid.n_levels
-    return PlannedLayer(site.name, site.type, site.shape, levels, rank, layer.n_bytes)
+    for layer in planned:
+        if not layer.levels:
+            continue
+        site = sites[layer.name]
+        weight = getattr(model.get_submodule(site.owner), site.parameter).detach()
+        matrix = as_matrix(weight, site.channel_axis)
+        codes, adapter = method.solver.solve(matrix, None, layer.levels), None
+        if layer.rank:
+            plain, error = Metric(None, None, 1, matrix.shape[1]), matrix - codes.dequantize()
+            adapter = fit_adapter(error, plain, layer.rank, method.adapter_bits)
+        bias = bias_of(model, site)
+        layers[layer.name] = QuantizedLayer(weight_of(codes, site), bias, adapter)
+    return layers
 
 
 def equivalent_bits(plan: Plan, method: PublishedCoRa) -> float:

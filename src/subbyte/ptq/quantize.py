@@ -223,7 +223,15 @@ def _published(run: _Run, generator: torch.Generator, searching: bool) -> _Outco
     if searching:
         labels = run.labels if method.labels else None
         ranks = search_ranks(run.teacher, run.sites, run.examples, labels, method, generator)
-    layers, chosen = published_layers(run.teacher, run.sites, ranks, method)
+    planned = [
+        replace(
+            x, levels=2**method.bits if x.levels is None else x.levels, rank=ranks.get(x.name, 0),
+            method=None,
+        )
+        for x in run.plan.layers
+    ]  # fmt: skip
+    layers = published_layers(run.teacher, run.sites, planned, method)
+    chosen = _as_solved(replace(run.plan, layers=tuple(planned)), layers)
     run.notes.tell(str(chosen))
     done = Quantized(copy.deepcopy(run.teacher), layers)
     return _Outcome(done, chosen, method.iterations if searching else 0)
@@ -367,23 +375,25 @@ def _chosen(run: _Run, known: Sequence[Layer]) -> Plan:
     """Levels, ranks and bytes of every layer: as the plan says, by the method, or searched."""
     wanted = {layer.name: layer for layer in run.plan.layers}
     found: dict[str, PlannedLayer] = {}
-    open_: dict[CoRa, list[Layer]] = {}
+    searched: dict[CoRa, list[Layer]] = {}
     for layer in known:
         own = wanted[layer.site.name]
         method: CoRa = own.method
         if own.levels is None and method.target_bits is not None:
-            open_.setdefault(method, []).append(layer)
+            searched.setdefault(method, []).append(layer)
         else:
             levels = own.levels or method.n_levels
             found[own.name] = _sized(layer, replace(own, levels=levels), method)
-    for method, layers in open_.items():
-        levels_ = LEVELS if method.n_levels is None else (method.n_levels,)
-        searched = search(
-            layers, method.target_bits or 0.0, levels=levels_, adapter_bits=method.adapter_bits
-        )
-        found |= {layer.name: layer for layer in searched.layers}
-    layers_ = tuple(replace(found.get(x.name, x), method=None) for x in run.plan.layers)
-    return replace(run.plan, layers=layers_)
+    for method, layers in searched.items():
+        found |= {layer.name: layer for layer in _searched(layers, method).layers}
+    chosen = (replace(found.get(x.name, x), method=None) for x in run.plan.layers)
+    return replace(run.plan, layers=tuple(chosen))
+
+
+def _searched(layers: Sequence[Layer], method: CoRa) -> Plan:
+    assert method.target_bits is not None
+    levels = LEVELS if method.n_levels is None else (method.n_levels,)
+    return search(layers, method.target_bits, levels=levels, adapter_bits=method.adapter_bits)
 
 
 def _sized(layer: Layer, planned: PlannedLayer, method: CoRa) -> PlannedLayer:
