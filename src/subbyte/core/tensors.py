@@ -70,7 +70,8 @@ class LowRank:
     The weight is seen as a matrix [out, width], its channel axis first and the rest flattened. With
     groups, each group of rows has factors of its own.
 
-    up: [out, rank], float16 or int8. down: [groups * rank, width], of the same dtype.
+    up: [out, rank], float16, int8 or (of a fused layer) float32. down: [groups * rank, width], of
+    the same dtype.
     scale: float32 [groups * rank]. The product of group g is (up_g * scale_g) @ down_g, in float32.
     Raises SubbyteError when these do not fit together.
     """
@@ -80,10 +81,13 @@ class LowRank:
     scale: Tensor
 
     def __post_init__(self) -> None:
-        if self.up.dtype not in (torch.float16, torch.int8) or self.down.dtype != self.up.dtype:
+        if (
+            self.up.dtype not in (torch.float16, torch.float32, torch.int8)
+            or self.down.dtype != self.up.dtype
+        ):
             raise SubbyteError(
                 f"adapter factors are {self.up.dtype} and {self.down.dtype}; both must be "
-                "torch.float16 or both torch.int8"
+                "torch.float16, torch.float32 or torch.int8"
             )
         if self.up.ndim != 2 or self.down.ndim != 2 or self.up.shape[1] < 1:
             raise SubbyteError(

@@ -16,6 +16,7 @@ from subbyte.core.grids import Grid, ScaleDomain
 from subbyte.core.sites import join
 from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor
 from subbyte.errors import SubbyteError
+from subbyte.graph.program import Program
 from subbyte.packing import radix
 
 FORMAT, VERSION = "subbyte", 1
@@ -52,7 +53,8 @@ class Artifact:
     """A file as it was read: the manifest's content, and tensors as they are stored.
 
     affine: names of BatchNorms that were absorbed. ties: names in the network that share a tensor
-    of the state, each with the name that it is stored under. distance: of the float weights to
+    of the state, each with the name that it is stored under. program: opens the file without the
+    network's class; preprocess: how images become its input. distance: of the float weights to
     their levels when they were rounded, in steps; None if the method does not say.
     """
 
@@ -64,6 +66,8 @@ class Artifact:
     affine: tuple[str, ...] = ()
     distance: float | None = None
     ties: Mapping[str, str] = field(default_factory=dict)
+    program: Program | None = None
+    preprocess: dict[str, Any] | None = None
 
     def layers(self) -> dict[str, QuantizedLayer]:
         """The waist, read back. Raises SubbyteError naming the layer whose tensors are off."""
@@ -100,6 +104,8 @@ def parse(metadata: Mapping[str, str], tensors: dict[str, Tensor], n_bytes: int)
         state = tuple(str(name) for name in manifest["state"])
         affine = tuple(str(name) for name in manifest.get("affine", ()))
         ties = {str(alias): str(name) for alias, name in manifest.get("ties", {}).items()}
+        program = None if "program" not in manifest else Program.from_dict(manifest["program"])
+        preprocess = manifest.get("preprocess")
         distance = manifest.get("distance")
         distance = None if distance is None else float(distance)
         network = manifest["network"]
@@ -112,7 +118,9 @@ def parse(metadata: Mapping[str, str], tensors: dict[str, Tensor], n_bytes: int)
     fault = fault_of({name: tensors[name] for name in _float_names(entries, state)})
     if fault:
         raise SubbyteError(f"{fault}; the file is damaged, make or fetch it again")
-    return Artifact(network, entries, tensors, state, n_bytes, affine, distance, ties)
+    return Artifact(
+        network, entries, tensors, state, n_bytes, affine, distance, ties, program, preprocess
+    )
 
 
 def _manifest(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import fx, nn
 
 from subbyte.core.quantized import Quantized
 from subbyte.core.sites import sites
 from subbyte.errors import SubbyteError
+from subbyte.graph.network import skeleton, take_activations
+from subbyte.graph.program import Program
+from subbyte.graph.trace import CONSTANTS
 from subbyte.kernels import Precision
-from subbyte.models import build
+from subbyte.models import Preprocess, build
 from subbyte.modules import pack
 from subbyte.modules.absorb import restore
 from subbyte.storage.manifest import Artifact, LayerEntry, parse
@@ -43,6 +46,8 @@ def assemble(
     """The packed model of what was read from a file; as `load`, whose errors name the file too."""
     net = pack(Quantized(_skeleton(artifact, model), artifact.layers()), precision=precision)
     restore(net, artifact.affine)
+    if isinstance(net, fx.GraphModule) and artifact.program is not None:
+        take_activations(net, artifact.program)
     _load_state(net, artifact)
     return net
 
@@ -73,8 +78,12 @@ def _skeleton(artifact: Artifact, model: nn.Module | None) -> nn.Module:
     if model is not None:
         _check_entries(artifact.entries, model)
         return model
+    if artifact.network is None and artifact.program is not None:
+        return _of_program(artifact, artifact.program)
     if artifact.network is None:
-        raise SubbyteError("the file holds no zoo network; pass yours: load(path, model=net)")
+        raise SubbyteError(
+            "the file holds neither a zoo network nor a program; pass yours: load(path, model=net)"
+        )
     try:
         name, arguments = artifact.network["name"], dict(artifact.network["arguments"])
         with torch.device("meta"):  # no memory before it is known to be the file's network
@@ -84,6 +93,27 @@ def _skeleton(artifact: Artifact, model: nn.Module | None) -> nn.Module:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise SubbyteError(f"the manifest's network is malformed ({str(error)[:200]!r})") from None
+
+
+def _of_program(artifact: Artifact, program: Program) -> nn.Module:
+    """The float network of a program, without memory, checked to fit the file's tensors."""
+    taken = {key for name, entry in artifact.entries.items() for key in (name, *entry.parts)}
+    state = {name: value for name, value in artifact.state().items() if name not in taken}
+    net = skeleton(program, state, "Program")
+    _check_entries(artifact.entries, net)
+    if artifact.preprocess is not None:
+        vars(net)["preprocess"] = _preprocess(artifact.preprocess)
+    return net
+
+
+def _preprocess(value: Mapping[str, Any]) -> Preprocess:
+    try:
+        given: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in value.items()
+        }
+        return Preprocess(**given)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise SubbyteError(f"the manifest's preprocess is malformed ({str(error)[:99]})") from None
 
 
 def _check_entries(entries: Mapping[str, LayerEntry], model: nn.Module) -> None:
@@ -114,7 +144,12 @@ def _no_layer(name: str, known: list[str]) -> str:
 def _load_state(net: nn.Module, artifact: Artifact) -> None:
     """Fill everything but the packed layers; names and shapes must agree exactly."""
     own = net.state_dict()
-    for name, value in artifact.state().items():
+    state = {
+        name: value
+        for name, value in artifact.state().items()
+        if name in own or not name.startswith(f"{CONSTANTS}.")  # which only a program needs
+    }
+    for name, value in state.items():
         if name not in own:
             raise SubbyteError(f"the network has no '{name}'; the file is of another network")
         if own[name].shape != value.shape:
@@ -131,7 +166,7 @@ def _load_state(net: nn.Module, artifact: Artifact) -> None:
     if left:
         raise SubbyteError(f"the file has no '{left[0]}', which the network needs")
     ties = {**tied_names(net), **artifact.ties}
-    net.load_state_dict(artifact.state(), strict=False, assign=True)  # dtypes are the file's
+    net.load_state_dict(state, strict=False, assign=True)  # dtypes are the file's
     _tie(net, ties, artifact)
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from subbyte.core.atomic import write_atomically
 from subbyte.core.sites import join
 from subbyte.errors import SubbyteError
-from subbyte.models import Network
+from subbyte.graph.network import PROGRAM
+from subbyte.graph.program import Program
+from subbyte.graph.trace import Example, traced
+from subbyte.models import Network, Preprocess
 from subbyte.modules import PackedMultiheadAttention, PackedWeight, is_fused
 from subbyte.modules.absorb import Affine
 from subbyte.packing import radix
@@ -28,12 +32,16 @@ def save(
     *,
     compress: bool = False,
     distance: float | None = None,
+    example: Example | None = None,
 ) -> int:
     """Write a packed model; returns the file's size in bytes.
 
     compress: zstd over base-N bytes instead of radix words, close to the entropy of the codes
     (a layer it does not shrink stays in words). distance: how far the float weights were from
-    their levels when they were rounded, in steps, for `inspect`. The file appears whole or not at
+    their levels when they were rounded, in steps, for `inspect`. example: inputs that forward
+    takes, a tensor, a tuple or a dict of tensors; with it the file holds the network's program too,
+    and opens without the network's class. Where it cannot be traced a warning says why, and the
+    file is written without. The file appears whole or not at
     all: an older file of that name survives a full disk or a crash. Raises SubbyteError if the
     model has no packed layer, or if the file cannot be written.
     """
@@ -41,8 +49,11 @@ def save(
     packed = packed_layers(net)
     if not packed:
         raise SubbyteError("the model has no packed layer; save takes the result of pack()")
-    if is_fused(net):
-        raise SubbyteError("the model is fused; save the packed model that fuse was given")
+    program, constants = _program(net, example)
+    if is_fused(net) and program is None:
+        raise SubbyteError(
+            "the model is fused; give save an input as example=, so that the file holds its program"
+        )
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     grids = list(dict.fromkeys(layer.weight.grid for layer in packed))
@@ -64,7 +75,7 @@ def save(
             "bias": layer.bias is not None,
             **({} if adapter is None else {"adapter": True}),
         }
-    state = _float_state(net, packed)
+    state = {**_float_state(net, packed), **constants}
     ties = {alias: name for alias, name in tied_names(net).items() if {alias, name} <= set(state)}
     state = {name: value for name, value in state.items() if name not in ties}
     manifest: dict[str, Any] = {
@@ -79,7 +90,23 @@ def save(
     manifest |= {"affine": affine} if affine else {}
     manifest |= {"ties": ties} if ties else {}
     manifest |= {} if distance is None else {"distance": distance}
+    manifest |= {} if program is None else {"program": program.to_dict()}
+    preprocess = getattr(net, "preprocess", None)
+    if program is not None and isinstance(preprocess, Preprocess):
+        manifest["preprocess"] = asdict(preprocess)
     return write_safetensors({**tensors, **state}, {FORMAT: _compact(manifest)}, Path(path))
+
+
+def _program(net: nn.Module, example: Example | None) -> tuple[Program | None, dict[str, Tensor]]:
+    """The program that goes into the file, and the tensors that it needs beside the state."""
+    if example is None:
+        held = net.meta.get(PROGRAM) if isinstance(net, fx.GraphModule) else None
+        return held, {}
+    try:
+        return traced(net, example)
+    except SubbyteError as error:
+        warnings.warn(f"saved without a program: {error}", stacklevel=3)
+        return None, {}
 
 
 def unwrapped(net: nn.Module) -> nn.Module:

@@ -1,0 +1,201 @@
+"""A network as data: a frozen list of operations over named tensors (docs/format.md, "Program").
+
+    {"inputs": [{"name": "x", "shape": [null, 3, 32, 32], "dtype": "float32"}],
+     "layers": {"features.0": {"type": "Conv2d", "in_channels": 3, ...}},
+     "nodes": [{"op": "Layer", "out": "n1", "layer": "features.0", "args": {"x": {"value": "x"}}},
+               {"op": "Relu", "out": "n2", "args": {"x": {"value": "n1"}}}],
+     "output": {"value": "n2"}}
+
+An argument is a value ({"value": name}), a tensor of the network's state ({"state": name}), a plain
+number, word or list, or a type ({"dtype": "float32"}). Nothing in it is executed but the operators
+of the closed list, on tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from subbyte.errors import SubbyteError
+from subbyte.graph.layers import LAYERS
+from subbyte.graph.operators import ITEM, NUMBERS, OPERATORS
+
+LAYER = "Layer"
+MAX_NODES = 100_000
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}\Z")
+_DEPTH = 5  # of lists in lists
+DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+              torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64)
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """shape: None where any size goes."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation: `out` = `op`(args). layer: the module's name, if op is "Layer"."""
+
+    op: str
+    out: str
+    args: Mapping[str, Any]
+    layer: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Checked when it is made: every name is made once, before it is used, and every word is known.
+
+    layers: the modules that nodes call, by name, with what they were constructed with. buffers: of
+    the state, what is no parameter. output: an argument, or a dict or list of them.
+    Raises SubbyteError, in one line, for anything else.
+    """
+
+    inputs: tuple[Input, ...]
+    layers: Mapping[str, Mapping[str, Any]]
+    nodes: tuple[Node, ...]
+    output: Any
+    buffers: frozenset[str] = field(default_factory=frozenset)
+
+    def __post_init__(self) -> None:
+        if len(self.nodes) > MAX_NODES:
+            raise SubbyteError(f"the program has {len(self.nodes)} operations, over {MAX_NODES}")
+        known: set[str] = set()
+        for value in self.inputs:
+            _new_name(value.name, known)
+            _check_input(value)
+        for name, settings in self.layers.items():
+            kind = settings.get("type")
+            if kind not in LAYERS:
+                raise SubbyteError(f"layer '{name[:99]}' of the program is of type {kind!r:.99}")
+        for node in self.nodes:
+            self._check_node(node, known)
+            _new_name(node.out, known)
+        _check_argument(self.output, known, "the output", 0)
+
+    def _check_node(self, node: Node, known: set[str]) -> None:
+        if node.op == LAYER:
+            if node.layer not in self.layers:
+                raise SubbyteError(f"the program calls layer '{node.layer[:99]}', which it has not")
+            takes = LAYERS[self.layers[node.layer]["type"]].takes
+        elif node.op in OPERATORS:
+            takes = tuple(OPERATORS[node.op].arguments)
+        elif node.op in NUMBERS:
+            takes = ("a", "b")
+        elif node.op == ITEM:
+            takes = ("x", "index")
+        else:
+            raise SubbyteError(f"operator {node.op!r:.99} is unknown; upgrade subbyte")
+        for name, value in node.args.items():
+            if name not in takes:
+                raise SubbyteError(f"operator '{node.op}' has no argument {name!r:.99}")
+            _check_argument(value, known, f"'{node.op}'", 0)
+
+    @property
+    def state_names(self) -> frozenset[str]:
+        """Tensors of the network's state that operations read themselves."""
+        found = {name for node in self.nodes for name in _states(dict(node.args))}
+        return frozenset(found | set(_states(self.output)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `Program.from_dict` gives an equal program back."""
+        return {
+            "inputs": [
+                {"name": i.name, "shape": list(i.shape), "dtype": i.dtype} for i in self.inputs
+            ],
+            "layers": {name: dict(settings) for name, settings in self.layers.items()},
+            "nodes": [
+                {"op": n.op, "out": n.out, **({"layer": n.layer} if n.layer else {}),
+                 "args": dict(n.args)}
+                for n in self.nodes
+            ],
+            "output": self.output,
+            "buffers": sorted(self.buffers),
+        }  # fmt: skip
+
+    @staticmethod
+    def from_dict(value: Any) -> Program:
+        """Raises SubbyteError for what is no program."""
+        try:
+            inputs = tuple(
+                Input(str(i["name"]), tuple(i["shape"]), str(i["dtype"])) for i in value["inputs"]
+            )
+            nodes = tuple(
+                Node(str(n["op"]), str(n["out"]), dict(n["args"]), str(n.get("layer", "")))
+                for n in value["nodes"]
+            )
+            layers = {str(name): dict(settings) for name, settings in value["layers"].items()}
+            buffers = frozenset(str(name) for name in value.get("buffers", ()))
+            return Program(inputs, layers, nodes, value["output"], buffers)
+        except SubbyteError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise SubbyteError(f"the program is malformed ({str(error)[:99]!r})") from None
+
+
+def _new_name(name: str, known: set[str]) -> None:
+    if not _NAME.match(name) or name in known:
+        raise SubbyteError(f"the program names a value {name!r:.99}, no word or used already")
+    known.add(name)
+
+
+def _check_input(value: Input) -> None:
+    sizes = all(n is None or (type(n) is int and 0 <= n < 2**40) for n in value.shape)
+    if not sizes or value.dtype not in DTYPES:
+        raise SubbyteError(f"input '{value.name}' is {value.dtype:.20} {value.shape!s:.80}")
+
+
+def _check_argument(value: Any, known: set[str], where: str, depth: int) -> None:
+    """Plain data that refers to what is known."""
+    if value is None or isinstance(value, bool | str):
+        return
+    if isinstance(value, int | float):
+        if not -(2**63) <= value < 2**63:
+            raise SubbyteError(f"{where} of the program has the number {value!r:.50}")
+        return
+    if depth > _DEPTH:
+        raise SubbyteError(f"{where} of the program has lists in lists in lists")
+    if isinstance(value, list):
+        for item in value:
+            _check_argument(item, known, where, depth + 1)
+        return
+    if not isinstance(value, dict) or len(value) != 1:
+        raise SubbyteError(f"{where} of the program has an argument {value!r:.80}")
+    ((kind, content),) = value.items()
+    if kind == "map" and isinstance(content, dict):
+        for item in content.values():
+            _check_argument(item, known, where, depth + 1)
+    elif kind == "value" and content not in known:
+        raise SubbyteError(f"{where} of the program uses '{content!s:.99}' before it is made")
+    elif kind == "dtype" and content not in DTYPES:
+        raise SubbyteError(f"{where} of the program has the type {content!r:.50}")
+    elif kind == "number" and content not in ("inf", "-inf", "nan"):
+        raise SubbyteError(f"{where} of the program has the number {content!r:.50}")
+    elif kind not in ("map", "value", "state", "dtype", "number", "layout"):
+        raise SubbyteError(f"{where} of the program has an argument of kind {kind!r:.50}")
+    elif not isinstance(content, dict if kind == "map" else str):
+        raise SubbyteError(f"{where} of the program has an argument {value!r:.80}")
+
+
+def _states(value: Any) -> Iterator[str]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _states(item)
+    elif isinstance(value, dict):
+        if set(value) == {"state"}:
+            yield value["state"]
+        else:
+            for item in value.values():
+                yield from _states(item)
