@@ -52,11 +52,11 @@ class PackedLinear(nn.Module):
     weight = property(decoded_weight)
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        if self.why_not(x):
-            y = F.linear(x, self.weight.to(x.dtype), self.bias)
-            return kernels.finish(y, plus, self.activation)
         # From the dictionaries: nn.Module's look-up by attribute takes a microsecond a name.
         packed: Any = self._modules["packed"]
+        if kernels.why_not(x, packed.grid, self.in_features):
+            y = F.linear(x, self.weight.to(x.dtype), self.bias)
+            return kernels.finish(y, plus, self.activation)
         epilogue = packed.epilogue(self._buffers["bias"], self.activation)
         return packed_linear(x, packed, self.precision, epilogue.adding(plus))
 
