@@ -28,7 +28,7 @@ test-all: $(STAMP)  ## Everything, also what needs ../shared/data or takes long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
 # Of what depends on the instruction set; `make test` runs it on the best one.
-TIER_TESTS := $(addprefix tests/test_,kernels.py traced.py misuse.py fuse.py modules.py bench.py)
+TIER_TESTS := $(addprefix tests/test_,kernels.py misuse.py fuse.py modules.py bench.py)
 test-tiers: $(STAMP)  ## The kernels' tests on each other instruction set that this machine has
 	for tier in $$($(BIN)/python -c 'from subbyte import _native; print(*_native.tiers()[1:])'); do \
 	  echo "SUBBYTE_ISA=$$tier"; \

@@ -210,6 +210,35 @@ def test_values_without_a_scale_stay_in_their_row_and_follow_float(bad, n):
     assert torch.allclose(got[-1], wanted[-1], rtol=1e-5, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("precision", ["int8", "int16", "float32"])
+@pytest.mark.parametrize("size", [1e30, 1e36, 3e38])
+@pytest.mark.parametrize("scale", [1e-37, 1e-3, 1.0, 1e3])
+def test_values_near_the_end_of_float32_are_finite_where_the_product_is(precision, size, scale):
+    """Sums are taken before they are scaled, and scales multiplied first; neither may show."""
+    weight, like = quantized(17, (40, 64)), nn.Conv2d(16, 40, 2, bias=False)
+    weight = QuantizedTensor(weight.codes, torch.full((40,), scale), weight.grid)
+    kernel = QuantizedTensor(weight.codes.reshape(40, 16, 2, 2), weight.scale, weight.grid)
+    x = torch.randn(5, 64).clamp(-1, 1)
+    x[2, 7] = 1.0
+    x[2] *= size
+    linear, conv = (
+        packed_linear(weight, None, precision),
+        packed_conv(kernel, None, like, precision),
+    )
+    dense = weight.dequantize().double()
+    wanted = x.double() @ dense.T
+    reach = x.abs().amax(1, keepdim=True).double() * dense.abs().sum(1)
+    steps = {"int8": 254, "int16": 32000, "float32": 2**18}[precision]
+    inside = x.double().abs() @ dense.abs().T + reach / steps < 3e38  # in any order of sums
+    assert inside[[0, 1, 3, 4]].all()
+    for got in (linear(x), conv(x.reshape(5, 16, 2, 2)).flatten(1)):
+        assert got[inside].isfinite().all()
+        error = (got.double() - wanted).abs()[inside]
+        assert (error <= (reach / steps)[inside] + 1e-44 * 64 * 127).all()
+    alone = linear(x[[0, 1, 3, 4]])
+    assert torch.equal(linear(x)[[0, 1, 3, 4]], alone)
+
+
 def test_grids_that_are_not_symmetric_and_scales_of_every_domain():
     asymmetric = Grid(tuple(float(i - 2) for i in range(7)))
     half = Grid((-0.5, 0.0, 0.5, 1.0), PerChannel(0), ScaleDomain.FLOAT16)

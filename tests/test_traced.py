@@ -238,6 +238,21 @@ def test_forward_derivatives_by_dual_numbers(case):
         assert close(forward_ad.unpack_dual(net(dual)).primal, net(x))
 
 
+def test_an_operator_that_would_lose_a_tangent_says_so(case):
+    net, x, _ = case
+    with torch.no_grad():
+        graph = torch.export.export(net, (x,)).module()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda v: torch.func.jvp(net, (v,), (v,))[1], backend="aot_eager")
+    with pytest.raises(Exception, match="would lose its tangent"):  # dynamo wraps what it meets
+        quiet(lambda: compiled(x))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        with pytest.raises(SubbyteError, match="would lose its tangent"):
+            graph(dual)
+    assert torch.equal(graph(x), net(x))
+
+
 def test_functionalized_calls(case):
     net, x, _ = case
     assert torch.equal(torch.func.functionalize(net)(x), net(x))

@@ -7,11 +7,14 @@ have gradients to the activations and the bias, and a rule for `torch.func.vmap`
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.grad import conv2d_input
 
 from subbyte.core.grids import Grid, PerChannel, PerTensor, ScaleDomain
@@ -45,6 +48,29 @@ def _matrix(
     return PackedMatrix(words, scale, _grid(tuple(levels), axis, domain), tuple(shape))
 
 
+_TANGENTS = threading.local()  # .apart: forward derivatives are looked after by the caller
+
+
+@contextmanager
+def tangents_apart() -> Iterator[None]:
+    """Here the operators may be called within a dual level: their caller adds the tangents."""
+    before = getattr(_TANGENTS, "apart", False)
+    _TANGENTS.apart = True
+    try:
+        yield
+    finally:
+        _TANGENTS.apart = before
+
+
+def _check_tangents() -> None:
+    """Raises SubbyteError where an operator would drop a tangent in silence."""
+    if forward_ad._current_level >= 0 and not getattr(_TANGENTS, "apart", False):
+        raise SubbyteError(
+            "an operator of subbyte within forward differentiation, which would lose its tangent; "
+            "call the packed layer itself, outside of torch.compile and torch.export"
+        )
+
+
 @torch.library.custom_op("subbyte::linear", mutates_args=())
 def linear_op(
     x: Tensor,
@@ -59,12 +85,14 @@ def linear_op(
 ) -> Tensor:
     """`linear` as one opaque operation. Plain values, nine of them: they are its schema."""
     check_precision(precision)
+    _check_tangents()
     matrix = _matrix(words, scale, levels, axis, domain, shape)
     return products.linear(x, matrix, precision, Epilogue(plain_bias(bias)))
 
 
 @linear_op.register_fake
 def _(x, words, scale, bias, levels, axis, domain, shape, precision):  # type: ignore[no-untyped-def]
+    _check_tangents()
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
@@ -86,12 +114,14 @@ def conv2d_op(
     geometry: `Window.plain`.
     """
     check_precision(precision)
+    _check_tangents()
     matrix, window = _matrix(words, scale, levels, axis, domain, shape), _window(tuple(geometry))
     return products.conv2d(x, matrix, window, precision, Epilogue(plain_bias(bias)))
 
 
 @conv2d_op.register_fake
 def _(x, words, scale, bias, levels, axis, domain, shape, geometry, precision):  # type: ignore[no-untyped-def]
+    _check_tangents()
     return products.new_images(x, shape, Window.from_plain(geometry))
 
 

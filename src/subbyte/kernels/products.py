@@ -8,8 +8,9 @@ multiplied in integers without error, and scaled back:
     float32 no rounding: weights become float32 instead, a block of rows at a time
 
 Weights are repacked into panels once, at the first product (docs/adr/0007-kernels.md). A row or
-image that holds NaN or infinity, or nothing but values below 1e-35, has no scale: it is computed by
-the reference, so that it behaves as in float and nothing else in the batch notices.
+image that holds NaN or infinity, or nothing but values below 1e-35, has no scale, and the sums of
+one with values near the end of float32's range might overflow before they are scaled: these are
+computed by the reference, so that they behave as in float and nothing else in the batch notices.
 
 What is here sees plain tensors only: whatever traces, transforms or differentiates is in `traced`.
 """

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from subbyte.errors import SubbyteError
 from subbyte.kernels import products
-from subbyte.kernels.ops import conv2d_op, images_gradient, linear_op, plain
+from subbyte.kernels.ops import conv2d_op, images_gradient, linear_op, plain, tangents_apart
 from subbyte.kernels.values import Epilogue, Window
 from subbyte.packing import PackedMatrix
 
@@ -143,7 +143,8 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, maps: _Maps) -> Tensor:
-        return maps.product(x)
+        with tangents_apart():
+            return maps.product(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -37,12 +37,15 @@ class PackedMultiheadAttention(nn.Module):
     bias_v: nn.Parameter | None
     _apply = keep_types
 
+    # TransformerEncoderLayer reads it: where it is False it calls this module, instead of taking
+    # decoded weights into a product of its own
+    _qkv_same_embed_dim = False
     merge_masks = nn.MultiheadAttention.merge_masks  # TransformerEncoderLayer calls it
 
     def __init__(self, like: nn.MultiheadAttention, packed: Mapping[str, QuantizedLayer]) -> None:
         super().__init__()
-        self._qkv_same_embed_dim = like._qkv_same_embed_dim  # TransformerEncoderLayer reads it
-        for name in ("in_proj",) if self._qkv_same_embed_dim else ("q_proj", "k_proj", "v_proj"):
+        self.joint = like._qkv_same_embed_dim  # one projection for query, key and value
+        for name in ("in_proj",) if self.joint else ("q_proj", "k_proj", "v_proj"):
             setattr(self, name, _projection(getattr(like, f"{name}_weight"), packed.get(name)))
         for name in ("in_proj_bias", "bias_k", "bias_v"):
             self.register_parameter(name, frozen_bias(getattr(like, name)))
@@ -52,7 +55,7 @@ class PackedMultiheadAttention(nn.Module):
     @property
     def in_proj_weight(self) -> Tensor | None:
         """[3 * embed_dim, embed_dim], decoded at each call; None for separate projections."""
-        return self.in_proj() if self._qkv_same_embed_dim else None
+        return self.in_proj() if self.joint else None
 
     def forward(
         self,
@@ -132,7 +135,7 @@ class PackedMultiheadAttention(nn.Module):
         return out
 
     def _separate_weights(self, query: Tensor) -> dict[str, Tensor]:
-        names = () if self._qkv_same_embed_dim else ("q_proj", "k_proj", "v_proj")
+        names = () if self.joint else ("q_proj", "k_proj", "v_proj")
         return {f"{name}_weight": cast_to(query, getattr(self, name)()) for name in names}
 
 

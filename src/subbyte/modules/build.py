@@ -80,6 +80,8 @@ def pack(
     if id(net) in by_owner:
         net = _packed(net, by_owner[id(net)])
     for module in net.modules():
+        if isinstance(module, nn.TransformerEncoder) and _attends_packed(module):
+            module.use_nested_tensor = False  # nested tensors reach torch's own layers only
         if isinstance(module, PackedLinear | PackedConv2d | PackedMultiheadAttention):
             module.precision = precision
     return net.eval()
@@ -210,6 +212,10 @@ def _check_all_prepared(net: nn.Module, known: Any, layers: Mapping[str, Quantiz
         owner = net.get_submodule(site.owner)
         if is_prepared(owner, site.parameter) and site.name not in layers:
             raise SubbyteError(f"layer '{site.name}' is prepared but not among the frozen layers")
+
+
+def _attends_packed(encoder: nn.Module) -> bool:
+    return any(isinstance(module, PackedMultiheadAttention) for module in encoder.modules())
 
 
 def is_fused(net: nn.Module) -> bool:

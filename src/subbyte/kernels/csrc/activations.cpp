@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 namespace subbyte {
 
@@ -15,6 +16,15 @@ Quantized scale_of(std::int32_t peak) {
   of.scale = largest / 127.0f;
   of.inverse = 127.0f / largest;
   return of;
+}
+
+bool may_overflow(std::int32_t peak, std::int64_t k, int most) {
+  constexpr std::int32_t kInfinity = 0x7F800000;
+  const float limit =
+      std::numeric_limits<float>::max() / (2.0f * static_cast<float>(most) * static_cast<float>(k));
+  std::int32_t bits;
+  std::memcpy(&bits, &limit, 4);
+  return peak > bits && peak < kInfinity;
 }
 
 void round_planes(const Kernels& kernels, const float* x, std::int64_t n, const Quantized& of,

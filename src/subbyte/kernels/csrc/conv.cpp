@@ -73,10 +73,10 @@ struct Call {
   std::int64_t frames() const { return planes * frame.values(); }   // of an image
 };
 
-// The scales of all images.
-std::vector<Quantized> scales(const Call& call, const float* x) {
+// The bits of the largest magnitude of each image.
+std::vector<std::int32_t> peaks_of(const Call& call, const float* x) {
   const std::int64_t parts = (call.threads + call.n - 1) / call.n;
-  std::vector<std::int32_t> peaks(call.n * parts);
+  std::vector<std::int32_t> peaks(call.n * parts), of(call.n);
   parallel(call.threads, call.n * parts, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t part = i % parts, first = call.values() * part / parts;
@@ -84,9 +84,8 @@ std::vector<Quantized> scales(const Call& call, const float* x) {
       peaks[i] = call.kernels.peak(x + i / parts * call.values() + first, count);
     }
   });
-  std::vector<Quantized> of(call.n);
   for (std::int64_t i = 0; i < call.n; ++i)
-    of[i] = scale_of(*std::max_element(&peaks[i * parts], &peaks[i * parts] + parts));
+    of[i] = *std::max_element(&peaks[i * parts], &peaks[i * parts] + parts);
   return of;
 }
 
@@ -439,21 +438,27 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
 
   thread_local Buffer decoded_scratch, frames_scratch;
   const Decoded decoded = decode_weights(call, decoded_scratch);
+  const std::vector<std::int32_t> peaks = peaks_of(call, x);
+  const Panel& first = weight.panels().front();
   std::uint8_t* room = frames_scratch.reserve(n * call.frames() * (single ? sizeof(float) : 1));
   if (single) {
     auto* frames = reinterpret_cast<float*>(room);
     fill_floats(call, x, frames);
     multiply_frames(call, frames, {}, decoded, y, finish);
-    return {};
+    std::vector<std::int64_t> odd;
+    for (std::int64_t i = 0; i < n; ++i)
+      if (may_overflow(peaks[i], first.k, first.max_abs)) odd.push_back(i);
+    return odd;
   }
   auto* frames = reinterpret_cast<std::int8_t*>(room);
-  const std::vector<Quantized> of = scales(call, x);
+  std::vector<Quantized> of;
+  for (const std::int32_t peak : peaks) of.push_back(scale_of(peak));
   fill_frames(call, x, of, frames);
   multiply_frames(call, frames, of, decoded, y, finish);
 
   std::vector<std::int64_t> odd;
   for (std::int64_t i = 0; i < n; ++i)
-    if (!of[i].fits) odd.push_back(i);
+    if (!of[i].fits || !weight.scales(of[i].scale)) odd.push_back(i);
   return odd;
 }
 

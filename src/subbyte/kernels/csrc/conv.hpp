@@ -1,6 +1,7 @@
 // Two-dimensional convolutions as implicit matrix products over padded 8-bit images.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -46,6 +47,11 @@ class ConvPanels {
   const std::vector<Panel>& panels() const { return panels_; }
   const std::vector<float>& taps() const { return taps_; }
   std::size_t bytes() const;
+  // As of `Panel`, of all of them.
+  bool scales(float activation) const {
+    return std::all_of(panels_.begin(), panels_.end(),
+                       [&](const Panel& panel) { return panel.scales(activation); });
+  }
 
  private:
   ConvShape shape_;

@@ -153,7 +153,11 @@ std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, con
   const int team = cost < kSerial ? 1 : threads;
   if (single) {
     many_columns(kernels, panel, columns, x, panel.k, sink, team);
-    return {};
+    std::vector<std::int64_t> odd;
+    for (std::int64_t i = 0; i < n; ++i)
+      if (may_overflow(kernels.peak(x + i * panel.k, panel.k), panel.k, panel.max_abs))
+        odd.push_back(i);
+    return odd;
   }
   const bool few = columns.count() <= kMaxSmall;
   if (few) columns.flip = 0;
@@ -166,7 +170,7 @@ std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, con
     many_columns(kernels, panel, columns, columns.q, stride, sink, team);
   std::vector<std::int64_t> odd;
   for (std::int64_t i = 0; i < n; ++i)
-    if (!columns.of[i].fits) odd.push_back(i);
+    if (!columns.of[i].fits || !panel.scales(columns.of[i].scale)) odd.push_back(i);
   return odd;
 }
 

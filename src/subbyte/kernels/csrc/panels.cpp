@@ -67,6 +67,8 @@ Panel make_panel(const RadixCodes& codes, std::int64_t first_row, std::int64_t r
           "rows are too long for 32-bit sums");
   panel.scale.resize(panel.blocks() * kBlockRows);
   std::copy(scale, scale + rows, panel.scale.begin());
+  for (std::int64_t r = 0; r < rows; ++r)
+    panel.max_scale = std::max(panel.max_scale, std::abs(scale[r]));
   for (std::size_t i = 0; i < order.size(); ++i)
     if (order[i] < 0) panel.padding.push_back(static_cast<std::int32_t>(i));
   panel.excess_of_flip.resize(panel.blocks() * kBlockRows);

@@ -1,6 +1,7 @@
 // A weight repacked for the kernels, and what turns integer sums back into values.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -31,6 +32,7 @@ struct Panel {
   std::vector<std::int32_t> padding;         // the k that hold no weight
   std::vector<float> scale;                  // [blocks * 32]; of factor * code - center
   std::vector<std::int32_t> excess_of_flip;  // [blocks * 32]; 128 times the sum of a row's integers
+  float max_scale = 0.0f;                    // the largest magnitude of `scale`
   int max_abs = 0;                           // of factor * code - center
   Buffer data;                               // [blocks][groups][vectors][32 rows][4]
 
@@ -44,6 +46,9 @@ struct Panel {
   bool readable(bool tables) const {
     return tables || (packing != Packing::kTrits5 && packing != Packing::kQuints10);
   }
+
+  // Whether the product of an activation's scale with those of the rows is finite.
+  bool scales(float activation) const { return std::isfinite(activation * max_scale); }
 
   // What sums [32] over q ^ flip have too much.
   const std::int32_t* excess(std::uint8_t flip, std::int64_t block) const {
