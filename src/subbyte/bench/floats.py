@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subbyte.kernels import Activation, finish
 from subbyte.modules import PACKED, PackedMultiheadAttention
 
 _FLOAT: dict[Any, Any] = {packed: kind for kind, packed in PACKED.items()}
@@ -41,7 +42,18 @@ def _float_layer(layer: Any) -> nn.Module:
     twin.weight = _parameter(weight)
     if kind is not nn.Embedding and layer.bias is not None:
         twin.bias = _parameter(layer.bias)
-    return twin
+    return _Then(twin, layer.activation) if getattr(layer, "fused", False) else twin
+
+
+class _Then(nn.Module):
+    """A float layer, and what a fused packed one does behind its products."""
+
+    def __init__(self, layer: nn.Module, activation: Activation) -> None:
+        super().__init__()
+        self.layer, self.activation = layer, activation
+
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        return finish(self.layer(x), plus, self.activation)
 
 
 def _convolution(kind: Any, layer: Any, weight: Tensor) -> Any:

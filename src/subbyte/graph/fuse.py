@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from subbyte.core.functional import read_scale
 from subbyte.core.grids import PerChannel, ScaleDomain
 from subbyte.errors import SubbyteError
+from subbyte.graph.network import PROGRAM
 from subbyte.kernels import Activation
 from subbyte.modules import (
     PACKED,
@@ -47,8 +48,8 @@ def fuse(net: nn.Module) -> nn.Module:
     what lies between, and no hook looks on. Values differ by float32 rounding.
 
     The result is a `torch.fx.GraphModule` in eval mode, made by tracing: optional arguments stay
-    at None, and what does not depend on the inputs is computed once. `save` and `bench` take the
-    network it was made of. Raises SubbyteError for a network that cannot be traced, because its
+    at None, and what does not depend on the inputs is computed once. `save` takes it with
+    an example of its input. Raises SubbyteError for a network that cannot be traced, because its
     forward asks for values of tensors.
     """
     net = copy.deepcopy(net).eval()
@@ -68,6 +69,7 @@ def fuse(net: nn.Module) -> nn.Module:
             layer = fused.get_submodule(str(node.target))
             if isinstance(layer, PackedConv2d | PackedLinear) and layer not in before:
                 layer.fused |= not _hooked(layer) and step(fused, node, layer)
+    fused.meta.pop(PROGRAM, None)  # of the network before
     fused.delete_all_unused_submodules()
     graph.lint()
     fused.recompile()
@@ -131,7 +133,7 @@ def _scaled(packed: PackedWeight, gain: torch.Tensor) -> PackedWeight:
     packed.grid = replace(grid, granularity=PerChannel(0), scale_domain=ScaleDomain.FLOAT32)
     if factors is not None:
         assert packed.adapter_scale is not None
-        packed.up = factors[0] * gain[:, None]
+        packed.up, packed.down = factors[0] * gain[:, None], factors[1]
         packed.adapter_scale = torch.ones_like(packed.adapter_scale, dtype=torch.float32)
     return packed
 

@@ -161,12 +161,26 @@ def build_layer(name: str, settings: Mapping[str, Any]) -> nn.Module:
             return kind.module(**arguments)  # type: ignore[no-any-return]
     except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
         first = (str(error).splitlines() or [""])[0]
-        raise SubbyteError(f"layer '{name[:99]}' of the program cannot be: {first[:200]}") from None
+        raise SubbyteError(f"layer {name!r:.99} of the program cannot be: {first[:200]}") from None
+
+
+_FLAGS = ("bias", "affine", "track_running_stats", "add_bias_kv", "add_zero_attn", "batch_first")
+_REALS = ("eps", "momentum", "dropout")
+_MAYBE = ("padding_idx", "momentum", "kdim", "vdim")  # None is a value
+_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def _check_setting(name: str, key: str, value: Any) -> None:
-    values = value if isinstance(value, list) else [value]
-    plain = all(v is None or isinstance(v, bool | int | float | str) for v in values)
-    small = all(isinstance(v, str | None) or abs(v) < MAX_SIZE for v in values) if plain else False
-    if not small or len(values) > 8:
-        raise SubbyteError(f"layer '{name[:99]}' of the program has {key} = {value!r:.80}")
+    values = value if isinstance(value, list) and 0 < len(value) <= 3 else [value]
+    if key == "padding_mode":
+        good = value in _MODES
+    elif key in _FLAGS:
+        good = isinstance(value, bool)
+    elif key in _REALS:
+        good = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+    else:
+        least = 0 if key in ("padding", "output_padding", "padding_idx") else 1
+        good = all(type(v) is int and least <= v < MAX_SIZE for v in values)
+        good |= key == "padding" and value in ("same", "valid")
+    if not good and not (value is None and key in _MAYBE):
+        raise SubbyteError(f"layer {name!r:.99} of the program has {key} = {value!r:.80}")

@@ -16,30 +16,49 @@ from torch import Tensor, fx, nn
 from subbyte.errors import SubbyteError
 from subbyte.graph.layers import FUSED, build_layer
 from subbyte.graph.operators import ITEM, NUMBERS, OPERATORS
-from subbyte.graph.program import DTYPES, LAYER, Node, Program
+from subbyte.graph.program import DTYPES, LAYER, Node, Program, check_path
 from subbyte.kernels import Activation
 
 PROGRAM = "program"  # in the module's meta: what it was made of
 _DEEP = 64  # parts of a name
 
 
-def skeleton(program: Program, state: Mapping[str, Tensor], name: str) -> fx.GraphModule:
+def skeleton(program: Program, state: Mapping[str, Tensor], name: str) -> nn.Module:
     """The float network of a program, without memory: to be packed, then filled from a file.
 
     state: tensors of the file that are no packed layer's, for their shapes. Raises SubbyteError for
     a program that does not fit them.
     """
+    if "" in program.layers:  # the network is one layer
+        if len(program.nodes) != 1 or len(program.layers) != 1:
+            raise SubbyteError("the program has a layer without a name among others")
+        return build_layer("", program.layers[""])
+    try:
+        return _built(program, state, name)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SyntaxError) as error:
+        if isinstance(error, SubbyteError):
+            raise
+        text = f"{type(error).__name__}: {error!s}".splitlines()[0][:200]
+        raise SubbyteError(f"the program cannot be built ({text})") from None
+
+
+def _built(program: Program, state: Mapping[str, Tensor], name: str) -> fx.GraphModule:
     root = nn.Module()
     for path, settings in program.layers.items():
         _place(root, path, build_layer(path, settings))
     have = dict(root.named_parameters()) | dict(root.named_buffers())
     for path, value in state.items():
+        check_path(path)
         if path not in have:
             _place_tensor(root, path, value, path in program.buffers)
     missing = sorted(program.state_names - set(state))
     if missing:
         raise SubbyteError(f"the program reads '{missing[0][:99]}', which the file has not")
     net = fx.GraphModule(root, _graph(program), name)
+    kept = net.state_dict()
+    for path, value in state.items():  # what no operation reads is the file's all the same
+        if path not in kept:
+            _place_tensor(net, path, value, path in program.buffers)
     net.meta[PROGRAM] = program
     net.train(False)
     return net

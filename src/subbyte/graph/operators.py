@@ -41,6 +41,12 @@ class Operator:
         names = [a.name for a in self.overload._schema.arguments if a.name not in skipped]
         return {self.renamed.get(name, name): name for name in names}
 
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Names in a program of arguments without a default."""
+        has = {a.name for a in self.overload._schema.arguments if a.has_default_value()}
+        return tuple(ours for ours, theirs in self.arguments.items() if theirs not in has)
+
 
 def _relu6(x: Tensor, low: float, high: float) -> Tensor:
     return F.relu6(x) if (low, high) == (0, 6) else F.hardtanh(x, low, high)

@@ -13,6 +13,8 @@ of the closed list, on tensors.
 
 from __future__ import annotations
 
+import keyword
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +29,23 @@ from subbyte.graph.operators import ITEM, NUMBERS, OPERATORS
 LAYER = "Layer"
 MAX_NODES = 100_000
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}\Z")
+# Names of layers and state become a part of generated code, between double quotes where they are no
+# identifiers: nothing that could end a string may pass.
+_PATH = re.compile(r"[^\"'\\\x00-\x1f\x7f-\x9f\u2028\u2029{}]{0,300}\Z")
+LAYOUTS = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
+MAX_VALUES = 2**28  # of a tensor that an operator makes of nothing
+_MAKERS = (
+    "ConstantOfShape",
+    "Zeros",
+    "Ones",
+    "NewOnes",
+    "NewZeros",
+    "Tile",
+    "Range",
+    "RangeTo",
+    "RangeFrom",
+)
+_MAKES = ("shape", "end", "repeats")  # their arguments that say how large
 _DEPTH = 5  # of lists in lists
 DTYPES = {
     str(d).removeprefix("torch."): d
@@ -77,6 +96,7 @@ class Program:
             _new_name(value.name, known)
             _check_input(value)
         for name, settings in self.layers.items():
+            check_path(name)
             kind = settings.get("type")
             if kind not in LAYERS:
                 raise SubbyteError(f"layer '{name[:99]}' of the program is of type {kind!r:.99}")
@@ -86,22 +106,29 @@ class Program:
         _check_argument(self.output, known, "the output", 0)
 
     def _check_node(self, node: Node, known: set[str]) -> None:
+        needs: tuple[str, ...]
         if node.op == LAYER:
             if node.layer not in self.layers:
-                raise SubbyteError(f"the program calls layer '{node.layer[:99]}', which it has not")
+                raise SubbyteError(f"the program calls layer {node.layer!r:.99}, which it has not")
             takes = LAYERS[self.layers[node.layer]["type"]].takes
+            needs = ("x",) if "x" in takes else ("query", "key", "value")
         elif node.op in OPERATORS:
-            takes = tuple(OPERATORS[node.op].arguments)
+            takes, needs = tuple(OPERATORS[node.op].arguments), OPERATORS[node.op].required
         elif node.op in NUMBERS:
-            takes = ("a", "b")
+            takes, needs = ("a", "b"), ("a",) if node.op == "IntNeg" else ("a", "b")
         elif node.op == ITEM:
-            takes = ("x", "index")
+            takes = needs = ("x", "index")
         else:
             raise SubbyteError(f"operator {node.op!r:.99} is unknown; upgrade subbyte")
+        for name in needs:
+            if name not in node.args:
+                raise SubbyteError(f"operator '{node.op}' of the program lacks its '{name}'")
         for name, value in node.args.items():
             if name not in takes:
                 raise SubbyteError(f"operator '{node.op}' has no argument {name!r:.99}")
             _check_argument(value, known, f"'{node.op}'", 0)
+            if name in _MAKES and node.op in _MAKERS:
+                _check_size(node.op, value)
 
     @property
     def state_names(self) -> frozenset[str]:
@@ -146,9 +173,22 @@ class Program:
 
 
 def _new_name(name: str, known: set[str]) -> None:
-    if not _NAME.match(name) or name in known:
+    if not _NAME.match(name) or name in known or keyword.iskeyword(name) or name == "self":
         raise SubbyteError(f"the program names a value {name!r:.99}, no word or used already")
     known.add(name)
+
+
+def check_path(name: str) -> None:
+    """Raises SubbyteError for the name of a layer or tensor that is more than a name."""
+    parts = name.split(".")
+    if not _PATH.match(name) or any(keyword.iskeyword(part) for part in parts):
+        raise SubbyteError(f"the program has a layer or tensor named {name!r:.99}")
+
+
+def _check_size(op: str, value: Any) -> None:
+    sizes = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
+    if math.prod(max(1, abs(n)) for n in sizes) > MAX_VALUES:
+        raise SubbyteError(f"operator '{op}' of the program makes a tensor of {sizes!s:.80}")
 
 
 def _check_input(value: Input) -> None:
@@ -178,15 +218,19 @@ def _check_argument(value: Any, known: set[str], where: str, depth: int) -> None
         for item in content.values():
             _check_argument(item, known, where, depth + 1)
     elif kind == "value" and content not in known:
-        raise SubbyteError(f"{where} of the program uses '{content!s:.99}' before it is made")
+        raise SubbyteError(f"{where} of the program uses {content!r:.99} before it is made")
     elif kind == "dtype" and content not in DTYPES:
         raise SubbyteError(f"{where} of the program has the type {content!r:.50}")
     elif kind == "number" and content not in ("inf", "-inf", "nan"):
         raise SubbyteError(f"{where} of the program has the number {content!r:.50}")
+    elif kind == "layout" and content not in LAYOUTS:
+        raise SubbyteError(f"{where} of the program has the layout {content!r:.50}")
     elif kind not in ("map", "value", "state", "dtype", "number", "layout"):
         raise SubbyteError(f"{where} of the program has an argument of kind {kind!r:.50}")
     elif not isinstance(content, dict if kind == "map" else str):
         raise SubbyteError(f"{where} of the program has an argument {value!r:.80}")
+    elif kind == "state":
+        check_path(str(content))
 
 
 def _states(value: Any) -> Iterator[str]:

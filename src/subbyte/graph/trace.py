@@ -130,6 +130,7 @@ def _exported(net: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor
         shapes = _by_name(net, shapes, named)
         found = torch.export.export(net, args, kwargs, dynamic_shapes=shapes, strict=False)
         found = found.run_decompositions({})
+        _check_batch(net, found)
         for node in reversed(found.graph.nodes):  # checks of types and sizes compute nothing
             if str(node.target).removeprefix("aten.") in _DROPPED and not node.users:
                 found.graph.erase_node(node)
@@ -142,6 +143,25 @@ def _exported(net: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor
         raise SubbyteError(
             f"{type(net).__name__} cannot be traced: {type(error).__name__}: {first.strip()[:300]}"
         ) from None
+
+
+def _check_batch(net: nn.Module, exported: Any) -> None:
+    """Any batch of two or more must do: export makes a size a constant, or bounds it, silently."""
+    users = {
+        s.arg.name for s in exported.graph_signature.input_specs if s.kind.name == "USER_INPUT"
+    }
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or node.name not in users or not getattr(value, "ndim", 0):
+            continue
+        size: Any = value.shape[0]
+        symbol = getattr(getattr(size, "node", None), "expr", None)
+        bounds = exported.range_constraints.get(symbol)
+        if symbol is None or (bounds is not None and (bounds.lower > 2 or bounds.upper < 2**31)):
+            raise SubbyteError(
+                f"{type(net).__name__} cannot be traced: it computes otherwise for other batch "
+                f"sizes (dimension 0 of '{node.name}')"
+            )
 
 
 def _by_name(net: nn.Module, shapes: Any, named: dict[str, Any]) -> Any:
@@ -197,6 +217,7 @@ class _Reader:
     def __init__(self, net: nn.Module, exported: Any) -> None:
         self.net, self.exported = net, exported
         self.refs: dict[str, Any] = {}  # graph node -> argument of the program
+        self.held: dict[str, str] = {}  # graph node -> the parameter or buffer that it stands for
         self.nodes: list[Node] = []
         self.layers: dict[str, dict[str, Any]] = {}
         self.constants: dict[str, Tensor] = {}
@@ -227,7 +248,7 @@ class _Reader:
             if kind == "USER_INPUT":
                 found.append(self._input(node))
             else:
-                self.refs[node.name] = {"state": self._state_name(kind, spec.target)}
+                self.held[node.name] = spec.target
         return found
 
     def _input(self, node: Any) -> Input:
@@ -238,7 +259,7 @@ class _Reader:
         shape = tuple(int(n) if isinstance(n, int) else None for n in value.shape)
         return Input(node.name, shape, str(value.dtype).removeprefix("torch."))
 
-    def _state_name(self, kind: str, target: str) -> str:
+    def _state_name(self, target: str) -> str:
         """State that the file keeps goes by its name; the rest becomes the program's constant."""
         if target in self.net.state_dict():
             return target
@@ -300,6 +321,8 @@ class _Reader:
     def _argument(self, value: Any) -> Any:
         """An argument of the graph as plain data."""
         if isinstance(value, torch.fx.Node):
+            if value.name in self.held and value.name not in self.refs:
+                self.refs[value.name] = {"state": self._state_name(self.held[value.name])}
             return self.refs[value.name]
         if isinstance(value, list | tuple):
             return [self._argument(item) for item in value]

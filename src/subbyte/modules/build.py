@@ -42,14 +42,16 @@ PACKED: dict[type[nn.Module], type[Any]] = {
 
 
 def pack(
-    quantized: Quantized,
+    quantized: Quantized | nn.Module,
+    layers: Quantized | Mapping[str, QuantizedLayer] | None = None,
     *,
     batchnorm: BatchNormMode = "keep",
     precision: Precision = "int8",
 ) -> nn.Module:
     """A copy of the float network in which the quantized layers are packed; in eval mode.
 
-    quantized: of `sb.freeze` or `sb.quantize`; it stays as it is.
+    quantized: of `sb.freeze` or `sb.quantize`; it stays as it is. Or a float network, followed by
+    layers of your own making, by name.
     batchnorm: "absorb" turns every BatchNorm into one scale and one shift a channel,
     "power_of_two" rounds those scales too (`subbyte.modules.absorb`); codes stay as they are.
     precision: of the activations in products, "int8", "int16" or "float32" (`subbyte.kernels`);
@@ -57,18 +59,21 @@ def pack(
     Raises SubbyteError for a name the model does not have, a shape that differs, or a prepared
     layer that is not among the quantized ones.
     """
+    if layers is not None and isinstance(quantized, nn.Module):
+        own = layers.layers if isinstance(layers, Quantized) else layers
+        quantized = Quantized(quantized, own)
     if not isinstance(quantized, Quantized):
         raise SubbyteError(
             f"pack takes what freeze and quantize return, not {type(quantized).__name__}; for "
             "layers of your own give Quantized(model, layers)"
         )
-    model, layers = quantized.model, quantized.layers
+    model, found = quantized.model, quantized.layers
     check_mode(batchnorm)
     kernels.check_precision(precision)
     if batchnorm != "keep":
         model = absorb_batchnorm(model, rounded=batchnorm == "power_of_two")
     net = copied(model)
-    by_owner = _by_owner(net, layers)
+    by_owner = _by_owner(net, found)
     replaced: dict[int, nn.Module] = {}
     for parent in reversed(list(net.modules())):  # children first: attention takes its out_proj
         for name, child in list(parent._modules.items()):

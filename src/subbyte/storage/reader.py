@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import fx, nn
+from torch import nn
 
 from subbyte.core.quantized import Quantized
 from subbyte.core.sites import sites
@@ -46,8 +46,10 @@ def assemble(
     """The packed model of what was read from a file; as `load`, whose errors name the file too."""
     net = pack(Quantized(_skeleton(artifact, model), artifact.layers()), precision=precision)
     restore(net, artifact.affine)
-    if isinstance(net, fx.GraphModule) and artifact.program is not None:
+    if model is None and artifact.network is None and artifact.program is not None:
         take_activations(net, artifact.program)
+        if artifact.preprocess is not None:
+            vars(net)["preprocess"] = _preprocess(artifact.preprocess)
     _load_state(net, artifact)
     return net
 
@@ -99,10 +101,9 @@ def _of_program(artifact: Artifact, program: Program) -> nn.Module:
     """The float network of a program, without memory, checked to fit the file's tensors."""
     taken = {key for name, entry in artifact.entries.items() for key in (name, *entry.parts)}
     state = {name: value for name, value in artifact.state().items() if name not in taken}
+    state |= {alias: state[name] for alias, name in artifact.ties.items() if name in state}
     net = skeleton(program, state, "Program")
     _check_entries(artifact.entries, net)
-    if artifact.preprocess is not None:
-        vars(net)["preprocess"] = _preprocess(artifact.preprocess)
     return net
 
 
