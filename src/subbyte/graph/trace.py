@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from subbyte.core.sites import tied_names
 from subbyte.errors import SubbyteError
 from subbyte.graph.layers import LAYERS, WHOLE, settings_of, type_of
 from subbyte.graph.operators import BY_ATEN, ITEM, NUMBERS, OPERATORS
@@ -155,7 +156,7 @@ def _whole_layers(net: nn.Module) -> Iterator[None]:
     layers: dict[str, Any] = {}
     for name, module in net.named_modules():  # parents come first; what is inside one is part of it
         parents = (name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1))
-        if isinstance(module, WHOLE) and not any(p in layers for p in (*parents, "")):
+        if type(module) in WHOLE and not any(p in layers for p in (*parents, "")):
             layers[name] = module
     token = _TRACED.set(layers)
     try:
@@ -196,6 +197,7 @@ class _Reader:
 
     def __init__(self, net: nn.Module, exported: Any) -> None:
         self.net, self.exported = net, exported
+        self.ties = tied_names(net)  # the file holds a shared tensor once, under its first name
         self.refs: dict[str, Any] = {}  # graph node -> argument of the program
         self.nodes: list[Node] = []
         self.layers: dict[str, dict[str, Any]] = {}
@@ -241,7 +243,7 @@ class _Reader:
     def _state_name(self, kind: str, target: str) -> str:
         """State that the file keeps goes by its name; the rest becomes the program's constant."""
         if target in self.net.state_dict():
-            return target
+            return self.ties.get(target, target)
         source = self.exported.constants.get(target)
         if source is None:
             source = self.exported.state_dict.get(target)

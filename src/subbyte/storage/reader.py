@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import fx, nn
 
 from subbyte.core.quantized import Quantized
-from subbyte.core.sites import sites
+from subbyte.core.sites import sites, tied_names
 from subbyte.errors import SubbyteError
-from subbyte.graph.network import skeleton, take_activations
+from subbyte.graph.network import PROGRAM, skeleton, take_activations
 from subbyte.graph.program import Program
 from subbyte.graph.trace import CONSTANTS
 from subbyte.kernels import Precision
@@ -21,7 +21,7 @@ from subbyte.models import Preprocess, build
 from subbyte.modules import pack
 from subbyte.modules.absorb import restore
 from subbyte.storage.manifest import Artifact, LayerEntry, parse
-from subbyte.storage.writer import packed_layers, tied_names
+from subbyte.storage.writer import packed_layers
 
 
 def load(
@@ -142,12 +142,16 @@ def _no_layer(name: str, known: list[str]) -> str:
 
 
 def _load_state(net: nn.Module, artifact: Artifact) -> None:
-    """Fill everything but the packed layers; names and shapes must agree exactly."""
+    """Fill everything but the packed layers; names and shapes must agree exactly.
+
+    A program's module has nothing of what its forward never reads.
+    """
     own = net.state_dict()
+    of_program = isinstance(net, fx.GraphModule) and PROGRAM in net.meta
     state = {
         name: value
         for name, value in artifact.state().items()
-        if name in own or not name.startswith(f"{CONSTANTS}.")  # which only a program needs
+        if name in own or not (of_program or name.startswith(f"{CONSTANTS}."))
     }
     for name, value in state.items():
         if name not in own:
@@ -166,6 +170,8 @@ def _load_state(net: nn.Module, artifact: Artifact) -> None:
     if left:
         raise SubbyteError(f"the file has no '{left[0]}', which the network needs")
     ties = {**tied_names(net), **artifact.ties}
+    if of_program:
+        ties = {alias: name for alias, name in ties.items() if {alias, name} <= set(own)}
     net.load_state_dict(state, strict=False, assign=True)  # dtypes are the file's
     _tie(net, ties, artifact)
 
