@@ -6,7 +6,6 @@ bare parameters of `nn.MultiheadAttention`, get names of their own (`attn.in_pro
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -201,15 +200,3 @@ def join(path: str, name: str) -> str:
 
 def _site_name(owner: str, parameter: str) -> str:
     return owner if parameter == "weight" else join(owner, parameter.removesuffix("_weight"))
-
-
-def tied_names(net: nn.Module) -> dict[str, str]:
-    """Names of parameters and buffers that are one tensor: each later name -> the first."""
-    first: dict[int, str] = {}
-    parameters = net.named_parameters(remove_duplicate=False)
-    named = itertools.chain(parameters, net.named_buffers(remove_duplicate=False))
-    return {
-        name: first[id(tensor)]
-        for name, tensor in named
-        if first.setdefault(id(tensor), name) != name
-    }

@@ -45,6 +45,16 @@ def skeleton(program: Program, state: Mapping[str, Tensor], name: str) -> fx.Gra
     return net
 
 
+def place_unread(net: nn.Module, program: Program, state: Mapping[str, Tensor]) -> None:
+    """Place, without memory, what no operation reads: a GraphModule is made without it, and the
+    network was not (counters of norms, a tied tensor's other name).
+    """
+    own = net.state_dict()
+    for path, value in state.items():
+        if path not in own:
+            _place_tensor(net, path, value, path in program.buffers)
+
+
 def take_activations(net: nn.Module, program: Program) -> None:
     """Give packed layers what `fuse` had moved into them."""
     for path, settings in program.layers.items():

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from subbyte.core.sites import tied_names
 from subbyte.errors import SubbyteError
 from subbyte.graph.layers import LAYERS, WHOLE, settings_of, type_of
 from subbyte.graph.operators import BY_ATEN, ITEM, NUMBERS, OPERATORS
@@ -197,7 +196,6 @@ class _Reader:
 
     def __init__(self, net: nn.Module, exported: Any) -> None:
         self.net, self.exported = net, exported
-        self.ties = tied_names(net)  # the file holds a shared tensor once, under its first name
         self.refs: dict[str, Any] = {}  # graph node -> argument of the program
         self.nodes: list[Node] = []
         self.layers: dict[str, dict[str, Any]] = {}
@@ -243,7 +241,7 @@ class _Reader:
     def _state_name(self, kind: str, target: str) -> str:
         """State that the file keeps goes by its name; the rest becomes the program's constant."""
         if target in self.net.state_dict():
-            return self.ties.get(target, target)
+            return target
         source = self.exported.constants.get(target)
         if source is None:
             source = self.exported.state_dict.get(target)

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from subbyte.core.quantized import Quantized
-from subbyte.core.sites import sites, tied_names
+from subbyte.core.sites import sites
 from subbyte.errors import SubbyteError
-from subbyte.graph.network import PROGRAM, skeleton, take_activations
+from subbyte.graph.network import place_unread, skeleton, take_activations
 from subbyte.graph.program import Program
 from subbyte.graph.trace import CONSTANTS
 from subbyte.kernels import Precision
@@ -21,7 +21,7 @@ from subbyte.models import Preprocess, build
 from subbyte.modules import pack
 from subbyte.modules.absorb import restore
 from subbyte.storage.manifest import Artifact, LayerEntry, parse
-from subbyte.storage.writer import packed_layers
+from subbyte.storage.writer import packed_layers, tied_names
 
 
 def load(
@@ -48,6 +48,7 @@ def assemble(
     restore(net, artifact.affine)
     if isinstance(net, fx.GraphModule) and artifact.program is not None:
         take_activations(net, artifact.program)
+        place_unread(net, artifact.program, _state_of_program(artifact))
     _load_state(net, artifact)
     return net
 
@@ -97,13 +98,18 @@ def _skeleton(artifact: Artifact, model: nn.Module | None) -> nn.Module:
 
 def _of_program(artifact: Artifact, program: Program) -> nn.Module:
     """The float network of a program, without memory, checked to fit the file's tensors."""
-    taken = {key for name, entry in artifact.entries.items() for key in (name, *entry.parts)}
-    state = {name: value for name, value in artifact.state().items() if name not in taken}
-    net = skeleton(program, state, "Program")
+    net = skeleton(program, _state_of_program(artifact), "Program")
     _check_entries(artifact.entries, net)
     if artifact.preprocess is not None:
         vars(net)["preprocess"] = _preprocess(artifact.preprocess)
     return net
+
+
+def _state_of_program(artifact: Artifact) -> dict[str, Tensor]:
+    """The file's tensors that are no packed layer's, under every name that they go by."""
+    taken = {key for name, entry in artifact.entries.items() for key in (name, *entry.parts)}
+    state = {name: value for name, value in artifact.state().items() if name not in taken}
+    return state | {alias: state[name] for alias, name in artifact.ties.items() if name in state}
 
 
 def _preprocess(value: Mapping[str, Any]) -> Preprocess:
@@ -142,16 +148,12 @@ def _no_layer(name: str, known: list[str]) -> str:
 
 
 def _load_state(net: nn.Module, artifact: Artifact) -> None:
-    """Fill everything but the packed layers; names and shapes must agree exactly.
-
-    A program's module has nothing of what its forward never reads.
-    """
+    """Fill everything but the packed layers; names and shapes must agree exactly."""
     own = net.state_dict()
-    of_program = isinstance(net, fx.GraphModule) and PROGRAM in net.meta
     state = {
         name: value
         for name, value in artifact.state().items()
-        if name in own or not (of_program or name.startswith(f"{CONSTANTS}."))
+        if name in own or not name.startswith(f"{CONSTANTS}.")  # which only a program needs
     }
     for name, value in state.items():
         if name not in own:
@@ -170,9 +172,10 @@ def _load_state(net: nn.Module, artifact: Artifact) -> None:
     if left:
         raise SubbyteError(f"the file has no '{left[0]}', which the network needs")
     ties = {**tied_names(net), **artifact.ties}
-    if of_program:
-        ties = {alias: name for alias, name in ties.items() if {alias, name} <= set(own)}
-    net.load_state_dict(state, strict=False, assign=True)  # dtypes are the file's
+    # A tensor in a file lies where it lies; float products differ in the last bit where memory is
+    # not aligned as torch aligns its own.
+    fresh = {name: value.clone() for name, value in state.items()}
+    net.load_state_dict(fresh, strict=False, assign=True)  # dtypes are the file's
     _tie(net, ties, artifact)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, fx, nn
 
 from subbyte.core.atomic import write_atomically
-from subbyte.core.sites import join, tied_names
+from subbyte.core.sites import join
 from subbyte.errors import SubbyteError
 from subbyte.graph.network import PROGRAM
 from subbyte.graph.program import Program
@@ -186,6 +187,18 @@ def _float_state(net: nn.Module, packed: list[PackedLayer]) -> dict[str, Tensor]
     if fault:
         raise SubbyteError(f"{fault}; nothing was saved")
     return state
+
+
+def tied_names(net: nn.Module) -> dict[str, str]:
+    """Names of parameters and buffers that are one tensor: each later name -> the first."""
+    first: dict[int, str] = {}
+    parameters = net.named_parameters(remove_duplicate=False)
+    named = itertools.chain(parameters, net.named_buffers(remove_duplicate=False))
+    return {
+        name: first[id(tensor)]
+        for name, tensor in named
+        if first.setdefault(id(tensor), name) != name
+    }
 
 
 def _network(net: nn.Module) -> dict[str, Any] | None:
