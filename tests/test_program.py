@@ -413,7 +413,7 @@ def test_names_with_brackets_are_names(tmp_path):
     [
         lambda layer, x: layer(x) / int(x.shape[0]) + torch.full((x.shape[0], 1), 2.0),
         lambda layer, x: layer(x) if x.shape[0] < 5 else layer(-x),
-        lambda layer, x: layer(x).reshape(4, -1),
+        lambda layer, x: layer(x).reshape(4, 4),
         lambda layer, x: layer(x)[:4] if x.shape[0] > 3 else layer(x),
     ],
 )

@@ -55,13 +55,19 @@ def _built(program: Program, state: Mapping[str, Tensor], name: str) -> fx.Graph
     if missing:
         raise SubbyteError(f"the program reads '{missing[0][:99]}', which the file has not")
     net = fx.GraphModule(root, _graph(program), name)
-    kept = net.state_dict()
-    for path, value in state.items():  # what no operation reads is the file's all the same
-        if path not in kept:
-            _place_tensor(net, path, value, path in program.buffers)
     net.meta[PROGRAM] = program
     net.train(False)
     return net
+
+
+def place_unread(net: nn.Module, program: Program, state: Mapping[str, Tensor]) -> None:
+    """Place, without memory, what no operation reads: a GraphModule is made without it, and the
+    network was not (counters of norms, a tied tensor's other name).
+    """
+    own = net.state_dict()
+    for path, value in state.items():
+        if path not in own:
+            _place_tensor(net, path, value, path in program.buffers)
 
 
 def take_activations(net: nn.Module, program: Program) -> None:

@@ -52,6 +52,14 @@ def _relu6(x: Tensor, low: float, high: float) -> Tensor:
     return F.relu6(x) if (low, high) == (0, 6) else F.hardtanh(x, low, high)
 
 
+def _batch_norm(
+    x: Tensor, scale: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
+    momentum: float, epsilon: float,
+) -> tuple[Tensor]:  # fmt: skip
+    """As many arguments as the operation has; of its results the one that inference uses."""
+    return (F.batch_norm(x, mean, var, scale, bias, False, momentum, epsilon),)
+
+
 _CONV = {"input": "x", "stride": "strides", "padding": "pads", "dilation": "dilations",
          "groups": "group"}  # fmt: skip
 _POOL = {"self": "x", "kernel_size": "kernel_shape", "stride": "strides", "padding": "pads",
@@ -89,6 +97,11 @@ OPERATORS: dict[str, Operator] = {
         {"query": "Q", "key": "K", "value": "V", "attn_mask": "mask"},
     ),
     # norms
+    "BatchNormalization": Operator(
+        "_native_batch_norm_legit_no_training.default",
+        {**_X, "weight": "scale", "running_mean": "mean", "running_var": "var", "eps": "epsilon"},
+        _batch_norm,
+    ),
     "LayerNormalization": Operator("layer_norm.default", {**_X, "eps": "epsilon"}),
     "RMSNormalization": Operator("rms_norm.default", {**_X, "eps": "epsilon"}),
     "GroupNormalization": Operator("group_norm.default", {**_X, "eps": "epsilon"}),
@@ -240,4 +253,10 @@ NUMBERS: dict[str, Callable[..., Any]] = {  # of the whole numbers a and b that 
 }
 ITEM = "Item"  # element `index` of a list of tensors
 
-BY_ATEN: dict[str, str] = {op.aten: name for name, op in OPERATORS.items()}
+_ALIASES = {  # the same operation by another name in ATen -> its entry
+    "__and__.Tensor": "BitwiseAnd",
+    "__or__.Tensor": "BitwiseOr",
+    "max.other": "Maximum",
+    "min.other": "Minimum",
+}
+BY_ATEN: dict[str, str] = {op.aten: name for name, op in OPERATORS.items()} | _ALIASES

@@ -202,7 +202,7 @@ def _check_argument(value: Any, known: set[str], where: str, depth: int) -> None
     if value is None or isinstance(value, bool | str):
         return
     if isinstance(value, int | float):
-        if not -(2**63) <= value < 2**63:
+        if not (math.isfinite(value) if isinstance(value, float) else -(2**63) <= value < 2**63):
             raise SubbyteError(f"{where} of the program has the number {value!r:.50}")
         return
     if depth > _DEPTH:

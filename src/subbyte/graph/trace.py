@@ -34,8 +34,10 @@ _DROPPED = ("_assert_scalar.default", "_assert_tensor_metadata.default",
 
 @torch.library.custom_op("subbyte::layer", mutates_args=())
 def _layer(layer: str, x: Tensor, plus: Tensor | None) -> Tensor:
-    """One call of a layer; only ever traced."""
-    raise AssertionError(layer)
+    """One call of a layer, by its name in the network that is being traced."""
+    module: Any = _TRACED.get()[layer]
+    result: Tensor = type(module).forward(module, *((x,) if plus is None else (x, plus)))
+    return result
 
 
 @_layer.register_fake
@@ -56,8 +58,13 @@ def _attention(
     average_attn_weights: bool,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """One call of attention, with the arguments of `nn.MultiheadAttention`; only ever traced."""
-    raise AssertionError(layer)
+    """One call of attention, with the arguments of `nn.MultiheadAttention`."""
+    module: Any = _TRACED.get()[layer]
+    out, weights = type(module).forward(
+        module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
+        is_causal,
+    )  # fmt: skip
+    return out, query.new_empty(0) if weights is None else weights
 
 
 @_attention.register_fake
@@ -93,7 +100,9 @@ def traced(net: nn.Module, example: Example) -> tuple[Program, dict[str, Tensor]
     try:
         with _whole_layers(net), torch.no_grad():
             exported = _exported(net, args, kwargs)
-            return _Reader(net, exported).program()
+            found = _Reader(net, exported).program()
+            _check_other_batches(net, exported, args, kwargs)
+            return found
     finally:
         for module, training in modes:
             module.training = training
@@ -164,6 +173,33 @@ def _check_batch(net: nn.Module, exported: Any) -> None:
             )
 
 
+def _check_other_batches(
+    net: nn.Module, exported: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+) -> None:
+    """The graph computes what the network does for one example, and for one more than was given."""
+    module = exported.module()
+    for resized in (lambda x: x[:1], lambda x: torch.cat([x, x[:1]])):
+        given = tuple(resized(x) if x.ndim else x for x in args)
+        named = {k: resized(x) if x.ndim else x for k, x in kwargs.items()}
+        try:
+            wanted = pytree.tree_leaves(net(*given, **named))
+            found = pytree.tree_leaves(module(*given, **named))
+            same = len(wanted) == len(found) and all(map(_same, wanted, found))
+        except Exception:  # of the network's forward, or of torch.export's checks
+            same = False
+        if not same:
+            raise SubbyteError(
+                f"{type(net).__name__} cannot be traced: for other batch sizes than the example's "
+                "its graph does not compute what its forward does"
+            )
+
+
+def _same(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return bool(a == b)
+    return torch.equal(a, b) or (a.shape == b.shape and bool(a.isnan().any()))
+
+
 def _by_name(net: nn.Module, shapes: Any, named: dict[str, Any]) -> Any:
     """Shapes as torch.export wants them: by forward's names where any are given by name."""
     return named if named else shapes
@@ -175,7 +211,7 @@ def _whole_layers(net: nn.Module) -> Iterator[None]:
     layers: dict[str, Any] = {}
     for name, module in net.named_modules():  # parents come first; what is inside one is part of it
         parents = (name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1))
-        if isinstance(module, WHOLE) and not any(p in layers for p in (*parents, "")):
+        if type(module) in WHOLE and not any(p in layers for p in (*parents, "")):
             layers[name] = module
     token = _TRACED.set(layers)
     try:

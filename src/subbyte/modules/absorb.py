@@ -69,8 +69,14 @@ def as_affine(
 ) -> Affine:
     """What a norm does in eval mode; in float64, so that the only rounding is the last.
 
-    name: for the error, SubbyteError, of a norm without running statistics.
+    name: for the error, SubbyteError, of a norm without running statistics, or of a subclass with
+    a forward of its own, which would be lost (an activation inside the norm).
     """
+    if type(norm).forward is not nn.BatchNorm2d.forward:
+        raise SubbyteError(
+            f"BatchNorm '{name}' is a {type(norm).__name__} with a forward of its own, which an "
+            "Affine would not run; keep it (batchnorm='keep')"
+        )
     if norm.running_mean is None or norm.running_var is None:
         raise SubbyteError(
             f"BatchNorm '{name}' has no running statistics, so it has no fixed scale to absorb; "

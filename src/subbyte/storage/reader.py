@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from subbyte.core.quantized import Quantized
 from subbyte.core.sites import sites
 from subbyte.errors import SubbyteError
-from subbyte.graph.network import skeleton, take_activations
+from subbyte.graph.network import place_unread, skeleton, take_activations
 from subbyte.graph.program import Program
 from subbyte.graph.trace import CONSTANTS
 from subbyte.kernels import Precision
@@ -50,6 +50,7 @@ def assemble(
         take_activations(net, artifact.program)
         if artifact.preprocess is not None:
             vars(net)["preprocess"] = _preprocess(artifact.preprocess)
+        place_unread(net, artifact.program, _state_of_program(artifact))
     _load_state(net, artifact)
     return net
 
@@ -99,12 +100,16 @@ def _skeleton(artifact: Artifact, model: nn.Module | None) -> nn.Module:
 
 def _of_program(artifact: Artifact, program: Program) -> nn.Module:
     """The float network of a program, without memory, checked to fit the file's tensors."""
-    taken = {key for name, entry in artifact.entries.items() for key in (name, *entry.parts)}
-    state = {name: value for name, value in artifact.state().items() if name not in taken}
-    state |= {alias: state[name] for alias, name in artifact.ties.items() if name in state}
-    net = skeleton(program, state, "Program")
+    net = skeleton(program, _state_of_program(artifact), "Program")
     _check_entries(artifact.entries, net)
     return net
+
+
+def _state_of_program(artifact: Artifact) -> dict[str, Tensor]:
+    """The file's tensors that are no packed layer's, under every name that they go by."""
+    taken = {key for name, entry in artifact.entries.items() for key in (name, *entry.parts)}
+    state = {name: value for name, value in artifact.state().items() if name not in taken}
+    return state | {alias: state[name] for alias, name in artifact.ties.items() if name in state}
 
 
 def _preprocess(value: Mapping[str, Any]) -> Preprocess:
@@ -167,7 +172,10 @@ def _load_state(net: nn.Module, artifact: Artifact) -> None:
     if left:
         raise SubbyteError(f"the file has no '{left[0]}', which the network needs")
     ties = {**tied_names(net), **artifact.ties}
-    net.load_state_dict(state, strict=False, assign=True)  # dtypes are the file's
+    # A tensor in a file lies where it lies; float products differ in the last bit where memory is
+    # not aligned as torch aligns its own.
+    fresh = {name: value.clone() for name, value in state.items()}
+    net.load_state_dict(fresh, strict=False, assign=True)  # dtypes are the file's
     _tie(net, ties, artifact)
 
 
