@@ -28,7 +28,16 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("src", "tests", "pyproject.toml", "CMakeLists.txt", "README.md")
+COPIED = (
+    "src",
+    "tests",
+    "examples",
+    "docs",
+    "benchmarks",
+    "pyproject.toml",
+    "CMakeLists.txt",
+    "README.md",
+)
 LIMIT_S = 900
 
 # An editable install answers for `subbyte` before any path is asked: its finder has to go.
@@ -89,7 +98,7 @@ def chosen(names: list[str]) -> list[Mutant]:
 
 
 def copy_tree(tree: Path) -> Path:
-    """What the tests and a build need, with the compiled core beside its package."""
+    """What the tests read and a build needs, with the compiled core beside its package."""
     tree.mkdir()
     ignore = shutil.ignore_patterns("__pycache__", ".*_cache", ".hypothesis", "*.so")
     for name in COPIED:

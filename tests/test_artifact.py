@@ -262,7 +262,10 @@ def test_tensors_of_a_wrong_size_are_named(file):
 def test_another_network_is_refused(file):
     with pytest.raises(SubbyteError, match=r"no layer 'conv'; it has 0"):
         sb.load(file, model=nn.Sequential(nn.Linear(3, 3)))
-    with pytest.raises(SubbyteError, match=r"no zoo network; pass yours: load\(path, model=net\)"):
+    with pytest.raises(
+        SubbyteError,
+        match=r"neither a zoo network nor a program; pass yours: load\(path, model=net\)",
+    ):
         sb.load(file)
 
     class More(Mixed):

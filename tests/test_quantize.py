@@ -240,9 +240,17 @@ def test_the_search_is_close_to_trying_everything(bits):
     found = sum(layer.predicted for layer in plan.layers)
     worst = max(max(option.loss for option in own) for own in options)
     assert best * (1 - 1e-9) <= found <= best + 0.02 * worst
-    left = budget - sum(layer.n_bytes for layer in plan.layers)
-    for now, own in zip(plan.layers, options, strict=True):  # nothing better can still be paid
-        better = [o for o in own if o.loss < now.predicted]
+
+
+@pytest.mark.parametrize("bits", [2.8, 3.1, 3.7, 4.2, 4.8, 5.4])
+def test_nothing_better_can_be_paid_with_what_the_search_leaves(bits):
+    layers, choices = made_up_layers(), (2, 3, 5, 9)
+    plan = search(layers, bits, levels=choices, most_rank=2)
+    options = [_options(layer, choices, 8, 2) for layer in layers]
+    weights = sum(layer.site.n_weights for layer in layers)
+    left = bits * weights / 8 - sum(layer.n_bytes for layer in plan.layers)
+    for now, own in zip(plan.layers, options, strict=True):
+        better = [option for option in own if option.loss < now.predicted]
         assert all(option.n_bytes - now.n_bytes > left for option in better)
 
 

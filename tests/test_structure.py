@@ -1,12 +1,14 @@
 """The architecture as a test: imports only point downwards, and documents do not drift."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import mutants
 import subbyte
 from subbyte.cli import app
 
@@ -78,3 +80,20 @@ def test_every_example_is_a_valid_config():
     assert examples
     for example in examples:
         assert read_config(example).train.epochs >= 1
+
+
+@functools.cache
+def functions(path):
+    """The names of a file's functions."""
+    tree = ast.parse((ROOT / path).read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("mutant", mutants.chosen([]), ids=lambda mutant: mutant.name)
+def test_every_mutant_can_be_planted(mutant):
+    assert mutant.fault(ROOT) is None
+    assert mutant.find != mutant.replace
+    assert mutant.tests
+    for test in mutant.tests:
+        path, *names = test.partition("[")[0].split("::")
+        assert functions(path).issuperset(names), f"there is no {test}"

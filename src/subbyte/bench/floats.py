@@ -73,7 +73,7 @@ def _attention(layer: PackedMultiheadAttention) -> nn.Module:
             layer.embed_dim, layer.num_heads, layer.dropout, layer.in_proj_bias is not None,
             layer.bias_k is not None, layer.add_zero_attn, batch_first=layer.batch_first,
         )  # fmt: skip
-    if layer._qkv_same_embed_dim:
+    if layer.joint:
         twin.in_proj_weight = _parameter(layer.in_proj())
     else:
         twin._qkv_same_embed_dim, twin.in_proj_weight = False, None
