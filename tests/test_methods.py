@@ -323,6 +323,6 @@ def test_the_transformer_encoder_of_torch_trains_and_packs():
     sb.prepare(model, LowRes(levels=5))
     x = torch.randn(2, 5, 16)
     model(x).sum().backward()
-    net = sb.pack(sb.freeze(model))
+    net = sb.pack(sb.freeze(model), precision="float32")
     with torch.no_grad():
         assert torch.allclose(net(x), model.eval()(x), atol=1e-5)

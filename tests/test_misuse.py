@@ -228,7 +228,7 @@ def test_a_bias_of_another_length_is_named(kind, precision):
     net[0].precision = precision
     right = net[0].bias
     for wrong in (torch.ones(3), torch.ones(9), torch.ones(8, 1), torch.ones(8, device="meta")):
-        net[0].bias = wrong
+        net[0].bias = nn.Parameter(wrong, requires_grad=False)
         with pytest.raises(
             SubbyteError, match=r"weight \[8, .*bias (is \[.*expected \[8\]|has no memory)"
         ):
@@ -242,10 +242,10 @@ def test_a_bias_of_another_length_is_named(kind, precision):
 def test_a_bias_with_gaps_or_of_another_type_is_read_as_it_is():
     net, x = packed(nn.Linear(12, 8)), torch.randn(2, 12)
     values = torch.arange(8.0)
-    net[0].bias = values
+    net[0].bias = nn.Parameter(values, requires_grad=False)
     wanted = net(x)
     for same in (torch.arange(16.0).div(2)[::2], values.double(), values.bfloat16()):
-        net[0].bias = same
+        net[0].bias = nn.Parameter(same, requires_grad=False)
         assert torch.equal(net(x), wanted)
 
 
