@@ -49,6 +49,16 @@ class Quantized:
         return f"Quantized({type(self.model).__name__}, {len(self.layers)} quantized layers)"
 
     @property
+    def plan(self) -> Plan | None:
+        """What each layer got; None on the road of training, where `prepare` returns the plan."""
+        return None if self.evidence is None else self.evidence.plan
+
+    @property
+    def agreement(self) -> float | None:
+        """See `Evidence`; None where nothing was held out, on the road of training."""
+        return None if self.evidence is None else self.evidence.agreement
+
+    @property
     def parameters(self) -> tuple[ParameterAccount, ...]:
         """Every parameter of the network, each once: quantized, or float with the reason."""
         return accounts(self.model, self.layers)
