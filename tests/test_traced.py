@@ -397,15 +397,15 @@ def test_values_are_built_once_and_follow_the_buffers(kind):
         ],
         "data": lambda n: [
             setattr(mine, "data", theirs.clone())
-            for mine, theirs in zip(n.buffers(), other.buffers(), strict=True)
+            for mine, theirs in zip(held(n), held(other), strict=True)
         ],
         "data in place": lambda n: [
             mine.data.copy_(theirs)
-            for mine, theirs in zip(n.buffers(), other.buffers(), strict=True)
+            for mine, theirs in zip(held(n), held(other), strict=True)
         ],
         "numpy": lambda n: [
             mine.numpy().__setitem__(slice(None), theirs.numpy())
-            for mine, theirs in zip(n.buffers(), other.buffers(), strict=True)
+            for mine, theirs in zip(held(n), held(other), strict=True)
         ],
     }
     for name, change in ways.items():
