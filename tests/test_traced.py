@@ -400,8 +400,7 @@ def test_values_are_built_once_and_follow_the_buffers(kind):
             for mine, theirs in zip(held(n), held(other), strict=True)
         ],
         "data in place": lambda n: [
-            mine.data.copy_(theirs)
-            for mine, theirs in zip(held(n), held(other), strict=True)
+            mine.data.copy_(theirs) for mine, theirs in zip(held(n), held(other), strict=True)
         ],
         "numpy": lambda n: [
             mine.numpy().__setitem__(slice(None), theirs.numpy())
