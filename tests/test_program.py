@@ -369,6 +369,22 @@ def places(value):
             yield from places(item)
 
 
+@pytest.mark.parametrize("name", ["scale", "bias", "codes", "up"])
+def test_a_parameter_may_have_the_name_of_a_layers_part(name, tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.register_parameter(name, nn.Parameter(torch.rand(3)))
+
+        def forward(self, x):
+            return self.linear(x) * getattr(self, name)
+
+    net, x = packed(Scaled()), torch.randn(4, 3)
+    sb.save(net, tmp_path / "net.safetensors", example=x)
+    assert equal(sb.load(tmp_path / "net.safetensors")(x), net(x))
+
+
 HOSTILE = ['training") or print("RAN', "a'b", "a\\", "a\nb", "class", "a.def", "x{y}", "\u2028",
            "a" * 999]  # fmt: skip
 

@@ -86,8 +86,8 @@ def packed_network(file: Path | str, model: str | None, precision: Any) -> nn.Mo
     skeleton = None if model is None else from_factory(model)
     try:
         return storage.load(file, skeleton, precision=precision)
-    except SubbyteError as error:
-        if model is None and "model=net" in str(error):
+    except SubbyteError:
+        if model is None and not storage.read(file).opens_alone:
             raise SubbyteError(
                 f"{file}: the file holds no zoo network; name the function that makes it: "
                 "--model package.module:factory"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -42,7 +42,7 @@ def norms_behind(model: nn.Module, run: Callable[[], Any]) -> dict[str, str]:
     for name, module in model.named_modules():
         if isinstance(module, _LAYERS):
             handles.append(module.register_forward_hook(after(name)))
-        if isinstance(module, _NORMS) and module.running_mean is not None:
+        if isinstance(module, BATCHNORMS) and module.running_mean is not None:
             handles.append(module.register_forward_pre_hook(before(name)))
     training = model.training
     try:

@@ -30,6 +30,19 @@ def copied(model: N) -> N:
     return copy.deepcopy(model, memo)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside torch.compile, DataParallel and DistributedDataParallel."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        inner: Mapping[str, Any] = model._modules
+        if isinstance(model, parallel):
+            model = inner["module"]
+        elif "_orig_mod" in inner and len(inner) == 1:  # torch.compile's; its class is private
+            model = inner["_orig_mod"]
+        else:
+            return model
+
+
 def make_plain(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     """In place: these parametrized parameters become plain ones with these values.
 

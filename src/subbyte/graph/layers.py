@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from subbyte.core.follow import BATCHNORMS
 from subbyte.errors import SubbyteError
 from subbyte.modules import (
     PACKED,
     PackedConv2d,
-    PackedEmbedding,
     PackedLinear,
     PackedMultiheadAttention,
 )
@@ -108,8 +108,7 @@ LAYERS: dict[str, LayerKind] = {
     "BatchNorm3d": LayerKind(nn.BatchNorm3d, _NORM, ("x",), _same_shape),
 }  # fmt: skip
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-WHOLE = (*PACKED.values(), PackedMultiheadAttention, *NORMS, Affine)
+WHOLE = (*PACKED.values(), PackedMultiheadAttention, *BATCHNORMS, Affine)
 FUSED = (PackedLinear, PackedConv2d)  # what `fuse` may move something into
 
 
@@ -140,8 +139,6 @@ def _setting(layer: Any, name: str) -> Any:
         return special.get(name, getattr(layer, name, None))
     if name == "bias":
         return layer.bias is not None
-    if isinstance(layer, PackedEmbedding) and name == "padding_idx":
-        return layer.padding_idx
     return getattr(layer, name)
 
 

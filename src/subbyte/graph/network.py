@@ -153,15 +153,12 @@ def _call_operator(graph: fx.Graph, name: str, args: dict[str, Any]) -> fx.Node:
             return _sum(graph, args)
         return graph.call_function(op.run, tuple(args.values()))
     theirs = {op.arguments[key]: value for key, value in args.items()}
-    positional, named = [], {}
+    positional = []
     for argument in op.overload._schema.arguments:
-        if argument.name not in theirs:
-            break
-        if argument.kwarg_only:
+        if argument.name not in theirs or argument.kwarg_only:
             break
         positional.append(theirs.pop(argument.name))
-    named = theirs
-    return graph.call_function(op.overload, tuple(positional), named)
+    return graph.call_function(op.overload, tuple(positional), theirs)
 
 
 def _sum(graph: fx.Graph, args: dict[str, Any]) -> fx.Node:

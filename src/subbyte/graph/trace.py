@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from subbyte.errors import SubbyteError
 from subbyte.graph.layers import LAYERS, WHOLE, settings_of, type_of
 from subbyte.graph.operators import BY_ATEN, ITEM, NUMBERS, OPERATORS
-from subbyte.graph.program import DTYPES, LAYER, Input, Node, Program
+from subbyte.graph.program import LAYER, Input, Node, Program
 from subbyte.modules import PackedMultiheadAttention
 
 Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -133,11 +133,10 @@ def _exported(net: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor
         args = tuple(torch.cat([x, x]) if x.ndim else x for x in args)
         kwargs = {k: torch.cat([x, x]) if x.ndim else x for k, x in kwargs.items()}
     free = torch.export.Dim.AUTO
-    shapes: Any = tuple({0: free} if x.ndim else {} for x in args)
+    shapes = tuple({0: free} if x.ndim else {} for x in args)
     named = {k: {0: free} if x.ndim else {} for k, x in kwargs.items()}
     try:
-        shapes = _by_name(net, shapes, named)
-        found = torch.export.export(net, args, kwargs, dynamic_shapes=shapes, strict=False)
+        found = torch.export.export(net, args, kwargs, dynamic_shapes=named or shapes, strict=False)
         found = found.run_decompositions({})
         _check_batch(net, found)
         for node in reversed(found.graph.nodes):  # checks of types and sizes compute nothing
@@ -197,12 +196,7 @@ def _check_other_batches(
 def _same(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return bool(a == b)
-    return torch.equal(a, b) or (a.shape == b.shape and bool(a.isnan().any()))
-
-
-def _by_name(net: nn.Module, shapes: Any, named: dict[str, Any]) -> Any:
-    """Shapes as torch.export wants them: by forward's names where any are given by name."""
-    return named if named else shapes
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 @contextmanager
@@ -393,6 +387,3 @@ def _as_plain(value: Any) -> Any:
     if value is None:
         return None
     raise SubbyteError(f"forward returns a {type(value).__name__}, which a program cannot hold")
-
-
-assert set(DTYPES)

@@ -15,11 +15,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from subbyte.core.follow import BATCHNORMS
 from subbyte.core.functional import power_of_two, scale_exponent
 from subbyte.errors import SubbyteError
 
 BatchNormMode = Literal["keep", "absorb", "power_of_two"]
-_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Affine(nn.Module):
@@ -51,12 +51,12 @@ def absorb_batchnorm(net: nn.Module, *, rounded: bool = False) -> nn.Module:
     a BatchNorm without running statistics: at inference it depends on the batch.
     """
     net = copy.deepcopy(net)
-    if isinstance(net, _BATCHNORMS):
+    if isinstance(net, BATCHNORMS):
         return as_affine("", net, rounded)
     made: dict[int, Affine] = {}
     for path, parent in list(net.named_modules()):
         for name, child in list(parent._modules.items()):
-            if isinstance(child, _BATCHNORMS):
+            if isinstance(child, BATCHNORMS):
                 if id(child) not in made:
                     made[id(child)] = as_affine(f"{path}.{name}".lstrip("."), child, rounded)
                 setattr(parent, name, made[id(child)])
@@ -108,7 +108,7 @@ def restore(net: nn.Module, names: tuple[str, ...]) -> None:
     modules = dict(net.named_modules())
     for name in names:
         norm = modules.get(name)
-        if not isinstance(norm, _BATCHNORMS):
+        if not isinstance(norm, BATCHNORMS):
             raise SubbyteError(f"the network has no BatchNorm '{name}'")
         parent, _, own = name.rpartition(".")
         empty = torch.zeros(norm.num_features)

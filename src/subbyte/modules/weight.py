@@ -70,7 +70,7 @@ class PackedWeight(nn.Module):
         self.channel_axis = channel_axis
         parts = (None,) * 3 if adapter is None else (adapter.up, adapter.down, adapter.scale)
         for name, part in zip(("up", "down", "adapter_scale"), parts, strict=True):
-            self.register_buffer(name, copied(part))
+            self.register_buffer(name, own_copy(part))
         self.dtype_of = nn.Parameter(torch.empty(0), requires_grad=False)
         self.register_buffer("words", radix.pack(weight.codes, weight.grid.n_levels))
         self.register_buffer("scale", store_scale(weight.scale, weight.grid.scale_domain))
@@ -169,7 +169,7 @@ class PackedWeight(nn.Module):
         return f"shape={self.shape}, levels={self.grid.n_levels}, scales={self.scale.numel()}{rank}"
 
 
-def copied(tensor: Tensor | None) -> Tensor | None:
+def own_copy(tensor: Tensor | None) -> Tensor | None:
     """Frozen values are never written to, so a module gets its own, laid out as a file gives it."""
     return None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)
 
@@ -204,7 +204,7 @@ def cast_to(x: Tensor, weight: Tensor) -> Tensor:
 
 def frozen_bias(bias: Tensor | None) -> nn.Parameter | None:
     """A bias of its own for a packed layer: a parameter that takes no gradient."""
-    own = copied(bias)
+    own = own_copy(bias)
     return None if own is None else nn.Parameter(own, requires_grad=False)
 
 

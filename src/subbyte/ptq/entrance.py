@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from subbyte.core.ready import check_present, copied, make_plain
+from subbyte.core.ready import check_present, copied, make_plain, unwrapped
 from subbyte.core.sites import sites
 from subbyte.errors import SubbyteError
 from subbyte.methods import quantizers
@@ -27,7 +26,7 @@ def float_twin(model: nn.Module) -> nn.Module:
     other parametrizations compute are made plain. Raises SubbyteError for weights on the meta
     device, lazy layers, and a model that `prepare` has been at.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     if any(True for _ in quantizers(model)):
         raise SubbyteError(
             "the model is prepared for training; freeze it, or give quantize the plain model"
@@ -92,19 +91,6 @@ def _fault(y: Any) -> str | None:
     if bool(((lengths - 1).abs() < _UNIT).all()):
         return f"embeddings of length 1 (shape {shape})"
     return None
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside wrappers of torch."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        inner: Mapping[str, Any] = model._modules
-        if isinstance(model, parallel):
-            model = inner["module"]
-        elif "_orig_mod" in inner and len(inner) == 1:
-            model = inner["_orig_mod"]
-        else:
-            return model
 
 
 def _make_plain(module: nn.Module) -> None:

@@ -69,6 +69,11 @@ class Artifact:
     program: Program | None = None
     preprocess: dict[str, Any] | None = None
 
+    @property
+    def opens_alone(self) -> bool:
+        """Whether the file needs no network from outside."""
+        return self.network is not None or self.program is not None
+
     def layers(self) -> dict[str, QuantizedLayer]:
         """The waist, read back. Raises SubbyteError naming the layer whose tensors are off."""
         return {name: self._layer(name, entry) for name, entry in self.entries.items()}

@@ -14,7 +14,6 @@ from subbyte.core.quantized import Quantized
 from subbyte.core.sites import sites
 from subbyte.errors import SubbyteError
 from subbyte.graph.network import place_unread, skeleton, take_activations
-from subbyte.graph.program import Program
 from subbyte.graph.trace import CONSTANTS
 from subbyte.kernels import Precision
 from subbyte.models import Preprocess, build
@@ -29,8 +28,9 @@ def load(
 ) -> nn.Module:
     """The packed model in a file, in eval mode, on the CPU.
 
-    A zoo network rebuilds itself from the manifest; for any other pass `model`, the float network
-    (its weights do not matter; it stays as it is). precision: of products, see `pack`. Raises
+    A zoo network rebuilds itself from the manifest, and a file that was saved with an example opens
+    by its program; for any other pass `model`, the float network (its weights do not matter; it
+    stays as it is). precision: of products, see `pack`. Raises
     SubbyteError for a file that is missing, damaged, of a newer version, or of another network.
     """
     artifact = read(path)
@@ -44,13 +44,20 @@ def assemble(
     artifact: Artifact, model: nn.Module | None = None, *, precision: Precision = "int8"
 ) -> nn.Module:
     """The packed model of what was read from a file; as `load`, whose errors name the file too."""
-    net = pack(Quantized(_skeleton(artifact, model), artifact.layers()), precision=precision)
+    program = artifact.program if model is None and artifact.network is None else None
+    if program is not None:
+        state = _state_of_program(artifact)
+        like = skeleton(program, state, "Program")  # without memory
+        _check_entries(artifact.entries, like)
+    else:
+        like = _skeleton(artifact, model)
+    net = pack(Quantized(like, artifact.layers()), precision=precision)
     restore(net, artifact.affine)
-    if model is None and artifact.network is None and artifact.program is not None:
-        take_activations(net, artifact.program)
+    if program is not None:
+        take_activations(net, program)
         if artifact.preprocess is not None:
             vars(net)["preprocess"] = _preprocess(artifact.preprocess)
-        place_unread(net, artifact.program, _state_of_program(artifact))
+        place_unread(net, program, state)
     _load_state(net, artifact)
     return net
 
@@ -81,8 +88,6 @@ def _skeleton(artifact: Artifact, model: nn.Module | None) -> nn.Module:
     if model is not None:
         _check_entries(artifact.entries, model)
         return model
-    if artifact.network is None and artifact.program is not None:
-        return _of_program(artifact, artifact.program)
     if artifact.network is None:
         raise SubbyteError(
             "the file holds neither a zoo network nor a program; pass yours: load(path, model=net)"
@@ -98,17 +103,9 @@ def _skeleton(artifact: Artifact, model: nn.Module | None) -> nn.Module:
         raise SubbyteError(f"the manifest's network is malformed ({str(error)[:200]!r})") from None
 
 
-def _of_program(artifact: Artifact, program: Program) -> nn.Module:
-    """The float network of a program, without memory, checked to fit the file's tensors."""
-    net = skeleton(program, _state_of_program(artifact), "Program")
-    _check_entries(artifact.entries, net)
-    return net
-
-
 def _state_of_program(artifact: Artifact) -> dict[str, Tensor]:
     """The file's tensors that are no packed layer's, under every name that they go by."""
-    taken = {key for name, entry in artifact.entries.items() for key in (name, *entry.parts)}
-    state = {name: value for name, value in artifact.state().items() if name not in taken}
+    state = artifact.state()
     return state | {alias: state[name] for alias, name in artifact.ties.items() if name in state}
 
 
@@ -182,20 +179,20 @@ def _load_state(net: nn.Module, artifact: Artifact) -> None:
 def _tie(net: nn.Module, ties: Mapping[str, str], artifact: Artifact) -> None:
     """One tensor for the names that share one: as the file says, or as the network has them, unless
     the file holds them as two that differ."""
-    state = artifact.state()
+    state, modules = artifact.state(), dict(net.named_modules(remove_duplicate=False))
     for alias, name in ties.items():
         if name not in state or (alias in state and not torch.equal(state[alias], state[name])):
             continue
-        from_, to = _place(net, name), _place(net, alias)
+        from_, to = _place(modules, name), _place(modules, alias)
         if from_ is None or to is None or from_[0][from_[1]].shape != to[0][to[1]].shape:
             raise SubbyteError(f"the file ties '{alias}' to '{name}', the network cannot")
         to[0][to[1]] = from_[0][from_[1]]
 
 
-def _place(net: nn.Module, name: str) -> tuple[dict[str, Any], str] | None:
+def _place(modules: Mapping[str, nn.Module], name: str) -> tuple[dict[str, Any], str] | None:
     """The dictionary that holds a parameter or buffer, and its name there."""
     path, _, own = name.rpartition(".")
-    module = dict(net.named_modules(remove_duplicate=False)).get(path)
+    module = modules.get(path)
     for held in () if module is None else (module._parameters, module._buffers):
         if own in held:
             return held, own

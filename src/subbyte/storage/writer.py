@@ -14,6 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, fx, nn
 
 from subbyte.core.atomic import write_atomically
+from subbyte.core.ready import unwrapped
 from subbyte.core.sites import join
 from subbyte.errors import SubbyteError
 from subbyte.graph.network import PROGRAM
@@ -107,18 +108,6 @@ def _program(net: nn.Module, example: Example | None) -> tuple[Program | None, d
     except SubbyteError as error:
         warnings.warn(f"saved without a program: {error}", stacklevel=3)
         return None, {}
-
-
-def unwrapped(net: nn.Module) -> nn.Module:
-    """The network inside torch.compile, DataParallel and DistributedDataParallel."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        if isinstance(net, wrappers):
-            net = net.module
-        elif "_orig_mod" in net._modules:  # torch.compile's wrapper; its class is private
-            net = net.get_submodule("_orig_mod")
-        else:
-            return net
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str], path: Path) -> int:

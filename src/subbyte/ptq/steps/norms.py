@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subbyte.core.follow import BATCHNORMS
 from subbyte.core.quantized import Quantized
 from subbyte.core.ready import copied
 from subbyte.modules import pack
 from subbyte.ptq.calibration import Batch, call
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _LEAST, _MOST = 0.25, 4.0  # a variance changes at most so far
 
 
@@ -33,7 +33,7 @@ def has_norms(model: nn.Module) -> bool:
 
 
 def _corrects(module: nn.Module) -> bool:
-    return isinstance(module, _NORMS) and module.running_mean is not None
+    return isinstance(module, BATCHNORMS) and module.running_mean is not None
 
 
 @torch.no_grad()
