@@ -361,22 +361,42 @@ class WithLogits:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "task"),
     [
-        (lambda y: y[:, :1], "one value an example"),
-        (lambda y: y[:, 0], "one value an example"),
-        (lambda y: y[:, :, None, None].expand(-1, -1, 4, 4), "maps"),
-        (lambda y: nn.functional.normalize(y, dim=-1), "embeddings of length 1"),
-        (lambda y: (y, y), "a tuple"),
-        (lambda y: {"logits": y}, "a dict"),
-        (WithLogits, r"a WithLogits with `\.logits`"),
-        (lambda y: y.argmax(-1), r"torch\.int64"),
-        (lambda y: y * float("nan"), "NaN values"),
+        (lambda y: y[:, :1], "regression"),
+        (lambda y: y[:, 0], "regression"),
+        (lambda y: y[:, :, None, None].expand(-1, -1, 4, 4), "dense"),
+        (lambda y: y[:, :1, None, None].expand(-1, -1, 4, 4), "regression"),
+        (lambda y: nn.functional.normalize(y, dim=-1), "embedding"),
+        (lambda y: (y, 3 * y[:, :2]), "regression"),
+        (lambda y: {"logits": y}, "classification"),
+        (lambda y: {"boxes": y, "scores": y[:, 0]}, "regression"),
+        (lambda y: y, "classification"),
+        (WithLogits, "classification"),
     ],
 )
-@pytest.mark.parametrize("method", [CoRa(target_bits=3.4), PublishedCoRa(labels=False)], ids=str)
-def test_outputs_that_are_no_class_scores_are_refused(make, says, method):
-    refused(Returning(make), [X], f"Returning returns .*{says}.*class scores", method)
+def test_the_task_is_guessed_from_the_outputs(make, task):
+    done = sb.quantize(Returning(make), CoRa(levels=16, tune=0), calibration=[X])
+    assert done.evidence.task == task
+    named = [note for note in done.notes if f"task '{task}'" in note]
+    assert len(named) == (not isinstance(make(torch.ones(2, 4)), torch.Tensor))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda y: y.argmax(-1), r"torch\.int64|int64"),
+        (lambda y: y * float("nan"), "NaN values"),
+        (lambda y: "text", "a str without a tensor of floats"),
+    ],
+)
+def test_outputs_that_no_task_can_read_are_refused(make, says):
+    refused(Returning(make), [X], says, CoRa(target_bits=3.4))
+
+
+def test_the_published_search_is_for_classifiers():
+    net = Returning(lambda y: y[:, 0])
+    refused(net, [X], "for classifiers, not for the task 'regression'", PublishedCoRa(labels=False))
 
 
 # ---------------------------------------------------------------- routed experts

@@ -11,11 +11,11 @@ import subbyte as sb
 from subbyte.core.rtn import rtn
 from subbyte.core.sites import sites
 from subbyte.core.tensors import QuantizedLayer, QuantizedTensor, as_matrix, as_weight
-from subbyte.ptq.evidence.mosaics import Mosaics, mosaic, rounds_needed
-from subbyte.ptq.evidence.statistics import input_statistics
+from subbyte.ptq.evidence.statistics import input_statistics, rounds_needed
 from subbyte.ptq.plan.search import Layer
 from subbyte.ptq.solvers.codes import channel_grid
 from subbyte.ptq.steps.in_order import solve_in_order
+from subbyte.tasks.images import Mosaics, mosaic
 
 quantizing = sys.modules["subbyte.ptq.quantize"]  # the function of that name hides it
 
@@ -87,7 +87,7 @@ def test_only_starved_layers_see_them(monkeypatch):
     images = pictures(40, 1)
     sb.quantize(classifier(), sb.CoRa(levels=4, tune=0), calibration=[images], listener=ear)
     assert seen == [(["0", "4"], 32), (["4"], 5 * 32)]
-    assert "few inputs for 4: 5 mosaics an image as well" in ear.notes
+    assert "few inputs for 4: 5 mosaics per image as well" in ear.notes
     seen.clear()
     sb.quantize(classifier(), sb.CoRa(levels=4, tune=0), calibration=[pictures(80, 1)])
     assert seen == [(["0", "4"], 64)]

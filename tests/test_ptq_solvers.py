@@ -29,6 +29,7 @@ from subbyte.ptq.solvers.codes import (
     tensor_grid,
 )
 from subbyte.ptq.solvers.lowrank import Metric, adapter_bytes, fit_adapter, largest_rank, reclaimed
+from subbyte.tasks import Classification
 
 CONVS = [
     nn.Conv2d(3, 4, 3),
@@ -169,7 +170,9 @@ def test_effects_are_the_fisher_information_of_the_rows(temperature):
     x = torch.randn(40_000, 4)
     statistics = input_statistics(net, sites(net), [x])
     batches = x.split(4)
-    got = effects(net, sites(net), statistics, batches, generator(), temperature=temperature)["0"]
+    got = effects(net, sites(net), statistics, batches, Classification(temperature), generator())[
+        "0"
+    ]
     p = (net(x) / temperature).softmax(-1).double().detach()
     per_row = (p * (1 - p) * x.double().square().sum(1, keepdim=True)).mean(0)
     trace = statistics["0"].gram[0].diagonal().sum()

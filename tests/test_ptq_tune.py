@@ -15,6 +15,7 @@ from subbyte.ptq.solvers import SOLVERS, weight_of
 from subbyte.ptq.solvers.lowrank import Metric, fit_adapter
 from subbyte.ptq.steps import tune as tuning
 from subbyte.ptq.steps.tune import LR, _balanced, _draw, _learning, _read, _Weight, tune
+from subbyte.tasks import Classification
 
 
 def generator(seed=0):
@@ -56,12 +57,12 @@ def learning(start):
 
 def test_every_example_is_drawn_once_before_any_is_drawn_again():
     x = torch.arange(96.0)[:, None]
-    drawn = [batch.flatten().tolist() for batch in _draw(x, 9, generator())]
+    drawn = [batch.flatten().tolist() for batch in _draw(x, 9, Classification(), generator())]
     assert [len(batch) for batch in drawn] == [32] * 9
     for epoch in (drawn[:3], drawn[3:6], drawn[6:]):
         assert sorted(value for batch in epoch for value in batch) == x.flatten().tolist()
     assert len({tuple(batch) for batch in drawn}) == 9
-    few = [batch.flatten().tolist() for batch in _draw(x[:40], 2, generator())]
+    few = [batch.flatten().tolist() for batch in _draw(x[:40], 2, Classification(), generator())]
     assert len(set(few[0])) == len(set(few[1])) == 32  # 8 are left over, too few for a batch
 
 
@@ -69,7 +70,7 @@ def test_every_other_batch_of_images_is_blended_in_pairs():
     """Images of one value each, which mirrors and shifts leave in the middle."""
     values = 1 + torch.arange(64.0)
     x = values[:, None, None, None].expand(-1, 2, 8, 8)
-    for i, batch in enumerate(_draw(x, 6, generator())):
+    for i, batch in enumerate(_draw(x, 6, Classification(), generator())):
         middle = batch[:, :, 3:5, 3:5].flatten(1)
         assert torch.allclose(middle, middle[:, :1].expand_as(middle), rtol=1e-5)
         pure = torch.isin(middle[:, 0], values)
@@ -79,7 +80,7 @@ def test_every_other_batch_of_images_is_blended_in_pairs():
 
 def test_images_are_mirrored_and_shifted():
     x = torch.arange(64.0).reshape(1, 1, 8, 8).expand(32, -1, -1, -1)
-    batch = next(iter(_draw(x, 1, generator())))
+    batch = next(iter(_draw(x, 1, Classification(), generator())))
     rows = batch[:, 0, 4, 2:6]
     rising = (rows[:, 1:] > rows[:, :-1]).all(1)
     assert 4 < int(rising.sum()) < 28
@@ -110,7 +111,7 @@ def test_the_first_loss_and_all_rates_are_those_of_the_formulas(monkeypatch):
     monkeypatch.setattr(Watched, "rates", [])
     monkeypatch.setattr(torch.optim, "Adam", Watched)
     losses = []
-    tune(start, net, x, 8, generator(), step=lambda i, loss: losses.append(loss))
+    tune(start, net, x, 8, Classification(), generator(), step=lambda i, loss: losses.append(loss))
     rough = sb.pack(start, precision="float32")
     with torch.no_grad():
         y, target, hidden = rough(x), net(x), net[:2](x)
@@ -188,7 +189,7 @@ def test_factors_start_in_balance_with_the_same_product():
 def test_matrices_that_stay_float_do_not_learn():
     start = quantized(network())
     few = sb.Quantized(start.model, {"0": start.layers["0"]})
-    done = tune(few, start.model, torch.randn(40, 3, 6, 6), 4, generator())
+    done = tune(few, start.model, torch.randn(40, 3, 6, 6), 4, Classification(), generator())
     for i in (3, 6):
         assert torch.equal(done.model[i].weight, start.model[i].weight)
     assert not torch.equal(done.model[6].bias, start.model[6].bias)
@@ -196,7 +197,7 @@ def test_matrices_that_stay_float_do_not_learn():
 
 
 def test_rates_and_temperature_are_those_documented():
-    assert tuning.TEMPERATURE == 4.0
+    assert Classification().temperature == 4.0
     assert tuning.rate(0.5, 0, 10) == LR * 0.5
     assert tuning.rate(0.5, 5, 10) == pytest.approx(LR * 0.25)
     assert tuning.rate(0.5, 10, 10) == pytest.approx(0.0, abs=1e-12)

@@ -76,6 +76,8 @@ class Conversion:
             "layer_bits_per_weight": q.layer_bits_per_weight,
             "seconds": evidence.seconds,
             "iterations": evidence.iterations,
+            "task": evidence.task,
+            "distance": evidence.distance,
             "agreement": evidence.agreement,
             "top1_float": None if self.before is None else self.before.top1,
             "top1": None if self.after is None else self.after.top1,
@@ -172,7 +174,7 @@ def table(result: Conversion) -> Table:
         f"{sizes.reduction:.1f}x",
         f"{evidence.seconds:.0f}",
         str(evidence.iterations),
-        f"{evidence.agreement:.2f} %",
+        "" if evidence.agreement is None else f"{evidence.agreement:.2f} %",
     ]
     if result.before is not None and result.after is not None:
         view.add_column("float top-1", justify="right")

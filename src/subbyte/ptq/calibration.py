@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,75 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.errors import SubbyteError
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Inputs:
-    """n examples of a network that takes more than one tensor, or named ones."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    n: int
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, index: slice | Tensor) -> Inputs:
-        def part(value: Any) -> Any:
-            return value[index] if _is_of_examples(value, self.n) else value
-
-        args, kwargs = _mapped(part, self.args), _mapped(part, self.kwargs)
-        return Inputs(args, kwargs, len(torch.arange(self.n)[index]))
-
-    def split(self, size: int) -> list[Inputs]:
-        return [self[i : i + size] for i in range(0, self.n, size)]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Ragged:
-    """Examples whose shapes differ from batch to batch, such as padded sentences."""
-
-    parts: tuple[Tensor | Inputs, ...]
-
-    def __len__(self) -> int:
-        return sum(len(part) for part in self.parts)
-
-    def __getitem__(self, index: slice | Tensor) -> Ragged:
-        """In the order of the parts."""
-        wanted = torch.zeros(len(self), dtype=torch.bool)
-        wanted[index] = True
-        own = wanted.split([len(part) for part in self.parts])
-        return Ragged(tuple(p[o] for p, o in zip(self.parts, own, strict=True) if o.any()))
-
-    def split(self, size: int) -> list[Tensor | Inputs]:
-        return [batch for part in self.parts for batch in part.split(size)]
-
-
-Batch = Tensor | Inputs
-Examples = Tensor | Inputs | Ragged
-
-
-def call(model: nn.Module, batch: Batch) -> Any:
-    """What the network makes of a batch."""
-    if isinstance(batch, Inputs):
-        return model(*batch.args, **batch.kwargs)
-    return model(batch)
-
-
-def one_batch(examples: Examples) -> Batch:
-    """The examples as one batch; of several shapes, the shape that most of them have."""
-    if isinstance(examples, Ragged):
-        return max(examples.parts, key=len)
-    return examples
-
-
-def values_an_example(examples: Examples) -> int:
-    """Input values of the first example."""
-    first = one_batch(examples[:1])
-    if isinstance(first, Tensor):
-        return first.numel()
-    leaves = _leaves((first.args, first.kwargs))
-    return sum(x.numel() for x in leaves if _is_of_examples(x, first.n))
+from subbyte.tasks.batches import Batch, Examples, Inputs, Ragged, is_of_examples, leaves, mapped
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,7 +113,7 @@ def _parted(batch: Any, forward: _Forward) -> tuple[Batch, Tensor | None]:
     if isinstance(batch, tuple | list) and forward.has_labels(batch):
         *rest, labels = batch
         batch = rest[0] if len(rest) == 1 else rest
-    inputs = _inputs(_mapped(_on_cpu, batch), forward)
+    inputs = _inputs(mapped(_on_cpu, batch), forward)
     if labels is None:
         return inputs, None
     labels = torch.as_tensor(labels).cpu()
@@ -203,7 +135,7 @@ def _inputs(batch: Any, forward: _Forward) -> Batch:
         args = tuple(batch)
     else:
         args = (batch,)
-    tensors = [x for x in _leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
+    tensors = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
     if not tensors:
         raise SubbyteError(
             f"a calibration batch is a {type(batch).__name__} without tensors; give inputs as the "
@@ -237,8 +169,8 @@ def _form(batch: Batch) -> Any:
     return (
         type(batch),
         *(
-            (x.dtype, x.shape[1:]) if _is_of_examples(x, batch.n) else _constant(x)
-            for x in _leaves((batch.args, batch.kwargs))
+            (x.dtype, x.shape[1:]) if is_of_examples(x, batch.n) else _constant(x)
+            for x in leaves((batch.args, batch.kwargs))
         ),
         tuple(batch.kwargs),
     )
@@ -255,34 +187,9 @@ def _concatenated(batches: Sequence[Batch]) -> Batch:
     if len(batches) == 1:
         return first
     others = [b for b in batches if isinstance(b, Inputs)]
-    leaves = zip(*(list(_leaves((b.args, b.kwargs))) for b in others), strict=True)
+    columns = zip(*(list(leaves((b.args, b.kwargs))) for b in others), strict=True)
     joined = iter(
-        [torch.cat(own) if _is_of_examples(own[0], first.n) else own[0] for own in leaves]
+        [torch.cat(own) if is_of_examples(own[0], first.n) else own[0] for own in columns]
     )
-    args, kwargs = _mapped(lambda _: next(joined), (first.args, first.kwargs))
+    args, kwargs = mapped(lambda _: next(joined), (first.args, first.kwargs))
     return Inputs(args, kwargs, sum(len(b) for b in others))
-
-
-def _is_of_examples(value: Any, n: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == n
-
-
-def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
-    """The same structure of tuples, lists and mappings with its leaves changed, in order."""
-    if isinstance(value, Mapping):
-        return {key: _mapped(change, own) for key, own in value.items()}
-    if isinstance(value, tuple | list):
-        own = [_mapped(change, part) for part in value]
-        return own if isinstance(value, list) else tuple(own)
-    return change(value)
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        for own in value.values():
-            yield from _leaves(own)
-    elif isinstance(value, tuple | list):
-        for own in value:
-            yield from _leaves(own)
-    else:
-        yield value

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
@@ -14,9 +12,8 @@ from subbyte.core.ready import check_present, copied, make_plain, unwrapped
 from subbyte.core.sites import sites
 from subbyte.errors import SubbyteError
 from subbyte.methods import quantizers
-from subbyte.ptq.calibration import Examples, call
-
-_UNIT = 1e-3  # of lengths: rows of embeddings that were divided by theirs
+from subbyte.tasks import Task, task_named, task_of
+from subbyte.tasks.batches import Batch, Examples, call, shapes
 
 
 def float_twin(model: nn.Module) -> nn.Module:
@@ -50,9 +47,12 @@ def channels_last(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def check_outputs(twin: nn.Module, examples: Examples) -> None:
-    """Raises SubbyteError unless the network makes class scores [n, classes] or [n, tokens,
-    classes] of the first two examples."""
+def checked_task(twin: nn.Module, examples: Examples, task: Task | str | None) -> tuple[Task, str]:
+    """What the network is for, and a note if it was guessed from what it makes of two examples.
+
+    Raises SubbyteError for a batch that the network refuses (its own message, with the shapes),
+    outputs that are no floats or NaN, and a mask that hides all.
+    """
     first = examples[:2].split(2)[0]
     try:
         y = call(twin, first)
@@ -61,36 +61,33 @@ def check_outputs(twin: nn.Module, examples: Examples) -> None:
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         raise SubbyteError(
-            f"the network cannot run the calibration batches: {type(error).__name__}: {text}; give "
-            "them as model(batch), model(*batch) or model(**batch) takes them"
+            f"the network cannot run the calibration batches: {type(error).__name__}: {text} (a "
+            f"batch was {shapes(first)}); give them as model(batch), model(*batch) or "
+            "model(**batch) takes them"
         ) from error
-    fault = _fault(y)
-    given = first if isinstance(first, Tensor) else torch.zeros(())
-    if fault is None and y.isnan().any() and given.isfinite().all():
-        fault = "NaN values"
-    if fault:
+    if isinstance(task, str):
+        task = task_named(task)
+    found = task_of(y, first) if task is None else task
+    if not isinstance(found, Task):
+        raise SubbyteError(f"task={task!r}; give a name of TASKS or a subbyte.tasks.Task")
+    outputs = found.outputs(y, first)
+    _check_outputs(twin, outputs, first)
+    note = f"taken for the task '{found.name}' by its outputs; task= chooses another"
+    return found, note if task is None and not isinstance(y, Tensor) else ""
+
+
+def _check_outputs(twin: nn.Module, outputs: Tensor, first: Batch) -> None:
+    name = type(twin).__name__
+    if not outputs.is_floating_point():
+        raise SubbyteError(f"{name} returns a tensor of {outputs.dtype}, no scores or values")
+    if not outputs.numel():
         raise SubbyteError(
-            f"{type(twin).__name__} returns {fault}; quantize judges by class scores, one tensor "
-            "[n, classes] or [n, tokens, classes]: wrap the network so that it returns these"
+            f"nothing is left of the outputs of {name} on the first two calibration examples "
+            f"({shapes(first)}); check the attention mask: all of it is padding"
         )
-
-
-def _fault(y: Any) -> str | None:
-    """What an output is in place of class scores, in words."""
-    if not isinstance(y, Tensor):
-        logits = isinstance(getattr(y, "logits", None), Tensor)
-        return f"a {type(y).__name__}" + (" with `.logits`" if logits else "")
-    if not y.is_floating_point():
-        return f"a tensor of {y.dtype}"
-    shape = tuple(y.shape)
-    if y.ndim < 2 or shape[-1] < 2:
-        return f"one value an example (shape {shape}), as in regression"
-    if y.ndim > 3:
-        return f"maps (shape {shape})"
-    lengths = y.float().norm(dim=-1)
-    if bool(((lengths - 1).abs() < _UNIT).all()):
-        return f"embeddings of length 1 (shape {shape})"
-    return None
+    given = first if isinstance(first, Tensor) else torch.zeros(())
+    if outputs.isnan().any() and given.isfinite().all():
+        raise SubbyteError(f"{name} returns NaN values; check its weights and the examples")
 
 
 def _make_plain(module: nn.Module) -> None:

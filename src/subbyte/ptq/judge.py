@@ -1,61 +1,77 @@
-"""The calibration images that teach nothing: they say how far a network is from the float one."""
+"""The calibration examples that teach nothing: they say how far a network is from the float one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from subbyte.core.quantized import Quantized
 from subbyte.modules import pack
-from subbyte.ptq.calibration import Examples, call
-from subbyte.ptq.steps.tune import TEMPERATURE, divergence
+from subbyte.tasks.base import Task
+from subbyte.tasks.batches import Batch, Examples, call
 
-HELD_OUT = 5  # one calibration image in so many judges, the others teach
+HELD_OUT = 5  # one calibration example in so many judges, the others teach
 _BATCH = 64
+_KEPT_BYTES = 2**28  # of the float network's outputs; what is above is computed anew each time
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """distance: the mean over the items (images, tokens, ...), infinite where an output is not
+    finite. agreement: percent of the items that lead to the same decision; None where nothing is
+    decided."""
+
+    distance: float
+    agreement: float | None
 
 
 class Judge:
     """Some inputs of the network and what the float network `teacher` makes of them."""
 
-    def __init__(self, teacher: nn.Module, images: Examples) -> None:
-        self.teacher, self.batches = teacher, images.split(_BATCH)
+    def __init__(self, teacher: nn.Module, examples: Examples, task: Task) -> None:
+        self.teacher, self.task, self.batches = teacher, task, examples.split(_BATCH)
+        self._kept: list[Tensor] = []
 
-    @cached_property
-    def _wanted(self) -> Sequence[Tensor]:
-        """The float network's logits."""
-        with torch.no_grad():
-            return [call(self.teacher, x) for x in self.batches]
-
-    @torch.no_grad()
     def distance(self, quantized: Quantized) -> float:
-        """Mean divergence from the float network, nats; infinite if any logit is not finite."""
-        net = pack(quantized, precision="float32")
-        total = 0.0
-        for x, wanted in zip(self.batches, self._wanted, strict=True):
-            logits = call(net, x)
-            if not logits.isfinite().all():
-                return float("inf")
-            total += float(divergence(logits, wanted, TEMPERATURE)) * len(x)
-        return total / max(1, sum(len(x) for x in self.batches))
+        """Of float activations: what the weights alone do."""
+        return self.verdict(pack(quantized, precision="float32")).distance
 
     @torch.no_grad()
-    def agreement(self, net: nn.Module) -> float:
-        """Percent of the images (or tokens) of which it predicts the float network's class."""
-        same = total = 0
-        for x, wanted in zip(self.batches, self._wanted, strict=True):
-            hits = call(net, x).argmax(-1) == wanted.argmax(-1)
-            same, total = same + int(hits.sum()), total + hits.numel()
-        return 100.0 * same / max(1, total)
+    def verdict(self, net: nn.Module) -> Verdict:
+        total, same, decided, items = 0.0, 0, 0, 0
+        for y, wanted in self._pairs(net):
+            if not y.isfinite().all():
+                return Verdict(float("inf"), None)
+            total += float(self.task.distance(y, wanted).sum())
+            items += len(y)
+            agrees = self.task.agrees(y, wanted)
+            if agrees is not None:
+                same, decided = same + int(agrees.sum()), decided + agrees.numel()
+        return Verdict(total / max(1, items), 100.0 * same / decided if decided else None)
+
+    def _pairs(self, net: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """Outputs of the network and of the float one."""
+        for i, x in enumerate(self.batches):
+            yield self.task.outputs(call(net, x), x), self._wanted(i, x)
+
+    def _wanted(self, i: int, x: Batch) -> Tensor:
+        """Outputs of the float network; the first ones are kept."""
+        if i < len(self._kept):
+            return self._kept[i]
+        y = self.task.outputs(call(self.teacher, x), x)
+        if i == len(self._kept) and sum(k.nbytes for k in self._kept) + y.nbytes <= _KEPT_BYTES:
+            self._kept.append(y)
+        return y
 
 
-def teaching(images: Examples) -> Examples:
-    """All but those that judge; of very few images, all."""
-    judge = torch.arange(len(images)) % HELD_OUT == 0
-    return images[~judge] if len(images) >= HELD_OUT else images
+def teaching(examples: Examples) -> Examples:
+    """All but those that judge; of very few, all."""
+    judge = torch.arange(len(examples)) % HELD_OUT == 0
+    return examples[~judge] if len(examples) >= HELD_OUT else examples
 
 
-def judging(images: Examples) -> Examples:
-    return images[::HELD_OUT]
+def judging(examples: Examples) -> Examples:
+    return examples[::HELD_OUT]

@@ -32,9 +32,9 @@ from subbyte.core.ready import copied
 from subbyte.core.sites import Site, bias_of
 from subbyte.core.tensors import QuantizedLayer, as_matrix
 from subbyte.errors import SubbyteError
-from subbyte.ptq.calibration import Examples, Ragged, call
 from subbyte.ptq.solvers import KSigma, weight_of
 from subbyte.ptq.solvers.lowrank import Metric, fit_adapter
+from subbyte.tasks.batches import Examples, Ragged, call
 
 _BATCH = 32
 _CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")

@@ -32,17 +32,23 @@ from subbyte.core.sites import Site, bias_of, sites
 from subbyte.core.tensors import QuantizedLayer, as_matrix
 from subbyte.errors import SubbyteError
 from subbyte.modules import pack
-from subbyte.ptq.calibration import Examples, gathered, one_batch, values_an_example
+from subbyte.ptq.calibration import gathered
 from subbyte.ptq.cora import CoRa, common, solve_layer
-from subbyte.ptq.entrance import check_outputs, float_twin
-from subbyte.ptq.evidence.mosaics import Mosaics, rounds_needed
-from subbyte.ptq.evidence.statistics import Statistics, effects, input_statistics
-from subbyte.ptq.judge import HELD_OUT, Judge, judging, teaching
+from subbyte.ptq.entrance import checked_task, float_twin
+from subbyte.ptq.evidence.statistics import (
+    Statistics,
+    effects,
+    input_statistics,
+    rounds_needed,
+)
+from subbyte.ptq.judge import HELD_OUT, Judge, Verdict, judging, teaching
 from subbyte.ptq.plan.search import LEVELS, Layer, layer_bytes, search
 from subbyte.ptq.published import PublishedCoRa, published_layers, search_ranks
 from subbyte.ptq.steps.in_order import solve_in_order
 from subbyte.ptq.steps.norms import correct_norms, has_norms
-from subbyte.ptq.steps.tune import TEMPERATURE, tune
+from subbyte.ptq.steps.tune import tune
+from subbyte.tasks import Classification, Task
+from subbyte.tasks.batches import Batch, Examples, one_batch, values_an_example
 
 _EFFECT_BATCH = 16
 _IN_ORDER = 640  # examples for the passes in order; twice as many took twice as long for little
@@ -60,6 +66,7 @@ def quantize(
     method: CoRa | PublishedCoRa | Recipe,
     *,
     calibration: Iterable[Any],
+    task: Task | str | None = None,
     plan: Plan | None = None,
     seed: int = 0,
     listener: Listener | None = None,
@@ -68,15 +75,17 @@ def quantize(
 
     method: for every layer; or a recipe whose rules give CoRa values, or None for float.
     calibration: batches as the network takes them (`subbyte.ptq.calibration`): tensors, tuples,
-    dicts, with or without labels, which PublishedCoRa alone uses. plan: levels and ranks to use in
+    dicts, with or without labels, which PublishedCoRa alone uses. task: what the network is for
+    (`subbyte.tasks`), as a value or a name of TASKS; guessed from its outputs where it is plain.
+    plan: levels and ranks to use in
     place of a search; it may come from `prepare`. seed: of the pseudo-labels and the tuning.
     What cannot be quantized stays float and is named in the notes. Raises SubbyteError, before the
-    long work, for batches that the network cannot run, outputs that are no class scores, and
+    long work, for batches that the network cannot run, outputs that its task cannot read, and
     weights without values or not finite; later for inputs that are not finite (naming the layer)
     and a budget that cannot be met (naming the smallest).
     """
     with torch.inference_mode(False):  # a caller may be in it, and steps here need gradients
-        run = _started(model, as_recipe(method), calibration, plan, _Notes(listener))
+        run = _started(model, as_recipe(method), (calibration, task), plan, _Notes(listener))
         return _quantized(run, seed, searching=plan is None)
 
 
@@ -89,14 +98,27 @@ def _quantized(run: _Run, seed: int, searching: bool) -> Quantized:
     else:
         outcome = _reclaimed(run, generator, seed)
     done = outcome.done
-    agreement = run.judge.agreement(pack(done))
-    for note in note_on_size(done.parameters):
+    verdict = run.judge.verdict(pack(done))
+    for note in (*note_on_size(done.parameters), *_warning(run.task, verdict)):
         run.notes.add(note)
     seconds = time.perf_counter() - started
     evidence = Evidence(
-        _as_solved(outcome.plan, done.layers), seconds, outcome.iterations, agreement
-    )
+        _as_solved(outcome.plan, done.layers), seconds, outcome.iterations, run.task.name,
+        verdict.distance, verdict.agreement,
+    )  # fmt: skip
     return replace(done, notes=tuple(run.notes.taken), evidence=evidence)
+
+
+def _warning(task: Task, verdict: Verdict) -> Iterator[str]:
+    """A line if the packed network is far from the float one."""
+    if task.is_far(verdict.distance, verdict.agreement):
+        agreement = verdict.agreement
+        share = "" if agreement is None else f", it agrees on {agreement:.1f} % of the {task.item}s"
+        yield (
+            f"WARNING: the packed network is far from the float one on held-out examples: distance "
+            f"{verdict.distance:.3g} ({task.name}){share}. Try more bits, scales per group "
+            "(group=64), or more calibration examples"
+        )
 
 
 class _Notes:
@@ -127,6 +149,7 @@ class _Run:
     sites: Mapping[str, Site]
     examples: Examples
     labels: Tensor | None
+    task: Task
     judge: Judge
     notes: _Notes
 
@@ -147,9 +170,13 @@ class _Outcome:
 
 
 def _started(
-    model: nn.Module, recipe: Recipe, calibration: Iterable[Any], plan: Plan | None, notes: _Notes
+    model: nn.Module,
+    recipe: Recipe,
+    given_for: tuple[Iterable[Any], Task | str | None],
+    plan: Plan | None,
+    notes: _Notes,
 ) -> _Run:
-    """Everything that can be refused is refused here."""
+    """Everything that can be refused is refused here. given_for: calibration batches and task."""
     _check_methods(recipe)
     twin = float_twin(model)
     base = recipe.plan(twin)
@@ -162,12 +189,14 @@ def _started(
             f"{type(twin).__name__} has no layer left that is quantized{why}; give one a method"
         )
     check_ready(twin, list(chosen.values()))
+    calibration, wanted = given_for
     given = gathered(calibration, twin)
-    check_outputs(twin, given.examples)
-    for note in (*given.notes, *notes_on_float(float_parameters(twin, names))):
+    task, guess = checked_task(twin, given.examples, wanted)
+    kept = notes_on_float(float_parameters(twin, names))
+    for note in (*given.notes, *((guess,) if guess else ()), *kept):
         notes.add(note)
-    judge = Judge(twin, judging(given.examples))
-    return _Run(twin, base, chosen, given.examples, given.labels, judge, notes)
+    judge = Judge(twin, judging(given.examples), task)
+    return _Run(twin, base, chosen, given.examples, given.labels, task, judge, notes)
 
 
 def _check_methods(recipe: Recipe) -> None:
@@ -219,6 +248,10 @@ def _reclaimed(run: _Run, generator: torch.Generator, seed: int) -> _Outcome:
 def _published(run: _Run, generator: torch.Generator, searching: bool) -> _Outcome:
     """The paper's: a search by gradient descent, then codes and plain adapters."""
     method: PublishedCoRa = run.methods[0]
+    if not isinstance(run.task, Classification):
+        raise SubbyteError(
+            f"the published search is for classifiers, not for the task '{run.task.name}'; use CoRa"
+        )
     ranks = {layer.name: layer.rank for layer in run.plan.layers}
     if searching:
         labels = run.labels if method.labels else None
@@ -265,8 +298,8 @@ def _improved(start: Quantized, steps: Sequence[_Step], run: _Run) -> Quantized:
         for note in outcome.notes:
             run.notes.add(note)
         run.notes.add(
-            f"{step.what}: {'kept' if better else 'dropped'}, divergence from the float network on "
-            f"held-out images {before:.4f} -> {after:.4f}"
+            f"{step.what}: {'kept' if better else 'dropped'}, distance from the float network on "
+            f"held-out examples {before:.4f} -> {after:.4f}"
         )
         if better:
             best, before = replace(outcome, notes=()), after
@@ -278,7 +311,7 @@ def _in_order(
     run: _Run,
     known: Sequence[Layer],
     solve: Callable[[Layer], QuantizedLayer],
-    mosaics: Sequence[Tensor],
+    mosaics: Sequence[Batch],
     start: Quantized,
 ) -> Quantized:
     run.notes.tell("solving again, layer by layer, for the inputs of the quantized network")
@@ -294,7 +327,7 @@ def _norms(run: _Run, start: Quantized) -> Quantized:
 
 
 def _tuned(run: _Run, iterations: int, generator: torch.Generator, start: Quantized) -> Quantized:
-    return tune(start, run.teacher, run.teaching, iterations, generator)
+    return tune(start, run.teacher, run.teaching, iterations, run.task, generator)
 
 
 # ---------------------------------------------------------------- what the examples show
@@ -302,14 +335,14 @@ def _tuned(run: _Run, iterations: int, generator: torch.Generator, start: Quanti
 
 def _measured(run: _Run) -> dict[str, Statistics]:
     """Of the teaching examples."""
-    run.notes.tell(f"calibrating on {len(run.teaching):,} images")
+    run.notes.tell(f"calibrating on {len(run.teaching):,} examples")
     own = list(run.sites.values())
     found = input_statistics(run.teacher, own, run.teaching.split(64))
     for site in own:
         if site.name not in found:
             run.notes.add(
                 f"layer '{site.name}' ({site.type}) has no input statistics (not reached by "
-                "the calibration images, or of a kind without): round to nearest"
+                "the calibration examples, or of a kind without): round to nearest"
             )
     return found
 
@@ -319,7 +352,7 @@ def _effects(
 ) -> dict[str, Tensor]:
     return effects(
         run.teacher, list(run.sites.values()), statistics, run.teaching.split(_EFFECT_BATCH),
-        generator, temperature=TEMPERATURE,
+        run.task, generator,
     )  # fmt: skip
 
 
@@ -333,16 +366,14 @@ def _known(
     return Layer(site, matrix, groups, sure, by_row.get(site.name))
 
 
-def _mosaics(run: _Run, seen: Mapping[str, Statistics], seed: int) -> Sequence[Tensor]:
-    """Mosaics of the images, if layers saw fewer vectors than they have inputs."""
-    images, starved = run.teaching, _starved(seen)
-    if not isinstance(images, Tensor) or images.ndim != 4 or not starved:
-        return ()
-    if not images.is_floating_point():
-        return ()
-    most = max(starved.values())
-    run.notes.tell(f"few inputs for {', '.join(starved)}: {most} mosaics an image as well")
-    return Mosaics(images, most, seed)
+def _mosaics(run: _Run, seen: Mapping[str, Statistics], seed: int) -> Sequence[Batch]:
+    """More inputs, if the task makes any and layers saw fewer vectors than they have inputs."""
+    starved = _starved(seen)
+    most = max(starved.values(), default=0)
+    found = run.task.more(run.teaching, most, seed) if most else ()
+    if len(found):
+        run.notes.tell(f"few inputs for {', '.join(starved)}: {most} mosaics per image as well")
+    return found
 
 
 def _starved(seen: Mapping[str, Statistics]) -> dict[str, int]:
@@ -351,7 +382,7 @@ def _starved(seen: Mapping[str, Statistics]) -> dict[str, int]:
 
 
 def _seen_more(
-    run: _Run, known: Sequence[Layer], seen: Mapping[str, Statistics], mosaics: Sequence[Tensor]
+    run: _Run, known: Sequence[Layer], seen: Mapping[str, Statistics], mosaics: Sequence[Batch]
 ) -> Iterator[Layer]:
     """Layers that saw too little with the statistics of the mosaics, too.
 

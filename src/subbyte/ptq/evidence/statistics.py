@@ -4,14 +4,15 @@ An error e_o in row w_o of a Linear or a convolution changes the output by e_o x
 patch x. Two statistics are enough for everything that follows:
 
     gram H   = mean over patches of x x'                (a matrix a group)
-    effect F = E |dL/dw_o|^2 / trace H                  (a number a row)
+    effect F = E |dL/dw_o|^2 / trace H                  (a number per row)
 
 e_o H e_o' is the mean squared change of output channel o, and 1/2 F_o e_o H e_o' predicts how far
-the network moves: the Fisher information of the row, factored as F_o H (as K-FAC does). L is T
-times the cross-entropy of softmax(logits / T) with labels drawn from it, so that the prediction is
-of T^2 KL(float || quantized) at temperature T; real labels are never needed. At T = 1 a network is
-so sure of the classes that the images show that the rows of all other classes seem to have no
-effect (MobileNetV1, 400 images of 1000 classes: the classifier was left 4 levels).
+the network moves: the curvature of the row, factored as F_o H (as K-FAC does). L is the sum of the
+outputs along random directions whose second moments are the Hessian of the task's distance; for
+classes these are the gradients of T times the cross-entropy at temperature T with labels drawn
+from the network's own softmax, so real labels are never needed. At T = 1 a network is so sure of
+the classes that the images show that the rows of all other classes seem to have no effect
+(MobileNetV1, 400 images of 1000 classes: the classifier was left 4 levels).
 
 Few patches look more alike than all: codes solved for their H have their error where nobody has
 looked yet. `shrunk` takes the correlations for as sure as the patches are many.
@@ -32,12 +33,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subbyte.core.sites import Site
+from subbyte.core.tensors import as_matrix
 from subbyte.errors import SubbyteError
-from subbyte.ptq.calibration import Batch, call
+from subbyte.tasks.base import Task
+from subbyte.tasks.batches import Batch, call
 
 T = TypeVar("T")
 
 GRAM_BYTES = 3 * 2**29  # 1.5 GiB of sums at once; more layers take another pass over the images
+_ENOUGH = 4  # vectors per input of a layer
+_MOST_ROUNDS = 8
 PATCHES = 2**17  # of a layer at least, where there are so many; more cost time and change little
 _PATCH_VALUES = 2**24  # float32 values of one chunk of patches
 MEASURED = ("Linear", "Conv1d", "Conv2d", "MultiheadAttention")
@@ -93,6 +98,16 @@ def input_statistics(
     for part in _passes(layers, limit):
         found |= _one_pass(model, part, batches, quota)
     return found
+
+
+def rounds_needed(vectors: int, width: int) -> int:
+    """How many more inputs per example, for a layer of `width` inputs that saw so many vectors.
+
+    None for a layer that saw as many as it has inputs.
+    """
+    if vectors >= width:
+        return 0
+    return min(_MOST_ROUNDS, -(-_ENOUGH * width // vectors) - 1)
 
 
 def patches_an_image(batches: Sequence[Batch], patches: int) -> int:
@@ -291,34 +306,33 @@ def effects(
     layers: Sequence[Site],
     statistics: Mapping[str, Statistics],
     batches: Sequence[Batch],
+    task: Task,
     generator: torch.Generator,
-    *,
-    temperature: float = 1.0,
 ) -> dict[str, Tensor]:
-    """The effect F of each row, float64 [out]: 1/2 F_o e_o H e_o' nats an image for an error e_o.
+    """The effect F of each row, float64 [out]: an error e_o adds 1/2 F_o e_o H e_o' to the mean of
+    the task's distance.
 
-    Nats of the divergence from the float network's softmax at this temperature T, times T^2. The
-    gradient of a batch's summed loss, squared, estimates the sum of the images' squared
-    gradients, because labels drawn from the softmax make them independent with mean zero.
+    The gradient of a batch's outputs in random directions (`Task.direction`), squared, estimates
+    the sum of the items' squared gradients, because the directions are independent with mean zero.
     """
     known = [site for site in layers if site.name in statistics]
     weights = [getattr(model.get_submodule(site.owner), site.parameter) for site in known]
     sums = [torch.zeros(site.shape[site.channel_axis], dtype=torch.float64) for site in known]
-    images = 0
+    items = 0
     for x in batches:
         with torch.enable_grad():
-            logits = call(model, x).flatten(0, -2) / temperature
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            loss = temperature * F.cross_entropy(logits, labels, reduction="sum")
-            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-        for total, gradient in zip(sums, gradients, strict=True):
+            y = task.outputs(call(model, x), x)
+            along = task.direction(y.detach(), generator)
+            gradients = torch.autograd.grad((y * along).sum(), weights, allow_unused=True)
+        for site, total, gradient in zip(known, sums, gradients, strict=True):
             if gradient is not None:
-                total += gradient.double().square().flatten(1).sum(1).cpu()
-        images += len(x)
+                rows = as_matrix(gradient, site.channel_axis)
+                total += rows.double().square().sum(1).cpu()
+        items += len(y)
     found = {}
     for site, total in zip(known, sums, strict=True):
         gram = statistics[site.name].gram
         trace = gram.diagonal(dim1=1, dim2=2).sum(1)
         per_row = trace.repeat_interleave(len(total) // len(trace))
-        found[site.name] = total / images / per_row.clamp(min=torch.finfo(torch.float64).tiny)
+        found[site.name] = total / items / per_row.clamp(min=torch.finfo(torch.float64).tiny)
     return found

@@ -31,7 +31,6 @@ from subbyte.core.quantized import Quantized
 from subbyte.core.ready import copied
 from subbyte.core.sites import Site, bias_of
 from subbyte.core.tensors import QuantizedLayer, as_matrix, as_weight
-from subbyte.ptq.calibration import Batch, call
 from subbyte.ptq.evidence.statistics import (
     PATCHES,
     Statistics,
@@ -41,6 +40,7 @@ from subbyte.ptq.evidence.statistics import (
 )
 from subbyte.ptq.plan.search import Layer
 from subbyte.ptq.solvers.codes import damped
+from subbyte.tasks.batches import Batch, call
 
 STAGES = 32  # of more layers, neighbours share a pass over the images
 AHEAD_BYTES = 2**30  # of the float network's patches: so many stages share its pass

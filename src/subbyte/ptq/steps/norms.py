@@ -22,7 +22,7 @@ from subbyte.core.follow import BATCHNORMS
 from subbyte.core.quantized import Quantized
 from subbyte.core.ready import copied
 from subbyte.modules import pack
-from subbyte.ptq.calibration import Batch, call
+from subbyte.tasks.batches import Batch, call
 
 _LEAST, _MOST = 0.25, 4.0  # a variance changes at most so far
 

@@ -1,10 +1,10 @@
 """A few hundred steps without labels: scales, adapters, norms and biases learn, codes stay.
 
-The quantized network is brought closer to the float one: the Kullback-Leibler divergence of its
-softmax from the float network's at temperature 4, plus the mean relative squared error of the
-layers' inputs and the logits. A network is sure of the images that it was trained on, and there is
-little to learn from an answer that is 1: hence the temperature, and every other batch of blended
-pairs. All calibration images are flipped and shifted. Every value learns relative to its own size
+The quantized network is brought closer to the float one: the task's distance of their outputs
+(`subbyte.tasks`), plus the mean relative squared error of the layers' inputs and the outputs. A
+classifier is sure of the images that it was trained on, and there is little to learn from an
+answer that is 1: hence its temperature of 4, and every other batch of blended pairs. Images are
+flipped and shifted. Every value learns relative to its own size
 (value = start + size * theta, Adam on theta), so that factors of any scale and rank take steps of
 the same relative length; plain factors of rank 4 diverged. The steps are as long as there is
 something to repair: in proportion to the relative error of the start. Held-out
@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from subbyte.core.functional import decode, round_scale
@@ -30,16 +29,15 @@ from subbyte.core.quantized import Quantized
 from subbyte.core.ready import copied
 from subbyte.core.sites import Site, bias_of, sites
 from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_matrix, as_weight
-from subbyte.data import random_crop, random_flip
-from subbyte.ptq.calibration import Batch, Examples, call, one_batch
 from subbyte.ptq.entrance import channels_last
 from subbyte.ptq.solvers.lowrank import stored
+from subbyte.tasks.base import Task, unpadded
+from subbyte.tasks.batches import Batch, Examples, Inputs, Ragged, call, leaves
 
 BATCH = 32
-TEMPERATURE = 4.0
+_TOKENS = 2048  # of one batch, of sequences of token ids
 LR = 0.01  # times the root of the relative error that the tuning starts with
 Seen = dict[tuple[str, int], Tensor]
-_CROP = 8  # a shift of at most 1/8 of the image's side
 
 
 class _Relative(nn.Module):
@@ -119,6 +117,7 @@ def tune(
     teacher: nn.Module,
     images: Examples,
     iterations: int,
+    task: Task,
     generator: torch.Generator,
     *,
     step: Callable[[int, float], None] | None = None,
@@ -126,7 +125,8 @@ def tune(
     """Tuned against the float network `teacher`; codes stay, scales and adapters, norms and biases
     do not.
 
-    images: inputs of the network. step: called with the number of the iteration and its loss.
+    images: inputs of the network. task: what its outputs mean. step: called with the number of
+    the iteration and its loss.
     """
     own = {site.name: site for site in sites(start.model) if site.name in start.layers}
     student = channels_last(copied(start.model).eval())
@@ -135,13 +135,13 @@ def tune(
     optimizer = torch.optim.Adam(parameters, lr=LR, betas=(0.9, 0.99))
     owners = sorted({site.owner for site in own.values()})
     first = 0.0
-    for i, x in enumerate(_draw(images, iterations, generator)):
+    for i, x in enumerate(_draw(images, iterations, task, generator)):
         with torch.no_grad(), inputs_seen(teacher, owners) as wanted:
-            target = call(teacher, x)
+            target = task.outputs(call(teacher, x), x)
         with torch.enable_grad(), parametrize.cached(), inputs_seen(student, owners) as seen:
-            logits = call(student, x)
-            apart = _relative_error(seen, wanted, logits, target)
-            loss = divergence(logits, target, TEMPERATURE) + apart
+            y = task.outputs(call(student, x), x)
+            apart = _relative_error(seen, wanted, y, target, task.mask(x))
+            loss = task.distance(y, target).mean() + apart
             optimizer.zero_grad()
             loss.backward()
         first = float(apart.detach().sqrt()) if i == 0 else first
@@ -171,17 +171,6 @@ def _learning(
     return weights
 
 
-def divergence(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean KL of softmax(logits / t) from softmax(target / t), times t^2; nats an image (or token).
-
-    The factor keeps the gradient's size, whatever the temperature t.
-    """
-    logits, target = (x.flatten(0, -2) / temperature for x in (logits, target))
-    return temperature**2 * F.kl_div(
-        logits.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True
-    )
-
-
 @contextmanager
 def inputs_seen(model: nn.Module, owners: Sequence[str]) -> Iterator[Seen]:
     """Fills up, in order of execution, with the first input of each call of these modules; keys are
@@ -206,15 +195,19 @@ def inputs_seen(model: nn.Module, owners: Sequence[str]) -> Iterator[Seen]:
             handle.remove()
 
 
-def _relative_error(seen: Seen, wanted: Seen, logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over inputs and the logits of the squared error over the squared value.
+def _relative_error(
+    seen: Seen, wanted: Seen, y: Tensor, target: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Mean over inputs and the outputs of the squared error over the squared value; no padding.
 
     Inputs of another shape than the float network's (a router's choice) do not count.
     """
-    pairs = [(a, wanted[key]) for key, a in seen.items() if key in wanted]
+    pairs = [
+        (unpadded(a, mask), unpadded(wanted[key], mask)) for key, a in seen.items() if key in wanted
+    ]
     errors = [
         (a - b).square().sum() / b.square().sum().clamp(min=torch.finfo(b.dtype).tiny)
-        for a, b in [*pairs, (logits, target)]
+        for a, b in [*pairs, (y, target)]
         if a.shape == b.shape
     ]
     return torch.stack(errors).mean()
@@ -234,27 +227,41 @@ def _learn_vectors(student: nn.Module) -> None:
                 parameter.requires_grad_(False)
 
 
-def _draw(images: Examples, iterations: int, generator: torch.Generator) -> Iterator[Batch]:
-    """Batches in epochs without replacement, flipped and shifted, every other one blended."""
-    order = torch.empty(0, dtype=torch.long)
-    batch = min(BATCH, len(images))
+def _draw(
+    images: Examples, iterations: int, task: Task, generator: torch.Generator
+) -> Iterator[Batch]:
+    """Batches in epochs without replacement, varied as the task says."""
+    parts = images.parts if isinstance(images, Ragged) else (images,)
+    queue: list[Batch] = []
     for i in range(iterations):
-        if len(order) < batch:
-            order = torch.randperm(len(images), generator=generator)
-        index, order = order[:batch], order[batch:]
-        x = one_batch(images[index])
-        if isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point():
-            x = random_crop(x, x.shape[-1] // _CROP, generator)
-            x = random_flip(x, generator)
-            x = _blended(x, generator) if i % 2 else x
-            x = x.contiguous(memory_format=torch.channels_last)
-        yield x
+        if not queue:
+            queue = _epoch(parts, generator)
+        yield task.varied(queue.pop(), generator, i)
 
 
-def _blended(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Every image with its neighbour in the batch, each pair in a share of its own."""
-    share = torch.rand(len(x), 1, 1, 1, generator=generator)
-    return share * x + (1 - share) * x.roll(1, 0)
+def _epoch(parts: Sequence[Batch], generator: torch.Generator) -> list[Batch]:
+    """Whole batches of every part in a new order; what is over in a part waits for the next."""
+    found = []
+    for part in parts:
+        size = min(_batch_size(part), len(part))
+        order = torch.randperm(len(part), generator=generator)
+        found += [part[own] for own in order.split(size) if len(own) == size]
+    if len(parts) > 1:
+        found = [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
+    return found[::-1]
+
+
+def _batch_size(part: Batch) -> int:
+    """At most BATCH examples, and of token sequences no more than _TOKENS tokens."""
+    tokens = part.shape[1] if isinstance(part, Tensor) and part.ndim == 2 else 1
+    if isinstance(part, Inputs):
+        sizes = [x.shape[1] for x in leaves((part.args, part.kwargs)) if _is_sequence(x)]
+        tokens = max(sizes, default=1)
+    return max(1, min(BATCH, _TOKENS // tokens))
+
+
+def _is_sequence(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point()
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
-"""More to see for layers that see one vector an image: images put together from pieces of others.
+"""How images may be varied: flips, shifts, blends, and mosaics of pieces of them.
 
-A classifier behind a pooling layer gets fewer vectors than it has inputs, so that the gram of its
+A mosaic is more to see for a layer that sees one vector per image. A classifier behind a pooling
+layer gets fewer vectors than it has inputs, so that the gram of its
 inputs is singular, and every image shows one class. A mosaic of pieces of four images, enlarged,
 is a vector of its own kind: what codes are solved for holds better for images not seen
 (docs/lab/cora-imagenet.md). The idea of training on such pictures is YOLOv4's (Bochkovskiy et al.,
@@ -10,15 +11,38 @@ arXiv:2004.10934); to take statistics of them, ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import TypeGuard, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from subbyte.data import random_crop, random_flip
+from subbyte.tasks.batches import Batch, Examples
+
 _LEAST, _MOST = 0.2, 0.5  # side of a piece, in sides of its image
-_ENOUGH = 4  # vectors an input of the layer
-_MOST_ROUNDS = 8
+_CROP = 8  # a shift of at most 1/8 of the image's side
+
+
+def are_images(x: Examples) -> TypeGuard[Tensor]:
+    """Whether these are images of one size, float [n, c, h, w]."""
+    return isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point()
+
+
+def varied(x: Batch, generator: torch.Generator, step: int) -> Batch:
+    """Images flipped and shifted, in every other step blended; anything else as it is."""
+    if not are_images(x):
+        return x
+    x = random_crop(x, x.shape[-1] // _CROP, generator)
+    x = random_flip(x, generator)
+    x = _blended(x, generator) if step % 2 else x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _blended(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Every image with its neighbour in the batch, each pair in a share of its own."""
+    share = torch.rand(len(x), 1, 1, 1, generator=generator)
+    return share * x + (1 - share) * x.roll(1, 0)
 
 
 class Mosaics(Sequence[Tensor]):
@@ -46,16 +70,6 @@ class Mosaics(Sequence[Tensor]):
             raise IndexError(index)
         generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
         return mosaic(self.images, len(self.chunks[index % len(self.chunks)]), generator)
-
-
-def rounds_needed(vectors: int, width: int) -> int:
-    """How many mosaics an image, for a layer of `width` inputs that saw so many vectors.
-
-    None for a layer that saw as many as it has inputs.
-    """
-    if vectors >= width:
-        return 0
-    return min(_MOST_ROUNDS, -(-_ENOUGH * width // vectors) - 1)
 
 
 def mosaic(images: Tensor, n: int, generator: torch.Generator) -> Tensor:
