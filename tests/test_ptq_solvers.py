@@ -15,7 +15,8 @@ from subbyte.core.functional import encode
 from subbyte.core.rtn import rtn
 from subbyte.core.sites import sites
 from subbyte.core.tensors import LowRank, QuantizedLayer, as_matrix, as_weight
-from subbyte.ptq.evidence.statistics import Statistics, effects, input_statistics
+from subbyte.ptq.evidence.sensitivity import sensitivity
+from subbyte.ptq.evidence.statistics import Statistics, input_statistics
 from subbyte.ptq.solvers import SOLVERS
 from subbyte.ptq.solvers.codes import (
     _compensate,
@@ -170,9 +171,8 @@ def test_effects_are_the_fisher_information_of_the_rows(temperature):
     x = torch.randn(40_000, 4)
     statistics = input_statistics(net, sites(net), [x])
     batches = x.split(4)
-    got = effects(net, sites(net), statistics, batches, Classification(temperature), generator())[
-        "0"
-    ]
+    task = Classification(temperature)
+    got = sensitivity(net, sites(net), statistics, batches, task, generator())[0]["0"]
     p = (net(x) / temperature).softmax(-1).double().detach()
     per_row = (p * (1 - p) * x.double().square().sum(1, keepdim=True)).mean(0)
     trace = statistics["0"].gram[0].diagonal().sum()

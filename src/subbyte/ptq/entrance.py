@@ -35,7 +35,20 @@ def float_twin(model: nn.Module) -> nn.Module:
         _make_plain(module)
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    set_cache(twin, False)
     return channels_last(twin)
+
+
+def set_cache(model: nn.Module, keys: bool) -> None:
+    """In place: whether a language model of `transformers` keeps the keys of tokens past, which
+    only generating needs."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "use_cache"):
+        config.use_cache = keys  # type: ignore[union-attr]
+
+
+def uses_cache(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "use_cache", False))
 
 
 def channels_last(model: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ from subbyte.core.account import float_parameters, note_on_size, notes_on_float
 from subbyte.core.grids import PerChannel, ScaleDomain
 from subbyte.core.plan import Plan, PlannedLayer
 from subbyte.core.quantized import Evidence, Quantized
-from subbyte.core.ready import check_ready
+from subbyte.core.ready import check_ready, unwrapped
 from subbyte.core.recipe import Recipe, as_recipe
 from subbyte.core.sites import Site, bias_of, sites
 from subbyte.core.tensors import QuantizedLayer, as_matrix
@@ -34,10 +34,10 @@ from subbyte.errors import SubbyteError
 from subbyte.modules import pack
 from subbyte.ptq.calibration import gathered
 from subbyte.ptq.cora import CoRa, common, solve_layer
-from subbyte.ptq.entrance import checked_task, float_twin
+from subbyte.ptq.entrance import checked_task, float_twin, set_cache, uses_cache
+from subbyte.ptq.evidence.sensitivity import sensitivity
 from subbyte.ptq.evidence.statistics import (
     Statistics,
-    effects,
     input_statistics,
     rounds_needed,
 )
@@ -48,7 +48,7 @@ from subbyte.ptq.steps.in_order import solve_in_order
 from subbyte.ptq.steps.norms import correct_norms, has_norms
 from subbyte.ptq.steps.tune import tune
 from subbyte.tasks import Classification, Task
-from subbyte.tasks.batches import Batch, Examples, one_batch, values_an_example
+from subbyte.tasks.batches import Batch, Examples, in_batches, one_batch, values_an_example
 
 _EFFECT_BATCH = 16
 _IN_ORDER = 640  # examples for the passes in order; twice as many took twice as long for little
@@ -86,7 +86,9 @@ def quantize(
     """
     with torch.inference_mode(False):  # a caller may be in it, and steps here need gradients
         run = _started(model, as_recipe(method), (calibration, task), plan, _Notes(listener))
-        return _quantized(run, seed, searching=plan is None)
+        done = _quantized(run, seed, searching=plan is None)
+    set_cache(done.model, uses_cache(unwrapped(model)))
+    return done
 
 
 def _quantized(run: _Run, seed: int, searching: bool) -> Quantized:
@@ -220,7 +222,12 @@ def _reclaimed(run: _Run, generator: torch.Generator, seed: int) -> _Outcome:
     adapters = any(m.target_bits is not None for m in run.methods)
     adapters |= any(layer.rank for layer in run.plan.layers)
     statistics = _measured(run)
-    by_row = _effects(run, statistics, generator) if adapters else {}
+    tables = any(site.type == "Embedding" for site in run.sites.values())
+    by_row: Mapping[str, Tensor] = {}
+    if adapters or tables:
+        by_row, more = _sensitivity(run, statistics, generator)
+        statistics |= more
+    _note_unmeasured(run, statistics)
     known = [_known(run, site, statistics.get(name), by_row) for name, site in run.sites.items()]
     chosen = _chosen(run, known)
     run.notes.tell(str(chosen))
@@ -318,7 +325,10 @@ def _in_order(
     examples = run.teaching
     some = examples[:: max(1, round(len(examples) / _IN_ORDER))]
     starved = [x.site.name for x in known if x.starved]
-    return solve_in_order(start, known, solve, some.split(64), more=mosaics, starved=starved)
+    batches = in_batches(some, 64)
+    return solve_in_order(
+        start, known, solve, batches, task=run.task, more=mosaics, starved=starved
+    )
 
 
 def _norms(run: _Run, start: Quantized) -> Quantized:
@@ -337,23 +347,26 @@ def _measured(run: _Run) -> dict[str, Statistics]:
     """Of the teaching examples."""
     run.notes.tell(f"calibrating on {len(run.teaching):,} examples")
     own = list(run.sites.values())
-    found = input_statistics(run.teacher, own, run.teaching.split(64))
-    for site in own:
-        if site.name not in found:
+    return input_statistics(run.teacher, own, in_batches(run.teaching, 64), task=run.task)
+
+
+def _sensitivity(
+    run: _Run, statistics: Mapping[str, Statistics], generator: torch.Generator
+) -> tuple[dict[str, Tensor], dict[str, Statistics]]:
+    run.notes.tell("measuring what errors do to the outputs")
+    batches = in_batches(run.teaching, _EFFECT_BATCH)
+    return sensitivity(
+        run.teacher, list(run.sites.values()), statistics, batches, run.task, generator
+    )
+
+
+def _note_unmeasured(run: _Run, statistics: Mapping[str, Statistics]) -> None:
+    for site in run.sites.values():
+        if site.name not in statistics:
             run.notes.add(
                 f"layer '{site.name}' ({site.type}) has no input statistics (not reached by "
                 "the calibration examples, or of a kind without): round to nearest"
             )
-    return found
-
-
-def _effects(
-    run: _Run, statistics: Mapping[str, Statistics], generator: torch.Generator
-) -> dict[str, Tensor]:
-    return effects(
-        run.teacher, list(run.sites.values()), statistics, run.teaching.split(_EFFECT_BATCH),
-        run.task, generator,
-    )  # fmt: skip
 
 
 def _known(
@@ -391,7 +404,8 @@ def _seen_more(
     starved = _starved(seen)
     more: dict[str, Statistics] = {}
     if len(mosaics):
-        more = input_statistics(run.teacher, [run.sites[name] for name in starved], mosaics)
+        own = [run.sites[name] for name in starved if name in run.sites]
+        more = input_statistics(run.teacher, own, mosaics)
     for layer in known:
         name = layer.site.name
         if name in more:

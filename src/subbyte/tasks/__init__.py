@@ -8,7 +8,7 @@ from torch import Tensor
 
 from subbyte.errors import SubbyteError
 from subbyte.tasks.base import Score, Task, attention_mask, evaluate, main_tensor
-from subbyte.tasks.batches import Batch, Inputs, leaves
+from subbyte.tasks.batches import Batch, Inputs, are_ids, leaves
 from subbyte.tasks.classes import Classification, Dense, Language
 from subbyte.tasks.values import Embedding, Regression
 
@@ -77,4 +77,4 @@ def _task_of_tensor(y: Tensor, batch: Batch) -> Task:
 def _reads_tokens(batch: Batch) -> bool:
     """Whether an input is token ids: whole numbers [n, tokens]."""
     given = leaves((batch.args, batch.kwargs)) if isinstance(batch, Inputs) else iter((batch,))
-    return any(isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point() for x in given)
+    return any(map(are_ids, given))

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+TOKENS = 2048  # of one batch: its scores of a vocabulary take up to a gigabyte
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inputs:
@@ -68,6 +70,24 @@ def one_batch(examples: Examples) -> Batch:
     if isinstance(examples, Ragged):
         return max(examples.parts, key=len)
     return examples
+
+
+def in_batches(examples: Examples, most: int) -> list[Batch]:
+    """At most so many examples each, and no more than TOKENS tokens in all."""
+    parts = examples.parts if isinstance(examples, Ragged) else (examples,)
+    return [batch for part in parts for batch in part.split(batch_size(part, most))]
+
+
+def batch_size(part: Batch, most: int) -> int:
+    """How many examples make a batch: at most so many, and of token ids no more than TOKENS."""
+    given = leaves((part.args, part.kwargs)) if isinstance(part, Inputs) else (part,)
+    tokens = max([x.shape[1] for x in given if are_ids(x)], default=1)
+    return max(1, min(most, TOKENS // max(1, tokens)))
+
+
+def are_ids(x: Any) -> bool:
+    """Whether a value is token ids: whole numbers [n, tokens]."""
+    return isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point()
 
 
 def values_an_example(examples: Examples) -> int:

@@ -1,18 +1,12 @@
 """What a layer sees and what the loss makes of it: sums over calibration images, streamed.
 
 An error e_o in row w_o of a Linear or a convolution changes the output by e_o x for every input
-patch x. Two statistics are enough for everything that follows:
+patch x, so that e_o H e_o' is the mean squared change of output channel o, with
 
-    gram H   = mean over patches of x x'                (a matrix a group)
-    effect F = E |dL/dw_o|^2 / trace H                  (a number per row)
+    gram H   = mean over patches of x x'                (a matrix per group)
 
-e_o H e_o' is the mean squared change of output channel o, and 1/2 F_o e_o H e_o' predicts how far
-the network moves: the curvature of the row, factored as F_o H (as K-FAC does). L is the sum of the
-outputs along random directions whose second moments are the Hessian of the task's distance; for
-classes these are the gradients of T times the cross-entropy at temperature T with labels drawn
-from the network's own softmax, so real labels are never needed. At T = 1 a network is so sure of
-the classes that the images show that the rows of all other classes seem to have no effect
-(MobileNetV1, 400 images of 1000 classes: the classifier was left 4 levels).
+What the loss makes of such a change is in `sensitivity`. Padding, as the task's mask has it, is no
+input.
 
 Few patches look more alike than all: codes solved for their H have their error where nobody has
 looked yet. `shrunk` takes the correlations for as sure as the patches are many.
@@ -23,7 +17,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -33,9 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subbyte.core.sites import Site
-from subbyte.core.tensors import as_matrix
 from subbyte.errors import SubbyteError
-from subbyte.tasks.base import Task
+from subbyte.tasks.base import Task, unpadded
 from subbyte.tasks.batches import Batch, call
 
 T = TypeVar("T")
@@ -81,22 +74,24 @@ def input_statistics(
     layers: Sequence[Site],
     batches: Sequence[Batch],
     *,
+    task: Task | None = None,
     limit: int = GRAM_BYTES,
     patches: int = PATCHES,
 ) -> dict[str, Statistics]:
     """Statistics of each layer's input, in the order in which the network runs the layers.
 
-    batches: inputs of the network, gone through once for every `limit` bytes of sums. patches: a
-    layer with many more is seen at every 2nd, 3rd, ... position, so that about this many are left.
-    Layers of a type outside MEASURED, and those that the batches never reach, are left out. Raises
-    SubbyteError for no batches and for an input that is not finite, naming the layer.
+    batches: inputs of the network, gone through once for every `limit` bytes of sums. task: which
+    of their positions are no padding. patches: a layer with many more is seen at every 2nd, 3rd,
+    ... position, so that about this many are left. Layers of a type outside MEASURED, and those
+    that the batches never reach, are left out. Raises SubbyteError for no batches and for an input
+    that is not finite, naming the layer.
     """
     if not len(batches):
         raise SubbyteError("no calibration batches; give at least one image")
     found: dict[str, Statistics] = {}
     quota = patches_an_image(batches, patches)
     for part in _passes(layers, limit):
-        found |= _one_pass(model, part, batches, quota)
+        found |= _one_pass(model, part, batches, task, quota)
     return found
 
 
@@ -147,7 +142,11 @@ def _is_depthwise(site: Site) -> bool:
 
 @torch.no_grad()
 def _one_pass(
-    model: nn.Module, layers: Sequence[Site], batches: Sequence[Batch], quota: int
+    model: nn.Module,
+    layers: Sequence[Site],
+    batches: Sequence[Batch],
+    task: Task | None,
+    quota: int,
 ) -> dict[str, Statistics]:
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -167,7 +166,8 @@ def _one_pass(
             counts[name] = counts.get(name, 0) + chunk.shape[2]
 
     for x in batches:
-        with inputs_of(model, layers, add, quota * len(x)):
+        mask = None if task is None else task.mask(x)
+        with inputs_of(model, layers, add, quota * len(x), mask):
             call(model, x)
     return {name: Statistics(sums[name] / counts[name], counts[name]) for name in sums}
 
@@ -177,11 +177,16 @@ Receiver = Callable[[str, Iterator[Tensor]], None]
 
 @contextmanager
 def inputs_of(
-    model: nn.Module, layers: Sequence[Site], receive: Receiver, most: int
+    model: nn.Module,
+    layers: Sequence[Site],
+    receive: Receiver,
+    most: int,
+    mask: Tensor | None = None,
 ) -> Iterator[None]:
     """While it is open, every forward pass hands each layer's input patches to `receive`.
 
-    most: patches of a layer and pass from which on only every so many-th is taken.
+    most: patches of a layer and pass from which on only every so many-th is taken. mask: bool
+    [n, tokens], the positions that are no padding; inputs of other leading dimensions are whole.
     """
     by_owner: dict[str, list[Site]] = {}
     for site in layers:
@@ -191,11 +196,13 @@ def inputs_of(
         for owner, own in by_owner.items():
             module = model.get_submodule(owner)
             make = _attention_hook if isinstance(module, nn.MultiheadAttention) else _layer_hook
-            handles.append(module.register_forward_hook(make(own, receive, most), with_kwargs=True))
+            handles.append(
+                module.register_forward_hook(make(own, receive, most, mask), with_kwargs=True)
+            )
         for path, module in model.named_modules():
             inner = f"{path}.out_proj".lstrip(".")
             if isinstance(module, nn.MultiheadAttention) and inner in by_owner:
-                hook = _out_proj_hook(inner, receive, most)
+                hook = _out_proj_hook(inner, receive, most, mask)
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield
     finally:
@@ -203,15 +210,19 @@ def inputs_of(
             handle.remove()
 
 
-def _layer_hook(own: list[Site], receive: Receiver, most: int) -> Callable[..., None]:
+def _layer_hook(
+    own: list[Site], receive: Receiver, most: int, mask: Tensor | None
+) -> Callable[..., None]:
     def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], _: Any) -> None:
         x = args[0] if args else kwargs["input"]
-        receive(own[0].name, patches_of(module, x, most))
+        receive(own[0].name, patches_of(module, x, most, mask))
 
     return hook
 
 
-def _attention_hook(own: list[Site], receive: Receiver, most: int) -> Callable[..., None]:
+def _attention_hook(
+    own: list[Site], receive: Receiver, most: int, mask: Tensor | None
+) -> Callable[..., None]:
     """The projections see query, key and value; a joint one, which multiplies all, the three."""
 
     def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], _: Any) -> None:
@@ -221,12 +232,14 @@ def _attention_hook(own: list[Site], receive: Receiver, most: int) -> Callable[.
             names = streams.get(site.parameter.removesuffix("_weight"), ["query", "key", "value"])
             tensors = list({id(given[name]): given[name] for name in names}.values())
             for x in tensors:
-                receive(site.name, _rows(x, most))
+                receive(site.name, _rows(x, most, mask))
 
     return hook
 
 
-def _out_proj_hook(name: str, receive: Receiver, most: int) -> Callable[..., None]:
+def _out_proj_hook(
+    name: str, receive: Receiver, most: int, mask: Tensor | None
+) -> Callable[..., None]:
     """Attention reads out_proj's weight without calling it: run again with the identity there."""
 
     def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], _: Any) -> None:
@@ -235,27 +248,30 @@ def _out_proj_hook(name: str, receive: Receiver, most: int) -> Callable[..., Non
         nn.init.eye_(identity.weight)
         nn.init.zeros_(identity.bias)
         twin._modules = {**module._modules, "out_proj": identity}
-        receive(name, _rows(type(module).forward(twin, *args, **kwargs)[0], most))
+        receive(name, _rows(type(module).forward(twin, *args, **kwargs)[0], most, mask))
 
     return hook
 
 
-def patches_of(module: nn.Module, x: Tensor, most: int) -> Iterator[Tensor]:
+def patches_of(
+    module: nn.Module, x: Tensor, most: int, mask: Tensor | None = None
+) -> Iterator[Tensor]:
     """Chunks [groups, width, n] of what the layer's weight rows are multiplied with.
 
     Of more patches than `most`, every so many-th row of a linear layer, or position of a
     convolution either way.
     """
     if isinstance(module, nn.Linear):
-        yield from _rows(x, most)
+        yield from _rows(x, most, mask)
     elif isinstance(module, nn.Conv1d | nn.Conv2d):
         yield from _windows(module, x, most)
     else:
         raise TypeError(type(module))
 
 
-def _rows(x: Tensor, most: int) -> Iterator[Tensor]:
-    rows = x.detach().reshape(-1, x.shape[-1])
+def _rows(x: Tensor, most: int, mask: Tensor | None = None) -> Iterator[Tensor]:
+    rows = unpadded(x.detach(), mask)
+    rows = rows.reshape(-1, x.shape[-1])
     rows = rows[:: max(1, len(rows) // most)]
     for part in rows.split(max(1, _PATCH_VALUES // max(1, x.shape[-1]))):
         yield part.t()[None]
@@ -299,40 +315,3 @@ def _thinning(
     every = math.floor((len(padded) * math.prod(counts) / most) ** (1 / spatial) + 0.5)
     axes = tuple(max(1, min(every, n)) for n in counts)
     return math.prod(axes), axes
-
-
-def effects(
-    model: nn.Module,
-    layers: Sequence[Site],
-    statistics: Mapping[str, Statistics],
-    batches: Sequence[Batch],
-    task: Task,
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    """The effect F of each row, float64 [out]: an error e_o adds 1/2 F_o e_o H e_o' to the mean of
-    the task's distance.
-
-    The gradient of a batch's outputs in random directions (`Task.direction`), squared, estimates
-    the sum of the items' squared gradients, because the directions are independent with mean zero.
-    """
-    known = [site for site in layers if site.name in statistics]
-    weights = [getattr(model.get_submodule(site.owner), site.parameter) for site in known]
-    sums = [torch.zeros(site.shape[site.channel_axis], dtype=torch.float64) for site in known]
-    items = 0
-    for x in batches:
-        with torch.enable_grad():
-            y = task.outputs(call(model, x), x)
-            along = task.direction(y.detach(), generator)
-            gradients = torch.autograd.grad((y * along).sum(), weights, allow_unused=True)
-        for site, total, gradient in zip(known, sums, gradients, strict=True):
-            if gradient is not None:
-                rows = as_matrix(gradient, site.channel_axis)
-                total += rows.double().square().sum(1).cpu()
-        items += len(y)
-    found = {}
-    for site, total in zip(known, sums, strict=True):
-        gram = statistics[site.name].gram
-        trace = gram.diagonal(dim1=1, dim2=2).sum(1)
-        per_row = trace.repeat_interleave(len(total) // len(trace))
-        found[site.name] = total / items / per_row.clamp(min=torch.finfo(torch.float64).tiny)
-    return found

@@ -18,9 +18,11 @@ adapters, biases and norms are ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from subbyte.core.ready import copied
 from subbyte.core.sites import Site, bias_of
 from subbyte.core.tensors import QuantizedLayer, as_matrix, as_weight
 from subbyte.ptq.evidence.statistics import (
+    MEASURED,
     PATCHES,
     Statistics,
     fitting,
@@ -40,6 +43,8 @@ from subbyte.ptq.evidence.statistics import (
 )
 from subbyte.ptq.plan.search import Layer
 from subbyte.ptq.solvers.codes import damped
+from subbyte.ptq.steps.chain import Chain, blocks_of
+from subbyte.tasks.base import Task
 from subbyte.tasks.batches import Batch, call
 
 STAGES = 32  # of more layers, neighbours share a pass over the images
@@ -57,6 +62,7 @@ def solve_in_order(
     solve: Solve,
     batches: Sequence[Batch],
     *,
+    task: Task | None = None,
     more: Sequence[Batch] = (),
     starved: Collection[str] = (),
 ) -> Quantized:
@@ -64,25 +70,96 @@ def solve_in_order(
 
     start: its float network is where this begins; its layers are solved anew. known: layers to
     quantize, with the float network's statistics. solve: codes and adapter of a layer, in the
-    metric of the statistics it is given. batches: inputs of the network. more: yet more, for the
-    layers named in `starved` alone. Layers without statistics are solved first, as they are.
+    metric of the statistics it is given. batches: inputs of the network; task: which of their
+    positions are no padding. more: yet more, for the layers named in `starved` alone. Layers
+    without statistics of inputs, and tables, are solved first, as they are. More than six
+    parameters: these are independent of each other.
     """
-    work = _Work(start.model, batches, more, starved)
+    work = _Work(start.model, batches, more, starved, task)
+    measured = {layer.site.name: layer for layer in known if _has_inputs(layer)}
     for layer in known:
-        if layer.statistics is None:
+        if layer.site.name not in measured:
             work.take(layer, solve(layer), None)
-    measured = {layer.site.name: layer for layer in known if layer.statistics is not None}
     needs = work.needs([layer.site for layer in measured.values()])
-    for ahead in _spans(list(_stages(list(needs))), needs, AHEAD_BYTES):
+    blocks = () if starved else blocks_of(work.teacher, batches[0][:2])
+    outside, inside = _by_block(list(needs), blocks)
+    before = [name for name in outside if inside and _is_before(needs, name, inside)]
+    _in_passes(work, measured, before, needs, solve)
+    _in_blocks(work, measured, blocks, inside, solve)
+    rest = [name for name in outside if name not in before]
+    _in_passes(work, measured, rest, needs, solve)
+    return Quantized(work.model, work.layers, _unpaired_note(work.unpaired))
+
+
+def _is_before(needs: Mapping[str, int], name: str, inside: Sequence[Sequence[str]]) -> bool:
+    """Whether a layer runs before the first one of the blocks."""
+    order = list(needs)
+    first = min(order.index(other) for own in inside for other in own)
+    return order.index(name) < first
+
+
+def _by_block(names: Sequence[str], blocks: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Layers outside of all blocks, and those of each block; in order."""
+    inside = [[n for n in names if n.startswith(f"{block}.")] for block in blocks]
+    taken = {name for own in inside for name in own}
+    if not taken:
+        return list(names), []
+    return [n for n in names if n not in taken], inside
+
+
+def _in_passes(
+    work: _Work,
+    measured: Mapping[str, Layer],
+    names: Sequence[str],
+    needs: Mapping[str, int],
+    solve: Solve,
+) -> None:
+    """Layers in stages, each of which runs the network from its inputs up to its last layer."""
+    for ahead in _spans(list(_stages(names)), needs, AHEAD_BYTES):
         sites = [measured[name].site for names in ahead for name in names]
         wanted = list(work.patches(work.teacher, sites))
         for names in ahead:
-            paired = work.paired([measured[name].site for name in names], wanted)
-            for name in names:
-                pair = paired.get(name)
-                layer = measured[name] if pair is None else work.adapted(measured[name], pair)
-                work.take(measured[name], solve(layer), pair)
-    return Quantized(work.model, work.layers, _unpaired_note(work.unpaired))
+            stage = [measured[name] for name in names]
+            own = [layer.site for layer in stage]
+            _solve_stage(work, stage, wanted, work.patches(work.student, own), solve)
+
+
+def _in_blocks(
+    work: _Work,
+    measured: Mapping[str, Layer],
+    blocks: Sequence[str],
+    inside: Sequence[Sequence[str]],
+    solve: Solve,
+) -> None:
+    """Layers of a chain of blocks; each block is run from what the one before gave."""
+    if not inside:
+        return
+    teacher = Chain(work.teacher, blocks, work.batches)
+    student = Chain(work.student, blocks, work.batches)
+    for i, names in enumerate(inside):
+        own = [measured[name].site for name in names]
+        stages = work.stages_of_block(teacher, i, own)
+        wanted = list(work.block_patches(teacher, i, own))
+        for stage_names in stages:
+            stage = [measured[name] for name in stage_names]
+            sites = [layer.site for layer in stage]
+            _solve_stage(work, stage, wanted, work.block_patches(student, i, sites), solve)
+        teacher.pass_block(i)
+        student.pass_block(i)
+
+
+def _solve_stage(
+    work: _Work,
+    stage: Sequence[Layer],
+    wanted: Sequence[_Patches],
+    seen: Iterable[_Patches],
+    solve: Solve,
+) -> None:
+    paired = work.paired([layer.site for layer in stage], wanted, seen)
+    for layer in stage:
+        pair = paired.get(layer.site.name)
+        adapted = layer if pair is None else work.adapted(layer, pair)
+        work.take(layer, solve(adapted), pair)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,7 +187,9 @@ class _Work:
         batches: Sequence[Batch],
         more: Sequence[Batch],
         starved: Collection[str],
+        task: Task | None,
     ) -> None:
+        self.task = task
         self.teacher, self.batches, self.more, self.starved = teacher, batches, more, starved
         self.model, self.student = copied(teacher), copied(teacher)
         self.norms = norms_behind(teacher, lambda: call(teacher, batches[0][:2]))
@@ -124,10 +203,10 @@ class _Work:
         Layers that two examples do not reach (experts) come where a batch reaches them, or last.
         """
         few = self.batches[0][:2]
-        seen = _patches(self.teacher, layers, few, self.quota * len(few))
+        seen = self._of_batch(self.teacher, layers, few)
         if len(seen) < len(layers):
             few = self.batches[0]
-            seen = _patches(self.teacher, layers, few, self.quota * len(few))
+            seen = self._of_batch(self.teacher, layers, few)
         share = sum(len(x) for x in self.batches) / len(few)
         needs = {n: round(share * sum(x.nbytes for x in own)) for n, own in seen.items()}
         return needs | {site.name: 0 for site in layers if site.name not in needs}
@@ -136,12 +215,36 @@ class _Work:
         """Of each batch; then of more batches, if any of the layers needs them."""
         starved = [site for site in stage if site.name in self.starved]
         for x in self.batches:
-            yield _patches(model, stage, x, self.quota * len(x))
+            yield self._of_batch(model, stage, x)
         for x in self.more if starved else ():
-            yield _patches(model, starved, x, self.quota * len(x))
+            yield self._of_batch(model, starved, x)
 
-    def paired(self, stage: Sequence[Site], wanted: Sequence[_Patches]) -> dict[str, _Paired]:
-        """wanted: the float network's patches of each batch, of these layers and maybe more.
+    def _of_batch(self, model: nn.Module, stage: Sequence[Site], x: Batch) -> _Patches:
+        mask = None if self.task is None else self.task.mask(x)
+        return _patches(model, stage, partial(call, model, x), self.quota * len(x), mask)
+
+    def block_patches(self, chain: Chain, i: int, stage: Sequence[Site]) -> Iterator[_Patches]:
+        """Of each batch, in block i of a chain that stands before it."""
+        for b, x in enumerate(self.batches):
+            mask = None if self.task is None else self.task.mask(x)
+            run = partial(chain.run, i, b)
+            yield _patches(chain.model, stage, run, self.quota * len(x), mask)
+
+    def stages_of_block(self, chain: Chain, i: int, layers: Sequence[Site]) -> list[list[str]]:
+        """Layers that see the same input are one stage; in the order of execution."""
+        inputs: dict[str, int] = {}
+        with inputs_seen_by(chain.model, layers, inputs):
+            chain.run(i, 0)
+        order = list(inputs)
+        left = [site.name for site in layers if site.name not in inputs]
+        by_input = [list(own) for _, own in itertools.groupby(order, lambda name: inputs[name])]
+        return [*by_input, *([name] for name in left)]
+
+    def paired(
+        self, stage: Sequence[Site], wanted: Sequence[_Patches], seen: Iterable[_Patches]
+    ) -> dict[str, _Paired]:
+        """wanted: the float network's patches of each batch, of these layers and maybe more. seen:
+        the student's.
 
         A layer that is given other numbers of vectors in the two networks is left out: a router
         has sent it other tokens, and there is nothing to pair.
@@ -149,7 +252,7 @@ class _Work:
         odd: set[str] = set()
         sums: dict[str, list[Tensor]] = {}
         counts = dict.fromkeys((site.name for site in stage), 0)
-        for x, z in zip(wanted, self.patches(self.student, stage), strict=False):
+        for x, z in zip(wanted, seen, strict=False):
             for name in z:
                 if not _are_pairs(x.get(name, []), z[name]):
                     odd.add(name)
@@ -217,6 +320,11 @@ class _Work:
                 bias += wanted - got
 
 
+def _has_inputs(layer: Layer) -> bool:
+    """Whether a layer has measured inputs that change with the layers before it."""
+    return layer.statistics is not None and layer.site.type in MEASURED
+
+
 def _are_pairs(x: Sequence[Tensor], z: Sequence[Tensor]) -> bool:
     """Whether the chunks of a pass through the float network go with those of the other; z may end
     after the first call."""
@@ -232,11 +340,44 @@ def _unpaired_note(names: Sequence[str]) -> tuple[str, ...]:
     )
 
 
+@contextmanager
+def inputs_seen_by(
+    model: nn.Module, layers: Sequence[Site], inputs: dict[str, int]
+) -> Iterator[None]:
+    """While it is open, the first tensor that each layer is given is written down, by its id."""
+    kept: list[Tensor] = []  # an id may only be used again once its tensor is gone
+
+    def hook(names: Sequence[str], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        kept.append(x)
+        for name in names:
+            inputs.setdefault(name, id(x))
+
+    owners: dict[str, list[str]] = {}
+    for site in layers:
+        owners.setdefault(site.owner, []).append(site.name)
+    handles = [
+        model.get_submodule(owner).register_forward_pre_hook(partial(hook, own), with_kwargs=True)
+        for owner, own in owners.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _ReachedError(Exception):
     """All layers of interest have been seen; the rest of the network need not run."""
 
 
-def _patches(model: nn.Module, stage: Sequence[Site], x: Batch, most: int) -> _Patches:
+def _patches(
+    model: nn.Module,
+    stage: Sequence[Site],
+    run: Callable[[], Any],
+    most: int,
+    mask: Tensor | None,
+) -> _Patches:
     """Chunks of patches [groups, width, n] of each layer, in a pass that ends with the last one."""
     seen: dict[str, list[Tensor]] = {}
 
@@ -245,8 +386,8 @@ def _patches(model: nn.Module, stage: Sequence[Site], x: Batch, most: int) -> _P
         if len(seen) == len(stage):
             raise _ReachedError
 
-    with suppress(_ReachedError), inputs_of(model, stage, receive, most):
-        call(model, x)
+    with suppress(_ReachedError), inputs_of(model, stage, receive, most, mask):
+        run()
     return seen
 
 

@@ -32,10 +32,9 @@ from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_ma
 from subbyte.ptq.entrance import channels_last
 from subbyte.ptq.solvers.lowrank import stored
 from subbyte.tasks.base import Task, unpadded
-from subbyte.tasks.batches import Batch, Examples, Inputs, Ragged, call, leaves
+from subbyte.tasks.batches import Batch, Examples, Ragged, batch_size, call
 
 BATCH = 32
-_TOKENS = 2048  # of one batch, of sequences of token ids
 LR = 0.01  # times the root of the relative error that the tuning starts with
 Seen = dict[tuple[str, int], Tensor]
 
@@ -243,25 +242,12 @@ def _epoch(parts: Sequence[Batch], generator: torch.Generator) -> list[Batch]:
     """Whole batches of every part in a new order; what is over in a part waits for the next."""
     found = []
     for part in parts:
-        size = min(_batch_size(part), len(part))
+        size = min(batch_size(part, BATCH), len(part))
         order = torch.randperm(len(part), generator=generator)
         found += [part[own] for own in order.split(size) if len(own) == size]
     if len(parts) > 1:
         found = [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
     return found[::-1]
-
-
-def _batch_size(part: Batch) -> int:
-    """At most BATCH examples, and of token sequences no more than _TOKENS tokens."""
-    tokens = part.shape[1] if isinstance(part, Tensor) and part.ndim == 2 else 1
-    if isinstance(part, Inputs):
-        sizes = [x.shape[1] for x in leaves((part.args, part.kwargs)) if _is_sequence(x)]
-        tokens = max(sizes, default=1)
-    return max(1, min(BATCH, _TOKENS // tokens))
-
-
-def _is_sequence(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point()
 
 
 @torch.no_grad()

@@ -1,0 +1,156 @@
+"""Networks that are a chain of blocks, run a block at a time from what the block before gave.
+
+A transformer is one: each block of an `nn.ModuleList` takes what the one before returned. To see
+the inputs of a layer in block 20, there is no need to run blocks 0 to 19 again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subbyte.core.sites import join
+from subbyte.tasks.batches import Batch, call, leaves
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockCall:
+    """How a block is called, but for the hidden state. at: where that goes."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    at: int | str
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Any:
+        args, kwargs = list(self.args), dict(self.kwargs)
+        if isinstance(self.at, int):
+            args[self.at] = hidden
+        else:
+            kwargs[self.at] = hidden
+        return block(*args, **kwargs)
+
+
+@dataclass(slots=True)
+class _Trace:
+    """calls: of each block in turn. results: what each returned. fault: it was called again."""
+
+    calls: list[tuple[BlockCall, Tensor]] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
+
+
+def blocks_of(model: nn.Module, batch: Batch) -> tuple[str, ...]:
+    """Paths of the blocks of the longest chain in a network; empty if there is none of 2 or more.
+
+    Each block has to be called once, in turn, its hidden state being what the one before returned;
+    everything else that it is given has to be what the first was given, or plain values.
+    """
+    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    for path, own in sorted(lists, key=lambda x: -len(x[1])):
+        paths = tuple(join(path, str(i)) for i in range(len(own)))
+        if len(paths) > 1 and _is_chain(model, paths, batch):
+            return paths
+    return ()
+
+
+def _is_chain(model: nn.Module, paths: Sequence[str], batch: Batch) -> bool:
+    trace = _Trace()
+    with torch.no_grad(), _watched(model, paths, trace):
+        call(model, batch)
+    if len(trace.calls) != len(paths) or len(trace.results) != len(paths):
+        return False
+    first = _others(trace.calls[0][0])
+    for (own, hidden), before in zip(trace.calls[1:], trace.results, strict=False):
+        if hidden is not hidden_of(before):
+            return False
+        if not all(any(x is y for y in first) for x in _others(own)):
+            return False
+    return all(_is_plain(own) for own, _ in trace.calls)
+
+
+def _others(own: BlockCall) -> list[Tensor]:
+    """The tensors of a call beside the hidden state."""
+    return [x for x in leaves((own.args, dict(own.kwargs))) if isinstance(x, Tensor)]
+
+
+def _is_plain(own: BlockCall) -> bool:
+    """Whether a call can be repeated: nothing in it that remembers (a cache of keys, say)."""
+    plain = (Tensor, str, bool, int, float, type(None), torch.dtype, torch.device)
+    return all(isinstance(x, plain) for x in leaves((own.args, dict(own.kwargs))))
+
+
+def hidden_of(result: Any) -> Any:
+    """The hidden state in what a block returned: it, or the first of a tuple."""
+    return result[0] if isinstance(result, tuple | list) and result else result
+
+
+class _StoppedError(Exception):
+    """The first block has been reached; the rest need not run."""
+
+
+@contextmanager
+def _watched(
+    model: nn.Module, paths: Sequence[str], trace: _Trace, stop: bool = False
+) -> Iterator[None]:
+    """While it is open, calls of the blocks are written down. stop: the first one ends the pass."""
+
+    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = _parted(args, kwargs)
+        if found is not None:
+            trace.calls.append(found)
+        if stop:
+            raise _StoppedError
+
+    def after(_: Any, args: Any, result: Any) -> None:
+        trace.results.append(result)
+
+    handles = []
+    for path in paths:
+        block = model.get_submodule(path)
+        handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(block.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _parted(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[BlockCall, Tensor] | None:
+    """The call without its hidden state, and the hidden state: the first tensor of floats."""
+    for i, x in enumerate(args):
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return BlockCall((*args[:i], None, *args[i + 1 :]), kwargs, i), x
+    for name, x in kwargs.items():
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return BlockCall(args, {**kwargs, name: None}, name), x
+    return None
+
+
+class Chain:
+    """Where a network stands between two of its blocks, for each of some batches."""
+
+    def __init__(self, model: nn.Module, paths: Sequence[str], batches: Sequence[Batch]) -> None:
+        self.model, self.paths = model, paths
+        self.calls: list[BlockCall] = []
+        self.hidden: list[Tensor] = []
+        for x in batches:
+            trace = _Trace()
+            with torch.no_grad(), suppress(_StoppedError), _watched(model, paths, trace, stop=True):
+                call(model, x)
+            own, hidden = trace.calls[0]
+            self.calls.append(own)
+            self.hidden.append(hidden)
+
+    def run(self, i: int, batch: int) -> Any:
+        """What block i makes of a batch; all blocks before it have been passed."""
+        return self.calls[batch](self.model.get_submodule(self.paths[i]), self.hidden[batch])
+
+    @torch.no_grad()
+    def pass_block(self, i: int) -> None:
+        """On to the border behind block i."""
+        self.hidden = [hidden_of(self.run(i, batch)) for batch in range(len(self.hidden))]
