@@ -167,7 +167,7 @@ def set_key(*path, value):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (set_key("version", value=2), "format version 2, this subbyte reads up to 1; upgrade"),
+        (set_key("version", value=3), "format version 3, this subbyte reads up to 2; upgrade"),
         (set_key("version", value="x"), "version 'x'"),
         (lambda m: m.pop("grids"), "malformed.*grids"),
         (set_key("layers", "conv", "grid", value=9), "grid 9"),

@@ -183,7 +183,7 @@ def test_a_transformer_is_quantized_at_every_projection():
         ({"target_bits": 0.0}, "target_bits=0.0"),
         ({"bits": 3, "codes": "best"}, "codes='best'; use one of gptq, rtn, k-sigma"),
         ({"bits": 3, "adapter_bits": 4}, "adapter_bits=4"),
-        ({"bits": 3, "tune": 251}, "tune=251; use 0 to 250"),
+        ({"bits": 3, "tune": 100_001}, "tune=100001; use 0 to 100000"),
         ({"bits": 3, "rounds": 0}, "rounds=0"),
     ],
 )

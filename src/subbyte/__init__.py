@@ -10,7 +10,15 @@ done = sb.quantize(model, sb.CoRa(bits=3), calibration=batches)      # without t
 sb.save(sb.pack(done), "net.safetensors")
 """
 
-from subbyte.core.grids import Grid, PerChannel, PerTensor, ScaleDomain, fixed_point, uniform
+from subbyte.core.grids import (
+    Grid,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    ScaleDomain,
+    fixed_point,
+    uniform,
+)
 from subbyte.core.plan import Plan
 from subbyte.core.quantized import Quantized
 from subbyte.core.recipe import Recipe, Rule
@@ -43,6 +51,7 @@ __all__ = [
     "LowRank",
     "LowRes",
     "PerChannel",
+    "PerGroup",
     "PerTensor",
     "Plan",
     "PublishedCoRa",

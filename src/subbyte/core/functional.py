@@ -1,18 +1,20 @@
 """Pure functions on weights: scale rules, encode, decode, straight-through, entropy.
 
 Shapes in words: a weight is [out, ...] (any rank), a scale is [groups] with one group for the whole
-tensor or one for each index of the grid's channel axis.
+tensor, one for each index of the grid's channel axis, or one for every so many inputs of each row.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from subbyte.core.grids import Grid, PerChannel, ScaleDomain
+from subbyte.core.grids import Grid, PerChannel, PerGroup, ScaleDomain
 from subbyte.errors import SubbyteError
 
 MIN_EXPONENT, MAX_EXPONENT = -126, 127
@@ -21,6 +23,8 @@ FLOAT16_MAX = 65504.0
 
 def n_groups(shape: Sequence[int], grid: Grid) -> int:
     """Number of scales a weight of this shape has on this grid."""
+    if isinstance(grid.granularity, PerGroup):
+        return _rows(shape) * grid.granularity.per_row(_width(shape))
     if not isinstance(grid.granularity, PerChannel):
         return 1
     axis = grid.granularity.axis
@@ -29,17 +33,42 @@ def n_groups(shape: Sequence[int], grid: Grid) -> int:
     return shape[axis]
 
 
-def spread(scale: Tensor, ndim: int, grid: Grid) -> Tensor:
-    """View of scale [groups] that broadcasts against a weight of `ndim` dimensions."""
+def _rows(shape: Sequence[int]) -> int:
+    if not len(shape):
+        raise SubbyteError("a weight without dimensions has no groups of inputs; use PerTensor")
+    return shape[0]
+
+
+def _width(shape: Sequence[int]) -> int:
+    return math.prod(shape[1:])
+
+
+def spread(scale: Tensor, shape: Sequence[int], grid: Grid) -> Tensor:
+    """scale [groups] so that it broadcasts against a weight of this shape: a view, but of groups of
+    inputs, whose scales are repeated."""
+    if isinstance(grid.granularity, PerGroup):
+        wide = scale.reshape(_rows(shape), -1).repeat_interleave(grid.granularity.size, 1)
+        return wide[:, : _width(shape)].reshape(tuple(shape))
     axis = grid.granularity.axis if isinstance(grid.granularity, PerChannel) else 0
-    shape = [1] * ndim
-    if ndim:
-        shape[axis] = -1
-    return scale.reshape(shape)
+    ones = [1] * len(shape)
+    if ones:
+        ones[axis] = -1
+    return scale.reshape(ones)
+
+
+def in_groups(x: Tensor, size: int) -> Tensor:
+    """A weight's values as [groups, size], one group of inputs a row; 0 where the last of a row of
+    the weight is shorter."""
+    matrix = x.reshape(_rows(x.shape), -1)
+    return F.pad(matrix, (0, -matrix.shape[1] % size)).reshape(-1, size)
 
 
 def reduce_groups(x: Tensor, grid: Grid) -> Tensor:
-    """Mean of x over everything but the channel axis; [groups]."""
+    """Mean of x over everything that shares a scale; [groups]."""
+    if isinstance(grid.granularity, PerGroup):
+        size = grid.granularity.size
+        counts = in_groups(torch.ones_like(x), size).sum(1)
+        return in_groups(x, size).sum(1) / counts
     if not isinstance(grid.granularity, PerChannel):
         return x.mean().reshape(1)
     dims = [d for d in range(x.ndim) if d != grid.granularity.axis]
@@ -56,7 +85,7 @@ def std_scale(w: Tensor, grid: Grid) -> Tensor:
 
     Its gradient at a group of equal weights is 0 (a plain square root would give NaN).
     """
-    centred = w - spread(reduce_groups(w, grid), w.ndim, grid)
+    centred = w - spread(reduce_groups(w, grid), w.shape, grid)
     variance = reduce_groups(centred.square(), grid)
     safe = torch.where(variance > 0, variance, torch.ones_like(variance))
     return torch.where(variance > 0, safe.sqrt(), torch.zeros_like(variance))
@@ -99,7 +128,7 @@ def power_of_two(exponent: Tensor) -> Tensor:
 def divide(w: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """w / scale as float32; a group whose scale is 0 is left as it is (its values decode to 0)."""
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return w / spread(safe, w.ndim, grid)
+    return w / spread(safe, w.shape, grid)
 
 
 def _nearest_(x: Tensor, grid: Grid) -> Tensor:
@@ -136,7 +165,7 @@ def fake_quantize(w: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """`decode(encode(w, scale, grid), scale, grid)`, bit for bit, without the codes; no graph."""
     with torch.no_grad():
         index = _nearest_(divide(w, scale, grid), grid)
-        return _level_(index, grid).mul_(spread(scale, w.ndim, grid))
+        return _level_(index, grid).mul_(spread(scale, w.shape, grid))
 
 
 def encode(w: Tensor, scale: Tensor, grid: Grid) -> Tensor:
@@ -151,7 +180,7 @@ def encode(w: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 
 def decode(codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """levels[code] * scale in float32, of the codes' shape. A scale is float32 [groups]."""
-    return _level_(codes.float(), grid) * spread(scale, codes.ndim, grid)
+    return _level_(codes.float(), grid) * spread(scale, codes.shape, grid)
 
 
 class _StraightThrough(torch.autograd.Function):

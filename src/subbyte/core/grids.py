@@ -17,6 +17,7 @@ from typing import Any
 from subbyte.errors import SubbyteError
 
 MAX_LEVELS = 256
+MAX_GROUP = 2**20
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
@@ -49,7 +50,29 @@ class PerChannel:
             raise SubbyteError(f"PerChannel axis is {self.axis!r}; give a dimension, 0 or more")
 
 
-Granularity = PerTensor | PerChannel
+@dataclass(frozen=True, slots=True)
+class PerGroup:
+    """One scale for every `size` consecutive inputs of each output row.
+
+    The weight is seen as a matrix [out, width], dimension 0 and the rest flattened in order; the
+    last group of a row may be shorter. Scales lie row by row. size: a multiple of 4.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.size, int) and not isinstance(self.size, bool)
+        if not whole or not 4 <= self.size <= MAX_GROUP or self.size % 4:
+            raise SubbyteError(
+                f"PerGroup size is {self.size!r}; give a multiple of 4 from 4 to {MAX_GROUP}"
+            )
+
+    def per_row(self, width: int) -> int:
+        """Scales of a row of `width` inputs."""
+        return -(-width // self.size)
+
+
+Granularity = PerTensor | PerChannel | PerGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,22 +135,32 @@ class Grid:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; `Grid.from_dict` gives an equal grid back."""
         axis = self.granularity.axis if isinstance(self.granularity, PerChannel) else None
-        return {
+        found = {
             "levels": list(self.levels),
             "channel_axis": axis,
             "scale_domain": self.scale_domain.value,
         }
+        group = isinstance(self.granularity, PerGroup)
+        return found | ({"group": self.granularity.size} if group else {})  # type: ignore[union-attr]
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> Grid:
         """Grid from its `to_dict` form. Raises SubbyteError naming what is malformed."""
         try:
             levels = tuple(_number(level) for level in value["levels"])
-            axis = value["channel_axis"]
+            axis, group = value["channel_axis"], value.get("group")
             domain = ScaleDomain(value["scale_domain"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise SubbyteError(f"not a grid: {error!r} in {str(value)[:120]}") from None
-        return Grid(levels, PerTensor() if axis is None else PerChannel(axis), domain)
+        return Grid(levels, _granularity(axis, group), domain)
+
+
+def _granularity(axis: Any, group: Any) -> Granularity:
+    if group is None:
+        return PerTensor() if axis is None else PerChannel(axis)
+    if axis is not None:
+        raise SubbyteError(f"a grid has channel_axis {axis!r} and group {group!r}; give one")
+    return PerGroup(group)
 
 
 def _float32(value: float) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 from subbyte.core.account import FloatParameter
 from subbyte.core.atomic import write_atomically
+from subbyte.core.grids import PerGroup
 from subbyte.core.jsontext import to_json
 from subbyte.errors import SubbyteError
 
@@ -20,8 +21,9 @@ class PlannedLayer:
     """One layer. levels: 0 keeps it float, None is what the method says.
 
     rank: of the adapter, post-training alone. n_bytes: codes, scales and adapter, once known.
-    predicted: rise of the loss, nats an example, where it was measured. reason: why it stays float
-    though nobody asked for it. method: how, as in `Rule`; not part of what is saved.
+    predicted: rise of the loss per example, where it was measured. reason: why it stays float
+    though nobody asked for it. group: inputs that share a scale, None for a scale per channel.
+    method: how, as in `Rule`; not part of what is saved.
     """
 
     name: str
@@ -32,6 +34,7 @@ class PlannedLayer:
     n_bytes: int = 0
     predicted: float | None = None
     reason: str = ""
+    group: int | None = None
     method: Any = field(default=None, compare=False)
 
     @property
@@ -149,6 +152,7 @@ _COLUMNS = {
     "shape": lambda x: "x".join(map(str, x.shape)),
     "weights": lambda x: f"{x.n_weights:,}",
     "levels": _levels_text,
+    "group": lambda x: "" if x.group is None else str(x.group),
     "rank": lambda x: str(x.rank) if x.n_bytes else "",
     "bytes": lambda x: f"{x.n_bytes:,}" if x.n_bytes else "",
     "predicted loss": lambda x: "" if x.predicted is None else f"{x.predicted:.2g}",
@@ -161,7 +165,9 @@ def _following(own: PlannedLayer, given: PlannedLayer | None) -> PlannedLayer:
         return own
     if given is None or given.levels == 0:
         return replace(own, levels=0, rank=0, n_bytes=0, predicted=None)
-    return replace(own, levels=given.levels, rank=given.rank, predicted=given.predicted)
+    return replace(
+        own, levels=given.levels, rank=given.rank, group=given.group, predicted=given.predicted
+    )
 
 
 def _layer(value: Mapping[str, Any]) -> PlannedLayer:
@@ -172,6 +178,7 @@ def _layer(value: Mapping[str, Any]) -> PlannedLayer:
         shape=tuple(int(n) for n in value["shape"]),
         levels=None if levels is None else int(levels),
         rank=int(value.get("rank", 0)),
+        group=None if value.get("group") is None else PerGroup(value["group"]).size,
         n_bytes=int(value.get("n_bytes", 0)),
         predicted=value.get("predicted"),
         reason=str(value.get("reason", "")),

@@ -6,12 +6,13 @@ The scale is searched among a geometric series of shares of max |w|, then refitt
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from subbyte.core.functional import decode, encode, round_scale
-from subbyte.core.grids import Grid, PerChannel
+from subbyte.core.functional import decode, encode, in_groups, round_scale
+from subbyte.core.grids import Grid, PerChannel, PerGroup
 from subbyte.core.tensors import QuantizedTensor
 
 LEAST, MOST, RATIO = 0.1, 1.15, 1.04  # scales tried, times max |w|
@@ -22,18 +23,27 @@ def rtn(matrix: Tensor, gram: Tensor | None, grid: Grid) -> QuantizedTensor:
     """Nearest levels, with the scale of least squares; matrix float [out, width].
 
     gram: its diagonal weights the squares; None weights all alike. The grid is of the matrix
-    (channels on axis 0), per channel or per tensor.
+    (channels on axis 0), per channel, per tensor, or per group of inputs.
     """
-    scale = _plain_scale(matrix, gram, grid)
+    if isinstance(grid.granularity, PerGroup):
+        scale = _group_scale(matrix, gram, grid, grid.granularity.size)
+    else:
+        scale = _plain_scale(matrix, _column_weights(matrix, gram), grid)
     return QuantizedTensor(encode(matrix, scale, grid), scale, grid)
 
 
-def _plain_scale(matrix: Tensor, gram: Tensor | None, grid: Grid) -> Tensor:
+def _group_scale(matrix: Tensor, gram: Tensor | None, grid: Grid, size: int) -> Tensor:
+    """Every group is a row of a matrix of its own; what fills up the last ones weighs nothing."""
+    weights = _column_weights(matrix, gram).expand(matrix.shape)
+    by_row = replace(grid, granularity=PerChannel(0))
+    return _plain_scale(in_groups(matrix, size), in_groups(weights, size), by_row)
+
+
+def _plain_scale(matrix: Tensor, weights: Tensor, grid: Grid) -> Tensor:
     """The scale with the least weighted squared rounding error of a geometric series of them.
 
     Each of the last ones is the best for the codes of the one before.
     """
-    weights = _column_weights(matrix, gram)
     peak = matrix.abs().amax(1) if isinstance(grid.granularity, PerChannel) else matrix.abs().max()
     peak = peak.reshape(-1) / max(abs(grid.levels[0]), abs(grid.levels[-1]))
     best = torch.full_like(peak, torch.inf, dtype=torch.float64)

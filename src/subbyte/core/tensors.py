@@ -20,8 +20,9 @@ class QuantizedTensor:
     """A weight as codes on a grid.
 
     codes: uint8, the weight's shape, each below grid.n_levels.
-    scale: float32 [groups], in the grid's scale domain; groups is 1 per tensor, or the length of
-        the channel axis. The value of a weight is `levels[code] * scale`, computed in float32.
+    scale: float32 [groups], in the grid's scale domain; groups is 1 per tensor, the length of the
+        channel axis, or the number of groups of inputs, row by row. The value of a weight is
+        `levels[code] * scale`, computed in float32.
     Raises SubbyteError when these do not fit together.
     """
 

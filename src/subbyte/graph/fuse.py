@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from subbyte.core.functional import read_scale
-from subbyte.core.grids import PerChannel, ScaleDomain
+from subbyte.core.grids import PerChannel, PerGroup, PerTensor, ScaleDomain
 from subbyte.errors import SubbyteError
 from subbyte.graph.network import PROGRAM
 from subbyte.kernels import Activation
@@ -128,9 +128,12 @@ def _scaled(packed: PackedWeight, gain: torch.Tensor) -> PackedWeight:
     """The same weight, adapter included, with every output channel times a number of its own."""
     packed = copy.deepcopy(packed)
     factors, grid = packed.factors(), packed.grid
-    scale = read_scale(packed.scale, grid.scale_domain).double() * gain.double()
-    packed.scale = scale.float()
-    packed.grid = replace(grid, granularity=PerChannel(0), scale_domain=ScaleDomain.FLOAT32)
+    scale = read_scale(packed.scale, grid.scale_domain).double().reshape(-1, 1)
+    if grid.granularity != PerTensor():
+        scale = scale.reshape(len(gain), -1)
+    packed.scale = (scale * gain.double()[:, None]).float().flatten()
+    sharing = grid.granularity if isinstance(grid.granularity, PerGroup) else PerChannel(0)
+    packed.grid = replace(grid, granularity=sharing, scale_domain=ScaleDomain.FLOAT32)
     if factors is not None:
         assert packed.adapter_scale is not None
         packed.up, packed.down = factors[0] * gain[:, None], factors[1]

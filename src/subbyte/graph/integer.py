@@ -23,7 +23,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from subbyte.core.functional import scale_exponent
+from subbyte.core.functional import scale_exponent, spread
 from subbyte.core.grids import ScaleDomain
 from subbyte.errors import SubbyteError
 from subbyte.modules import PackedConv2d, PackedLinear, PackedWeight
@@ -80,10 +80,7 @@ def integer_weight(packed: PackedWeight) -> IntegerWeight:
     levels = np.array([int(level) for level in grid.levels], dtype=np.int64)
     exponents = scale_exponent(tensor.scale).numpy().astype(np.int64)
     lowest = int(exponents.min())
-    axis = getattr(grid.granularity, "axis", 0)
-    shifts = (exponents - lowest).reshape(
-        [-1 if d == axis else 1 for d in range(len(packed.shape))]
-    )
+    shifts = spread(torch.from_numpy(exponents - lowest), packed.shape, grid).numpy()
     return IntegerWeight(levels[tensor.codes.numpy()] << shifts, lowest)
 
 

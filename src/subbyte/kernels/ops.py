@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.grad import conv2d_input
 
-from subbyte.core.grids import Grid, PerChannel, PerTensor, ScaleDomain
+from subbyte.core.grids import Granularity, Grid, PerChannel, PerGroup, PerTensor, ScaleDomain
 from subbyte.errors import SubbyteError
 from subbyte.kernels import products
 from subbyte.kernels.served import check_precision
@@ -26,14 +26,23 @@ from subbyte.packing import PackedMatrix
 
 
 def plain(grid: Grid) -> tuple[list[float], int, str]:
-    """A grid as an op's arguments: levels, axis of its scales (-1: one for all), their domain."""
-    axis = getattr(grid.granularity, "axis", -1)
+    """A grid as an op's arguments: levels, axis of its scales, their domain.
+
+    An axis of -1 is one scale for all; of -1 - n, one for every n inputs of a row.
+    """
+    sharing, axis = grid.granularity, -1
+    if isinstance(sharing, PerChannel):
+        axis = sharing.axis
+    elif isinstance(sharing, PerGroup):
+        axis = -1 - sharing.size
     return list(grid.levels), axis, grid.scale_domain.value
 
 
 @functools.lru_cache(maxsize=1024)
 def _grid(levels: tuple[float, ...], axis: int, domain: str) -> Grid:
-    granularity = PerTensor() if axis < 0 else PerChannel(axis)
+    granularity: Granularity = PerTensor() if axis == -1 else PerChannel(max(axis, 0))
+    if axis < -1:
+        granularity = PerGroup(-1 - axis)
     return Grid(levels, granularity, ScaleDomain(domain))
 
 

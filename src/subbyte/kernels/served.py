@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from subbyte.core.grids import Grid
+from subbyte.core.grids import Grid, PerGroup
 from subbyte.errors import SubbyteError
 
 try:
@@ -91,6 +91,8 @@ def _why_not_window(grid: Grid, shape: Sequence[int], groups: int, padding_mode:
 def _why_not_grid(grid: Grid, row_length: int) -> str | None:
     if _native is None:
         return "the C++ core (subbyte._native) was not built"
+    if isinstance(grid.granularity, PerGroup):
+        return "scales are per group of inputs"
     found = integers(grid)
     if found is None:
         return "levels are no multiples of one step"

@@ -275,7 +275,7 @@ def _quantized(quantizer: WeightQuantizer, weight: Tensor, name: str) -> Quantiz
             f"layer '{name}': its weights need a scale above {FLOAT16_MAX:g}, which float16 has "
             "not; use scale_domain='float32'"
         )
-    dead = spread(tensor.scale == 0, weight.ndim, tensor.grid) & (weight != 0)
+    dead = spread(tensor.scale == 0, weight.shape, tensor.grid) & (weight != 0)
     if dead.any():
         raise SubbyteError(
             f"layer '{name}': {int(dead.sum())} weights that are not 0 get a scale of 0 and would "

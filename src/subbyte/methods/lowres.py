@@ -124,7 +124,9 @@ class LowResQuantizer(WeightQuantizer):
             return straight_through(w, fake_quantize(w, scale, self.grid).to(w.dtype))
         scale = self.scale(w)
         normed = divide(w, scale, self.grid)
-        w_hat = straight_through(normed, snap(normed, self.grid)) * spread(scale, w.ndim, self.grid)
+        w_hat = straight_through(normed, snap(normed, self.grid)) * spread(
+            scale, w.shape, self.grid
+        )
         return w_hat.to(w.dtype)
 
     def quantize(self, w: Tensor) -> QuantizedTensor:

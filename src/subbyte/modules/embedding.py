@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subbyte.core.functional import decode, read_scale
-from subbyte.core.grids import PerChannel
+from subbyte.core.grids import PerTensor
 from subbyte.core.tensors import QuantizedLayer
 from subbyte.modules.weight import PackedWeight, decoded_weight, take_attributes
 from subbyte.packing import radix
@@ -33,8 +33,9 @@ class PackedEmbedding(nn.Module):
         rows = indices.flatten().long()
         codes = radix.unpack_rows(packed.words, packed.grid.n_levels, rows, features)
         scale = read_scale(packed.scale, packed.grid.scale_domain)
-        by_row = packed.grid.granularity == PerChannel(0)
-        found = decode(codes, scale[rows] if by_row else scale, packed.grid)
+        if packed.grid.granularity != PerTensor():
+            scale = scale.reshape(entries, -1)[rows].flatten()
+        found = decode(codes, scale, packed.grid)
         factors = packed.factors()
         if factors is not None:
             found = found + factors[0][rows] @ factors[1]

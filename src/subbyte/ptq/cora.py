@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from subbyte.core.grids import PerGroup
 from subbyte.core.plan import PlannedLayer
 from subbyte.core.tensors import LowRank, QuantizedLayer
 from subbyte.errors import SubbyteError
@@ -17,6 +18,7 @@ from subbyte.ptq.plan.search import Layer
 from subbyte.ptq.solvers import SOLVERS, Solver, weight_of
 from subbyte.ptq.solvers.lowrank import Metric, fit_adapter
 
+MOST_TUNE = 100_000
 _OF_THE_NETWORK = ("tune", "in_order", "correct_norms")
 
 
@@ -30,8 +32,10 @@ class CoRa:
     choice of codes can pay for; None: no adapters. codes: one of SOLVERS, "gptq", "rtn" or
     "k-sigma". in_order: with gptq, each layer makes up for the quantized ones before it, if
     held-out examples agree; then correct_norms has nothing left to do. adapter_bits: 8 or 16.
-    tune: iterations, at most 250, 0 for none. tune, in_order and correct_norms are of the network:
-    all rules of a recipe must agree on them.
+    group: inputs of a row that share a scale, a multiple of 4; None: a scale per channel, from
+    which a search over the levels of a transformer departs where that is worth its bytes. tune:
+    iterations, 0 for none. tune, in_order and correct_norms are of the network: all rules of a
+    recipe must agree on them.
     """
 
     levels: int | None = None
@@ -43,6 +47,7 @@ class CoRa:
     in_order: bool = True
     correct_norms: bool = True
     rounds: int = 3
+    group: int | None = None
 
     def __post_init__(self) -> None:
         if self.bits is not None and self.levels is not None:
@@ -59,8 +64,12 @@ class CoRa:
             raise SubbyteError(f"codes={self.codes!r}; use one of {', '.join(SOLVERS)}")
         if self.adapter_bits not in (8, 16):
             raise SubbyteError(f"adapter_bits={self.adapter_bits!r}; use 8 or 16")
-        if self.tune not in range(251):
-            raise SubbyteError(f"tune={self.tune!r}; use 0 to 250 iterations")
+        if not isinstance(self.tune, int) or not 0 <= self.tune <= MOST_TUNE:
+            raise SubbyteError(f"tune={self.tune!r}; use 0 to {MOST_TUNE} iterations")
+        if self.group is not None:
+            PerGroup(self.group)
+            if self.codes == "k-sigma":
+                raise SubbyteError("codes='k-sigma' has one scale per tensor; leave out group")
         if self.rounds < 1:
             raise SubbyteError(f"rounds={self.rounds!r}; use 1 or more")
 
@@ -100,10 +109,11 @@ def solve_layer(layer: Layer, planned: PlannedLayer, method: CoRa) -> QuantizedL
     matrix, rank = layer.matrix, planned.rank
     gram = None if layer.statistics is None else layer.statistics.gram
     metric = Metric(gram, layer.effect, layer.groups, matrix.shape[1])
-    codes, adapter = method.solver.solve(matrix, gram, planned.levels), None
+    solver, group = method.solver, planned.group
+    codes, adapter = solver.solve(matrix, gram, planned.levels, group), None
     for _ in range(method.rounds if rank else 0):
         if adapter is not None:
-            codes = method.solver.solve(matrix - adapter.product(), gram, planned.levels)
+            codes = solver.solve(matrix - adapter.product(), gram, planned.levels, group)
         adapter = _adapter(layer, matrix - codes.dequantize(), metric, rank, method.adapter_bits)
     return QuantizedLayer(weight_of(codes, layer.site), None, adapter)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.core.account import float_parameters, note_on_size, notes_on_float
-from subbyte.core.grids import PerChannel, ScaleDomain
+from subbyte.core.grids import PerTensor, ScaleDomain
 from subbyte.core.plan import Plan, PlannedLayer
 from subbyte.core.quantized import Evidence, Quantized
 from subbyte.core.ready import check_ready, unwrapped
@@ -42,7 +42,7 @@ from subbyte.ptq.evidence.statistics import (
     rounds_needed,
 )
 from subbyte.ptq.judge import HELD_OUT, Judge, Verdict, judging, teaching
-from subbyte.ptq.plan.search import LEVELS, Layer, layer_bytes, search
+from subbyte.ptq.plan.search import GROUPS, LEVELS, Layer, layer_bytes, search
 from subbyte.ptq.published import PublishedCoRa, published_layers, search_ranks
 from subbyte.ptq.steps.in_order import solve_in_order
 from subbyte.ptq.steps.norms import correct_norms, has_norms
@@ -50,6 +50,7 @@ from subbyte.ptq.steps.tune import tune
 from subbyte.tasks import Classification, Task
 from subbyte.tasks.batches import Batch, Examples, in_batches, one_batch, values_an_example
 
+_CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d")
 _EFFECT_BATCH = 16
 _IN_ORDER = 640  # examples for the passes in order; twice as many took twice as long for little
 _NORM_VALUES = 2**25  # input values of the batch that corrects the norms
@@ -428,17 +429,30 @@ def _chosen(run: _Run, known: Sequence[Layer]) -> Plan:
             searched.setdefault(method, []).append(layer)
         else:
             levels = own.levels or method.n_levels
-            found[own.name] = _sized(layer, replace(own, levels=levels), method)
+            group = _group(layer, method) if own.levels is None else own.group
+            found[own.name] = _sized(layer, replace(own, levels=levels, group=group), method)
     for method, layers in searched.items():
-        found |= {layer.name: layer for layer in _searched(layers, method).layers}
+        found |= {layer.name: layer for layer in _searched(run, layers, method).layers}
     chosen = (replace(found.get(x.name, x), method=None) for x in run.plan.layers)
     return replace(run.plan, layers=tuple(chosen))
 
 
-def _searched(layers: Sequence[Layer], method: CoRa) -> Plan:
+def _searched(run: _Run, layers: Sequence[Layer], method: CoRa) -> Plan:
     assert method.target_bits is not None
     levels = LEVELS if method.n_levels is None else (method.n_levels,)
-    return search(layers, method.target_bits, levels=levels, adapter_bits=method.adapter_bits)
+    groups: Sequence[int | None] = () if method.group is None else (method.group,)
+    if method.group is None and not any(x.type in _CONVOLUTIONS for x in run.sites.values()):
+        groups = GROUPS
+    return search(
+        layers, method.target_bits, levels=levels, groups=groups, adapter_bits=method.adapter_bits
+    )
+
+
+def _group(layer: Layer, method: CoRa) -> int | None:
+    """The method's group size, where the layer has rows of inputs that are longer."""
+    fits = layer.site.channel_axis == 0 and layer.groups == 1
+    wide = method.group is not None and method.group < layer.matrix.shape[1]
+    return method.group if fits and wide else None
 
 
 def _sized(layer: Layer, planned: PlannedLayer, method: CoRa) -> PlannedLayer:
@@ -446,8 +460,7 @@ def _sized(layer: Layer, planned: PlannedLayer, method: CoRa) -> PlannedLayer:
         raise SubbyteError(
             f"the plan leaves the levels of layer '{planned.name}' to a method that has none"
         )
-    size = layer_bytes(layer, planned.levels, planned.rank, method.adapter_bits)
-    return replace(planned, n_bytes=size)
+    return replace(planned, n_bytes=layer_bytes(layer, planned, method.adapter_bits))
 
 
 def _solver(run: _Run, chosen: Plan) -> Callable[[Layer], QuantizedLayer]:
@@ -470,7 +483,7 @@ def _compensates(run: _Run) -> bool:
 def _note_scales(run: _Run, done: Quantized) -> None:
     for name, layer in done.layers.items():
         grid = layer.weight.grid
-        if isinstance(grid.granularity, PerChannel) and grid.scale_domain is ScaleDomain.FLOAT32:
+        if not isinstance(grid.granularity, PerTensor) and grid.scale_domain is ScaleDomain.FLOAT32:
             run.notes.add(
                 f"layer '{name}' has float32 scales: its weights need some that float16 has not"
             )

@@ -19,7 +19,7 @@ from subbyte.errors import SubbyteError
 from subbyte.graph.program import Program
 from subbyte.packing import radix
 
-FORMAT, VERSION = "subbyte", 1
+FORMAT, VERSION = "subbyte", 2
 MAX_WEIGHTS = 2**40  # of one layer; a larger shape is damage
 WORDS, ZSTD = "radix64", "radix-bytes+zstd"
 ADAPTER = ("up", "down", "adapter_scale")

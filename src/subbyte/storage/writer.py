@@ -14,6 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, fx, nn
 
 from subbyte.core.atomic import write_atomically
+from subbyte.core.grids import PerGroup
 from subbyte.core.ready import unwrapped
 from subbyte.core.sites import join
 from subbyte.errors import SubbyteError
@@ -81,7 +82,7 @@ def save(
     state = {name: value for name, value in state.items() if name not in ties}
     manifest: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if any(isinstance(g.granularity, PerGroup) for g in grids) else 1,
         "network": _network(net),
         "grids": [grid.to_dict() for grid in grids],
         "layers": layers,

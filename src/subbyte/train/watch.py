@@ -106,7 +106,7 @@ def histograms(model: nn.Module) -> Histograms:
     for site, _, w in quantizers(model):
         weight = layers[site.name].weight
         middle = (weight.grid.levels[0] + weight.grid.levels[-1]) / 2
-        centred = w.detach() - spread(weight.scale * middle, w.ndim, weight.grid)
+        centred = w.detach() - spread(weight.scale * middle, w.shape, weight.grid)
         half = reach(weight.grid.n_levels)
         x = in_steps(centred, weight).float().cpu().clamp(-half, half)
         found[site.name] = torch.histc(x, BINS, -half, half).long().tolist()

@@ -11,19 +11,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from subbyte.core.functional import n_groups
 from subbyte.core.grids import n_words
 from subbyte.core.plan import Plan, PlannedLayer
 from subbyte.core.rtn import rtn
 from subbyte.core.sites import Site
 from subbyte.errors import SubbyteError
 from subbyte.ptq.evidence.statistics import Statistics
-from subbyte.ptq.solvers.codes import channel_grid, gptq, scale_domain
+from subbyte.ptq.solvers.codes import gptq, matrix_grid, quick_errors
 from subbyte.ptq.solvers.lowrank import Metric, adapter_bytes, largest_rank, reclaimed
 
 LEVELS = (2, 3, 4, 5, 8, 9, 16, 17, 32, 64, 256)
+GROUPS = (None, 128, 64, 32)
 MOST_RANK = 16
+LARGE = 2**14  # weights from which on a matrix may have scales per group
+_SAMPLED = 64  # rows of each kind that stand for a large matrix
 _BISECTIONS = 60
 
 
@@ -33,6 +38,7 @@ class _Option:
     rank: int
     n_bytes: int
     loss: float
+    group: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,9 +54,10 @@ class Layer:
     starved: bool = False
 
 
-def code_bytes(layer: Layer, levels: int) -> int:
-    """Radix words and a scale per channel."""
-    scales = len(layer.matrix) * scale_domain(layer.matrix).bits // 8
+def code_bytes(layer: Layer, levels: int, group: int | None = None) -> int:
+    """Radix words, and a scale per channel or per group of inputs."""
+    grid = matrix_grid(layer.matrix, levels, group)
+    scales = n_groups(layer.matrix.shape, grid) * grid.scale_domain.bits // 8
     return 8 * n_words(layer.site.n_weights, levels) + scales
 
 
@@ -60,9 +67,11 @@ def extra_bytes(layer: Layer, rank: int, adapter_bits: int) -> int:
     return adapter_bytes(out, width, layer.groups, rank, adapter_bits) if rank else 0
 
 
-def layer_bytes(layer: Layer, levels: int, rank: int, adapter_bits: int) -> int:
-    """Codes, scales and adapter."""
-    return code_bytes(layer, levels) + extra_bytes(layer, rank, adapter_bits)
+def layer_bytes(layer: Layer, planned: PlannedLayer, adapter_bits: int) -> int:
+    """Codes, scales and adapter of a layer whose levels are known."""
+    assert planned.levels
+    rank = planned.rank
+    return code_bytes(layer, planned.levels, planned.group) + extra_bytes(layer, rank, adapter_bits)
 
 
 def search(
@@ -70,14 +79,22 @@ def search(
     target_bits: float,
     *,
     levels: Sequence[int] = LEVELS,
+    groups: Sequence[int | None] = (),
     adapter_bits: int = 8,
     most_rank: int = MOST_RANK,
 ) -> Plan:
-    """The plan with the least predicted loss of at most `target_bits` bits a weight.
+    """The plan with the least predicted loss of at most `target_bits` bits per weight.
 
+    groups: sizes of groups of inputs to choose among, None for a scale per channel; large matrices
+    choose among these in place of ranks. Empty: ranks, and a scale per channel, for all.
     Raises SubbyteError, with the smallest budget that can be met, if that is too little.
     """
-    options = [_options(layer, levels, adapter_bits, most_rank) for layer in layers]
+    options = [
+        grouped_options(layer, levels, groups)
+        if groups and layer.site.n_weights >= LARGE and layer.groups == 1
+        else _options(layer, levels, adapter_bits, most_rank)
+        for layer in layers
+    ]
     weights = sum(layer.site.n_weights for layer in layers)
     budget = int(target_bits * weights / 8)
     least = sum(min(option.n_bytes for option in own) for own in options)
@@ -96,7 +113,7 @@ def _planned(layer: Layer, option: _Option) -> PlannedLayer:
     site = layer.site
     return PlannedLayer(
         site.name, site.type, site.shape, option.levels, option.rank, option.n_bytes,
-        None if layer.statistics is None else option.loss,
+        None if layer.statistics is None else option.loss, group=option.group,
     )  # fmt: skip
 
 
@@ -119,9 +136,41 @@ def _options(
     return found
 
 
+def grouped_options(
+    layer: Layer, levels: Sequence[int], groups: Sequence[int | None]
+) -> list[_Option]:
+    """Choices of levels and group size for a large matrix, by the errors of some of its rows."""
+    wide = layer.matrix.shape[1]
+    sizes = [size for size in groups if size is None or size < wide]
+    choices = [(n, size) for n in levels for size in sizes]
+    rows, weights = sampled_rows(layer.effect, len(layer.matrix))
+    gram = None if layer.statistics is None else layer.statistics.gram
+    errors = quick_errors(layer.matrix[rows], gram, choices)
+    losses = 0.5 * (errors * weights).sum(1)
+    return [
+        _Option(n, 0, code_bytes(layer, n, size), float(loss), size)
+        for (n, size), loss in zip(choices, losses, strict=True)
+    ]
+
+
+def sampled_rows(effect: Tensor | None, out: int) -> tuple[Tensor, Tensor]:
+    """Rows, and weights so that the weighted sum of their errors stands for that of all rows.
+
+    The rows of most effect count as what they are; of the others, some stand for all.
+    """
+    effect = torch.ones(out, dtype=torch.float64) if effect is None else effect
+    if out <= 2 * _SAMPLED:
+        return torch.arange(out), effect
+    order = effect.argsort(descending=True, stable=True)
+    first, rest = order[:_SAMPLED], order[_SAMPLED:].sort().values
+    others = rest[torch.linspace(0, len(rest) - 1, _SAMPLED).long()]
+    mean = effect[rest].sum() / len(others)
+    return torch.cat([first, others]), torch.cat([effect[first], mean.expand(len(others))])
+
+
 def quick(matrix: Tensor, gram: Tensor | None, levels: int) -> Tensor:
     """The quantized weight as a first look gives it: one scale tried, no refinement."""
-    grid = channel_grid(levels, 0, scale_domain(matrix))
+    grid = matrix_grid(matrix, levels, None)
     if gram is None:
         return rtn(matrix, None, grid).dequantize()
     return gptq(matrix, gram, grid, sweeps=0, factors=(1.0,)).dequantize()

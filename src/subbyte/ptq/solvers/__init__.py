@@ -11,7 +11,8 @@ from subbyte.core.grids import PerChannel
 from subbyte.core.rtn import rtn
 from subbyte.core.sites import Site
 from subbyte.core.tensors import QuantizedTensor, as_weight
-from subbyte.ptq.solvers.codes import channel_grid, gptq, k_sigma, scale_domain
+from subbyte.errors import SubbyteError
+from subbyte.ptq.solvers.codes import gptq, k_sigma, matrix_grid
 
 
 class Solver(Protocol):
@@ -22,33 +23,39 @@ class Solver(Protocol):
 
     compensates: ClassVar[bool]
 
-    def solve(self, matrix: Tensor, gram: Tensor | None, levels: int) -> QuantizedTensor:
+    def solve(
+        self, matrix: Tensor, gram: Tensor | None, levels: int, group: int | None = None
+    ) -> QuantizedTensor:
         """Codes of a float matrix [out, width], its channels on axis 0.
 
         gram: float64 [groups, width, width] of the inputs, None where nothing is known of them.
-        levels: 2 to 256.
+        levels: 2 to 256. group: inputs that share a scale, None for a scale per channel.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class RTN:
-    """Round to nearest, a scale per channel; the inputs do not matter."""
+    """Round to nearest, a scale per channel or group; the inputs do not matter."""
 
     compensates: ClassVar[bool] = False
 
-    def solve(self, matrix: Tensor, gram: Tensor | None, levels: int) -> QuantizedTensor:
-        return rtn(matrix, None, channel_grid(levels, 0, scale_domain(matrix)))
+    def solve(
+        self, matrix: Tensor, gram: Tensor | None, levels: int, group: int | None = None
+    ) -> QuantizedTensor:
+        return rtn(matrix, None, matrix_grid(matrix, levels, group))
 
 
 @dataclass(frozen=True, slots=True)
 class GPTQ:
-    """Error-compensated rounding, a scale per channel; without inputs, round to nearest."""
+    """Error-compensated rounding, a scale per channel or group; round to nearest without inputs."""
 
     compensates: ClassVar[bool] = True
 
-    def solve(self, matrix: Tensor, gram: Tensor | None, levels: int) -> QuantizedTensor:
-        grid = channel_grid(levels, 0, scale_domain(matrix))
+    def solve(
+        self, matrix: Tensor, gram: Tensor | None, levels: int, group: int | None = None
+    ) -> QuantizedTensor:
+        grid = matrix_grid(matrix, levels, group)
         return rtn(matrix, None, grid) if gram is None else gptq(matrix, gram, grid)
 
 
@@ -62,7 +69,11 @@ class KSigma:
     k: float | None = 3.0
     compensates: ClassVar[bool] = False
 
-    def solve(self, matrix: Tensor, gram: Tensor | None, levels: int) -> QuantizedTensor:
+    def solve(
+        self, matrix: Tensor, gram: Tensor | None, levels: int, group: int | None = None
+    ) -> QuantizedTensor:
+        if group is not None:
+            raise SubbyteError(f"group={group}: the k-sigma quantizer has one scale per tensor")
         return k_sigma(matrix, levels, self.k)
 
 

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from subbyte.core.functional import decode, round_scale
+from subbyte.core.functional import decode, round_scale, spread
 from subbyte.core.quantized import Quantized
 from subbyte.core.ready import copied
 from subbyte.core.sites import Site, bias_of, sites
-from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_matrix, as_weight
+from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_weight
 from subbyte.ptq.entrance import channels_last
 from subbyte.ptq.solvers.lowrank import stored
 from subbyte.tasks.base import Task, unpadded
@@ -60,14 +60,15 @@ class _Relative(nn.Module):
 class _Weight(nn.Module):
     """A quantized layer's weight from fixed codes, a learning scale and a learning adapter."""
 
-    codes: Tensor
+    unit: Tensor
+    scale_start: Tensor
 
     def __init__(self, layer: QuantizedLayer, site: Site) -> None:
         super().__init__()
         self.layer, self.site = layer, site
         weight = layer.weight
         unit = decode(weight.codes, torch.ones_like(weight.scale), weight.grid)
-        self.register_buffer("unit", as_matrix(unit, site.channel_axis))
+        self.register_buffer("unit", unit)
         self.scale = nn.Parameter(torch.zeros_like(weight.scale))  # relative to what it was
         self.register_buffer("scale_start", weight.scale.clone())
         if layer.adapter is not None:
@@ -83,11 +84,12 @@ class _Weight(nn.Module):
         return self.up(), self.down()
 
     def forward(self, _: Tensor) -> Tensor:
-        matrix = self.unit * self.scales()[:, None]  # type: ignore[operator]
-        if self.layer.adapter is not None:
-            up, down = self.factors()
-            matrix = matrix + (up @ down).reshape(matrix.shape)
-        return as_weight(matrix, self.site.shape, self.site.channel_axis)
+        weight = self.unit * spread(self.scales(), self.site.shape, self.layer.weight.grid)
+        if self.layer.adapter is None:
+            return weight
+        up, down = self.factors()
+        product = (up @ down).reshape(self.layer.adapter.up.shape[0], -1)
+        return weight + as_weight(product, self.site.shape, self.site.channel_axis)
 
     @torch.no_grad()
     def read(self, bias: Tensor | None) -> QuantizedLayer:
