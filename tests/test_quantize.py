@@ -155,10 +155,12 @@ def test_what_cannot_be_quantized_stays_float_and_is_named(images):
     result = quantize(Odd(), CoRa(levels=3, tune=0), calibration=[torch.randn(20, 4, 8)])
     notes = "\n".join(result.notes)
     assert "'rnn.weight_ih_l0', 'rnn.weight_hh_l0' stay float (384 values): GRU: there is" in notes
-    assert "'head.weight' stays float (24 values): shared by head.weight, twin.weight" in notes
     assert "layer 'never' (Linear) has no input statistics" in notes
-    assert [x.name for x in result.evidence.plan.layers] == ["head", "twin", "last", "never"]
-    assert set(result.layers) == {"last", "never"}
+    assert [x.name for x in result.evidence.plan.layers] == ["head", "last", "never"]
+    assert set(result.layers) == {"head", "last", "never"}
+    packed = sb.pack(result)
+    assert packed.twin.packed is packed.head.packed
+    assert torch.equal(packed.twin.bias, result.model.twin.bias)
 
 
 def test_a_transformer_is_quantized_at_every_projection():

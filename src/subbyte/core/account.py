@@ -49,9 +49,10 @@ def _float_parameters(model: nn.Module, taken: Collection[str]) -> Iterator[Floa
         own = {site.parameter for site in sites(module) if not site.owner}
         for part, value in own_parameters(module).items():
             name = join(path, part)
-            if name in taken or id(value) in seen:
-                continue
+            counted = name in taken or id(value) in seen
             seen.add(id(value))
+            if counted:
+                continue
             reason = _reason(module, value.ndim, part in own, tied.get(name))
             if value.ndim > 1 and path in refused:
                 reason = "{}: {}".format(*refused[path])

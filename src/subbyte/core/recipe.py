@@ -16,7 +16,7 @@ from torch import nn
 
 from subbyte.core.account import FloatParameter, float_parameters
 from subbyte.core.plan import Plan, PlannedLayer
-from subbyte.core.sites import Site, join, owners_of_tied_weights, sites, unsupported
+from subbyte.core.sites import Site, join, owners_of_tied_weights, sharing_sites, sites, unsupported
 from subbyte.errors import SubbyteError
 
 
@@ -53,8 +53,10 @@ class Recipe:
 
     rules: tuple[Rule, ...]
 
-    def plan(self, model: nn.Module) -> Plan:
+    def plan(self, model: nn.Module, *, shared: bool = False) -> Plan:
         """The plan for a model; what cannot be quantized stays float with its reason.
+
+        shared: a weight that a table and a head share is one layer, by the name of the first.
 
         Raises SubbyteError, naming layers, for a rule that decides nothing, a layer without a rule,
         and a rule that asks by name or type for what cannot be quantized.
@@ -71,7 +73,11 @@ class Recipe:
         for path, (kind, reason) in others.items():
             self._check_not_asked(path, kind, reason)
         tied = owners_of_tied_weights(model)
-        planned = tuple(self._planned(site, tied) for site in found)
+        groups = sharing_sites(model) if shared else {}
+        others_of = {other.name for group in groups.values() for other in group}
+        for name in (site.owner + "." + site.parameter for site in found if site.name in groups):
+            tied = {key: value for key, value in tied.items() if name.lstrip(".") not in value}
+        planned = tuple(self._planned(s, tied) for s in found if s.name not in others_of)
         return Plan(planned, _outside(model, found))
 
     def _planned(self, site: Site, tied: Mapping[str, list[str]]) -> PlannedLayer:

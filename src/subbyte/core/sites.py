@@ -34,6 +34,9 @@ A transposed convolution stores [in, out / groups, ...]: with groups, one scale 
 of equal index in all groups.
 """
 
+SHARING = ("Embedding", "Linear")
+"""Layers that may share one packed weight: [entries, features] and [out, in] mean the same."""
+
 _UNSUPPORTED = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.EmbeddingBag, nn.ConvTranspose3d)
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -186,6 +189,20 @@ def owners_of_tied_weights(model: nn.Module) -> dict[str, list[str]]:
         for name, parameter in own_parameters(module).items():
             names.setdefault(id(parameter), []).append(join(path, name))
     return {name: group for group in names.values() if len(group) > 1 for name in group}
+
+
+def sharing_sites(model: nn.Module) -> dict[str, tuple[Site, ...]]:
+    """Weights that several layers use as they are, such as a table of embeddings and a head: the
+    name of the first site -> the others. Only where all that hold the parameter are such layers."""
+    tied = owners_of_tied_weights(model)
+    groups: dict[tuple[str, ...], list[Site]] = {}
+    for site in sites(model):
+        owners = tied.get(join(site.owner, site.parameter))
+        if owners is not None and site.type in SHARING:
+            groups.setdefault(tuple(owners), []).append(site)
+    return {
+        own[0].name: tuple(own[1:]) for owners, own in groups.items() if len(own) == len(owners)
+    }
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from subbyte import kernels
 from subbyte.core.quantized import Quantized
 from subbyte.core.ready import check_plain, copied
-from subbyte.core.sites import Site, join, sites, supported_type, unsupported
+from subbyte.core.sites import Site, join, sharing_sites, sites, supported_type, unsupported
 from subbyte.core.tensors import QuantizedLayer
 from subbyte.errors import SubbyteError
 from subbyte.kernels import Precision
@@ -73,14 +74,18 @@ def pack(
     if batchnorm != "keep":
         model = absorb_batchnorm(model, rounded=batchnorm == "power_of_two")
     net = copied(model)
-    by_owner = _by_owner(net, found)
-    replaced: dict[int, nn.Module] = {}
+    shared = _shared(net, found)
+    by_owner = _by_owner(net, found, shared)
+    replaced: dict[int, Any] = {}
     for parent in reversed(list(net.modules())):  # children first: attention takes its out_proj
         for name, child in list(parent._modules.items()):
             if child is not None and id(child) in by_owner:
                 packed = replaced.get(id(child)) or _packed(child, by_owner[id(child)])
                 replaced[id(child)] = packed
                 setattr(parent, name, packed)
+    for first, others in shared.items():
+        for other in others:
+            replaced[id(other)].packed = replaced[id(first)].packed  # one weight for both
     _replace_elsewhere(net, replaced)
     if id(net) in by_owner:
         net = _packed(net, by_owner[id(net)])
@@ -153,8 +158,22 @@ def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
         yield from _modules_in(item, depth + 1)
 
 
-def _by_owner(
+def _shared(
     net: nn.Module, layers: Mapping[str, QuantizedLayer]
+) -> dict[nn.Module, list[nn.Module]]:
+    """Modules whose quantized weight others use as well -> these others."""
+    groups = {name: own for name, own in sharing_sites(net).items() if name in layers}
+    owner = {site.name: site.owner for site in sites(net)}
+    return {
+        net.get_submodule(owner[name]): [net.get_submodule(site.owner) for site in own]
+        for name, own in groups.items()
+    }
+
+
+def _by_owner(
+    net: nn.Module,
+    layers: Mapping[str, QuantizedLayer],
+    shared: Mapping[nn.Module, Sequence[nn.Module]],
 ) -> dict[int, dict[str, QuantizedLayer]]:
     """id of each module to replace -> its quantized weights, by the last part of their names."""
     known = {site.name: site for site in sites(net)}
@@ -172,6 +191,9 @@ def _by_owner(
         check_plain(name, owner)
         part = site.parameter.removesuffix("_weight")
         by_owner.setdefault(id(owner), {})[part] = layer
+        for other in shared.get(owner, ()):
+            bias: Tensor | None = getattr(other, "bias", None)
+            by_owner[id(other)] = {part: replace(layer, bias=bias)}
     _check_all_prepared(net, known.values(), layers)
     for module in net.modules():  # attention reads its out_proj's weight, so it must know it packed
         if isinstance(module, nn.MultiheadAttention) and id(module.out_proj) in by_owner:

@@ -28,7 +28,7 @@ from subbyte.core.plan import Plan, PlannedLayer
 from subbyte.core.quantized import Evidence, Quantized
 from subbyte.core.ready import check_ready, unwrapped
 from subbyte.core.recipe import Recipe, as_recipe
-from subbyte.core.sites import Site, bias_of, sites
+from subbyte.core.sites import Site, bias_of, sharing_sites, sites
 from subbyte.core.tensors import QuantizedLayer, as_matrix
 from subbyte.errors import SubbyteError
 from subbyte.modules import pack
@@ -182,7 +182,7 @@ def _started(
     """Everything that can be refused is refused here. given_for: calibration batches and task."""
     _check_methods(recipe)
     twin = float_twin(model)
-    base = recipe.plan(twin)
+    base = recipe.plan(twin, shared=True)
     base = base if plan is None else base.following(plan)
     names = {layer.name for layer in base.quantized}
     chosen = {site.name: site for site in sites(twin) if site.name in names}
@@ -347,7 +347,9 @@ def _tuned(run: _Run, iterations: int, generator: torch.Generator, start: Quanti
 def _measured(run: _Run) -> dict[str, Statistics]:
     """Of the teaching examples."""
     run.notes.tell(f"calibrating on {len(run.teaching):,} examples")
-    own = list(run.sites.values())
+    shared = sharing_sites(run.teacher)
+    heads = [head for name, own in shared.items() if name in run.sites for head in own]
+    own = [*run.sites.values(), *heads]
     return input_statistics(run.teacher, own, in_batches(run.teaching, 64), task=run.task)
 
 

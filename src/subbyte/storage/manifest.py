@@ -55,7 +55,8 @@ class Artifact:
     affine: names of BatchNorms that were absorbed. ties: names in the network that share a tensor
     of the state, each with the name that it is stored under. program: opens the file without the
     network's class; preprocess: how images become its input. distance: of the float weights to
-    their levels when they were rounded, in steps; None if the method does not say.
+    their levels when they were rounded, in steps; None if the method does not say. shared: layers
+    that use the weight of another layer, each with that layer's name.
     """
 
     network: dict[str, Any] | None
@@ -68,6 +69,7 @@ class Artifact:
     ties: Mapping[str, str] = field(default_factory=dict)
     program: Program | None = None
     preprocess: dict[str, Any] | None = None
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def opens_alone(self) -> bool:
@@ -109,6 +111,7 @@ def parse(metadata: Mapping[str, str], tensors: dict[str, Tensor], n_bytes: int)
         state = tuple(str(name) for name in manifest["state"])
         affine = tuple(str(name) for name in manifest.get("affine", ()))
         ties = {str(alias): str(name) for alias, name in manifest.get("ties", {}).items()}
+        shared = {str(alias): str(name) for alias, name in manifest.get("shared", {}).items()}
         program = None if "program" not in manifest else Program.from_dict(manifest["program"])
         preprocess = manifest.get("preprocess")
         distance = manifest.get("distance")
@@ -120,12 +123,19 @@ def parse(metadata: Mapping[str, str], tensors: dict[str, Tensor], n_bytes: int)
         raise SubbyteError(f"the manifest is malformed ({error!r})") from None
     _check_names(entries, state, tensors)
     _check_ties(ties, state)
+    for alias, name in shared.items():
+        if alias in entries or name not in entries:
+            raise SubbyteError(
+                f"the manifest shares layer '{name[:80]}' with '{alias[:80]}', which is not how "
+                "its layers are"
+            )
     fault = fault_of({name: tensors[name] for name in _float_names(entries, state)})
     if fault:
         raise SubbyteError(f"{fault}; the file is damaged, make or fetch it again")
     return Artifact(
-        network, entries, tensors, state, n_bytes, affine, distance, ties, program, preprocess
-    )
+        network, entries, tensors, state, n_bytes, affine, distance, ties, program, preprocess,
+        shared,
+    )  # fmt: skip
 
 
 def _manifest(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from subbyte.core.quantized import Quantized
+from subbyte.core.ready import copied
 from subbyte.core.sites import sites
 from subbyte.errors import SubbyteError
 from subbyte.graph.network import place_unread, skeleton, take_activations
@@ -51,6 +52,7 @@ def assemble(
         _check_entries(artifact.entries, like)
     else:
         like = _skeleton(artifact, model)
+    like = _sharing(like, artifact.shared)
     net = pack(Quantized(like, artifact.layers()), precision=precision)
     restore(net, artifact.affine)
     if program is not None:
@@ -101,6 +103,24 @@ def _skeleton(artifact: Artifact, model: nn.Module | None) -> nn.Module:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise SubbyteError(f"the manifest's network is malformed ({str(error)[:200]!r})") from None
+
+
+def _sharing(like: nn.Module, shared: Mapping[str, str]) -> nn.Module:
+    """The network with the weights shared that are in the file; itself, if it shares them."""
+    held = dict(like.named_modules(remove_duplicate=False))
+    for name in (*shared, *shared.values()):
+        if getattr(held.get(name), "weight", None) is None:
+            raise SubbyteError(f"the network has no layer '{name[:99]}' to share a weight with")
+    apart = [a for a, name in shared.items() if held[a].weight is not held[name].weight]
+    if not apart:
+        return like
+    like = copied(like)
+    for alias in apart:
+        own, other = like.get_submodule(alias), like.get_submodule(shared[alias])
+        if own.weight.shape != other.weight.shape:
+            raise SubbyteError(f"layer '{alias[:99]}' of the network has no weight to share")
+        own.weight = other.weight
+    return like
 
 
 def _state_of_program(artifact: Artifact) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, fx, nn
 
 from subbyte.core.atomic import write_atomically
-from subbyte.core.grids import PerGroup
+from subbyte.core.grids import Grid, PerGroup
 from subbyte.core.ready import unwrapped
 from subbyte.core.sites import join
 from subbyte.errors import SubbyteError
@@ -80,14 +80,16 @@ def save(
     state = {**_float_state(net, packed), **constants}
     ties = {alias: name for alias, name in tied_names(net).items() if {alias, name} <= set(state)}
     state = {name: value for name, value in state.items() if name not in ties}
+    shared = {alias: layer.name for layer in packed for alias in layer.others}
     manifest: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION if any(isinstance(g.granularity, PerGroup) for g in grids) else 1,
+        "version": VERSION if shared or _has_groups(grids) else 1,
         "network": _network(net),
         "grids": [grid.to_dict() for grid in grids],
         "layers": layers,
         "state": list(state),
     }
+    manifest |= {"shared": shared} if shared else {}
     affine = [name for name, module in net.named_modules() if isinstance(module, Affine)]
     manifest |= {"affine": affine} if affine else {}
     manifest |= {"ties": ties} if ties else {}
@@ -97,6 +99,10 @@ def save(
     if program is not None and isinstance(preprocess, Preprocess):
         manifest["preprocess"] = asdict(preprocess)
     return write_safetensors({**tensors, **state}, {FORMAT: _compact(manifest)}, Path(path))
+
+
+def _has_groups(grids: Sequence[Grid]) -> bool:
+    return any(isinstance(grid.granularity, PerGroup) for grid in grids)
 
 
 def _program(net: nn.Module, example: Example | None) -> tuple[Program | None, dict[str, Tensor]]:
@@ -128,6 +134,7 @@ class PackedLayer:
     weight: PackedWeight
     bias: Tensor | None
     keys: frozenset[str]  # its entries in the model's state dict
+    others: tuple[str, ...] = ()  # layers of their own that use the same weight
 
 
 def packed_layers(net: nn.Module) -> list[PackedLayer]:
@@ -149,9 +156,11 @@ def _packed_layer(paths: list[str], modules: Mapping[str, nn.Module]) -> PackedL
     if isinstance(owner, PackedMultiheadAttention):  # a projection; the bias is the attention's
         return PackedLayer(path, "MultiheadAttention", weight, None, frozenset(keys))
     bias = getattr(owner, "bias", None)
-    keys |= {join(parent, "bias") for parent in parents} if bias is not None else set()
+    own = [parent for parent in parents if modules[parent] is owner]
+    keys |= {join(parent, "bias") for parent in own} if bias is not None else set()
     type_name = type(owner).__name__.removeprefix("Packed")
-    return PackedLayer(parents[0], type_name, weight, bias, frozenset(keys))
+    others = tuple(p for p in parents if modules[p] is not owner)
+    return PackedLayer(parents[0], type_name, weight, bias, frozenset(keys), others)
 
 
 def _encode(weight: PackedWeight, compress: bool) -> tuple[Tensor, str]:

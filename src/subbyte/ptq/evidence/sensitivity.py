@@ -17,6 +17,9 @@ features:
     gram H   = mean over look-ups of g g',  g = dL/d(output of the table)
     effect F = E |dL/dw_r|^2 / trace H                  (how often a row is read, weighted)
 
+A table that a head shares is both: its gram is the sum of the two, each times the mean of its
+effects, and the effects are of this sum.
+
 Rows that the examples never read are read by others. The share of such reads is estimated as Good
 and Turing do, by that of the rows read once, and shared out among the unread rows.
 """
@@ -31,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subbyte.core.sites import Site
+from subbyte.core.sites import Site, sharing_sites
 from subbyte.core.tensors import as_matrix
 from subbyte.ptq.evidence.statistics import Statistics
 from subbyte.tasks.base import Task
@@ -40,23 +43,43 @@ from subbyte.tasks.batches import Batch, call
 
 @dataclass(slots=True)
 class _Reads:
-    """What became of a table in the passes so far. gram: sum of g g'; counts: reads of each row."""
+    """What became of a table in the passes so far.
+
+    gram: sum of g g' over the look-ups. squares, counts: sum of |g|^2 and number of look-ups of
+    each row. pending: indices and outputs of a pass.
+    """
 
     gram: Tensor
+    squares: Tensor
     counts: Tensor
-    pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # indices, output
+    pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def take(self, gradients: Sequence[Tensor | None]) -> None:
         for (indices, _), gradient in zip(self.pending, gradients, strict=True):
             if gradient is not None:
-                rows = gradient.reshape(-1, gradient.shape[-1])
+                rows, read = gradient.reshape(-1, gradient.shape[-1]), indices.flatten()
                 self.gram += (rows.t() @ rows).double()
-                self.counts += torch.bincount(indices.flatten(), minlength=len(self.counts))
+                self.squares.index_add_(0, read, rows.square().sum(1).double())
+                self.counts += torch.bincount(read, minlength=len(self.counts))
         self.pending.clear()
 
     def statistics(self) -> Statistics:
         reads = int(self.counts.sum())
         return Statistics((self.gram / max(1, reads))[None], max(1, reads))
+
+
+@dataclass(slots=True)
+class _Scores:
+    """What became of a head's outputs. squares: sum of the squared gradient of each."""
+
+    squares: Tensor
+    pending: list[Tensor] = field(default_factory=list)
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        for gradient in gradients:
+            if gradient is not None:
+                self.squares += gradient.flatten(0, -2).square().sum(0).double()
+        self.pending.clear()
 
 
 def sensitivity(
@@ -70,27 +93,31 @@ def sensitivity(
     """The effect F of each row, float64 [out], of the layers with statistics and of the tables;
     and the statistics of the tables that are read.
 
-    The gradient of a batch's outputs in random directions (`Task.direction`), squared, estimates
-    the sum of the items' squared gradients, because the directions are independent with mean zero.
+    statistics: a head that shares its weight with a table is in them under its own name. The
+    gradient of a batch's outputs in random directions (`Task.direction`), squared, estimates the
+    sum of the items' squared gradients, because the directions are independent with mean zero.
     """
     tables = [site for site in layers if site.type == "Embedding"]
-    known = [site for site in layers if site.name in statistics or site in tables]
+    heads = {n: own for n, own in sharing_sites(model).items() if n in {t.name for t in tables}}
+    known = [s for s in layers if s.name in statistics or (s in tables and s.name not in heads)]
     weights = [getattr(model.get_submodule(site.owner), site.parameter) for site in known]
     sums = [torch.zeros(site.shape[site.channel_axis], dtype=torch.float64) for site in known]
     items = 0
-    with _reads_of(model, tables) as reads:
+    with _reads_of(model, tables) as reads, _scores_of(model, heads) as scores:
         for x in batches:
             with torch.enable_grad():
                 y = task.outputs(call(model, x), x)
                 along = task.direction(y.detach(), generator)
-                outputs = [out for own in reads.values() for _, out in own.pending]
+                looked_up = [out for own in reads.values() for _, out in own.pending]
+                scored = [out for own in scores.values() for out in own.pending]
                 gradients = torch.autograd.grad(
-                    (y * along).sum(), [*weights, *outputs], allow_unused=True
+                    (y * along).sum(), [*weights, *looked_up, *scored], allow_unused=True
                 )
             _add(sums, known, gradients)
             rest = iter(gradients[len(weights) :])
-            for own in reads.values():
-                own.take([next(rest) for _ in own.pending])
+            uses: list[_Reads | _Scores] = [*reads.values(), *scores.values()]
+            for use in uses:
+                use.take([next(rest) for _ in use.pending])
             items += len(y)
     found = {name: own.statistics() for name, own in reads.items() if own.counts.any()}
     effects = {}
@@ -101,7 +128,32 @@ def sensitivity(
         if site.name in reads:
             total = _with_unread_rows(total, reads[site.name].counts)
         effects[site.name] = _per_trace(total / items, seen.gram)
+    for name, own in heads.items():
+        parts = [_as_table(reads[name], items)] if name in found else []
+        parts += [
+            (statistics[head.name], scores[head.name].squares / items)
+            for head in own if head.name in statistics
+        ]  # fmt: skip
+        if parts:
+            found[name], effects[name] = _both(parts)
     return effects, found
+
+
+def _as_table(reads: _Reads, items: int) -> tuple[Statistics, Tensor]:
+    """Statistics and effects of a table by its look-ups alone."""
+    seen = reads.statistics()
+    total = _with_unread_rows(reads.squares / items, reads.counts)
+    return seen, _per_trace(total, seen.gram)
+
+
+def _both(parts: Sequence[tuple[Statistics, Tensor]]) -> tuple[Statistics, Tensor]:
+    """One gram and effects of a weight with several uses, each with a gram and effects."""
+    gram = sum(float(effect.mean()) * seen.gram for seen, effect in parts)
+    assert isinstance(gram, Tensor)
+    total = sum(effect * float(seen.gram[0].trace()) for seen, effect in parts)
+    assert isinstance(total, Tensor)
+    patches = max(seen.patches for seen, _ in parts)
+    return Statistics(gram, patches), _per_trace(total, gram)
 
 
 def _add(sums: Sequence[Tensor], known: Sequence[Site], gradients: Sequence[Any]) -> None:
@@ -134,7 +186,9 @@ def _reads_of(model: nn.Module, tables: Sequence[Site]) -> Iterator[dict[str, _R
     for site in tables:
         rows, width = site.shape
         own = reads[site.name] = _Reads(
-            torch.zeros(width, width, dtype=torch.float64), torch.zeros(rows, dtype=torch.int64)
+            torch.zeros(width, width, dtype=torch.float64),
+            torch.zeros(rows, dtype=torch.float64),
+            torch.zeros(rows, dtype=torch.int64),
         )
 
         def hook(_: Any, args: Any, kwargs: Any, y: Tensor, own: _Reads = own) -> None:
@@ -146,6 +200,27 @@ def _reads_of(model: nn.Module, tables: Sequence[Site]) -> Iterator[dict[str, _R
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
     try:
         yield reads
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _scores_of(
+    model: nn.Module, heads: Mapping[str, Sequence[Site]]
+) -> Iterator[dict[str, _Scores]]:
+    """While it is open, every forward pass leaves the outputs of the heads in `pending`."""
+    scores, handles = {}, []
+    for site in (head for own in heads.values() for head in own if head.type == "Linear"):
+        own = scores[site.name] = _Scores(torch.zeros(site.shape[0], dtype=torch.float64))
+
+        def hook(_: Any, args: Any, y: Tensor, own: _Scores = own) -> None:
+            if y.requires_grad:
+                own.pending.append(y)
+
+        handles.append(model.get_submodule(site.owner).register_forward_hook(hook))
+    try:
+        yield scores
     finally:
         for handle in handles:
             handle.remove()

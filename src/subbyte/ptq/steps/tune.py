@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 from subbyte.core.functional import decode, round_scale, spread
 from subbyte.core.quantized import Quantized
 from subbyte.core.ready import copied
-from subbyte.core.sites import Site, bias_of, sites
+from subbyte.core.sites import Site, bias_of, sharing_sites, sites
 from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_weight
 from subbyte.ptq.entrance import channels_last
 from subbyte.ptq.solvers.lowrank import stored
@@ -162,12 +162,13 @@ def _learning(
     student: nn.Module, layers: Mapping[str, QuantizedLayer], own: Mapping[str, Site]
 ) -> dict[str, _Weight]:
     """In place: what learns in the student; its quantized weights by layer name."""
-    weights = {}
+    weights, shared = {}, sharing_sites(student)
     for name, layer in layers.items():
         site = own[name]
         weights[name] = _Weight(layer, site)
-        owner = student.get_submodule(site.owner)
-        parametrize.register_parametrization(owner, site.parameter, weights[name], unsafe=True)
+        for owner in (site.owner, *(other.owner for other in shared.get(name, ()))):
+            module = student.get_submodule(owner)
+            parametrize.register_parametrization(module, site.parameter, weights[name], unsafe=True)
     _learn_vectors(student)
     return weights
 
