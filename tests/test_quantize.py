@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -535,7 +536,9 @@ def test_every_method_has_a_name(method, weights, tmp_path):
     assert out.is_file()
 
 
-def test_a_network_of_ones_own(weights, tmp_path, monkeypatch):
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The current folder, with a module of networks."""
     (tmp_path / "mynet.py").write_text(
         "from subbyte.models import build\n"
         "import torch.nn as nn\n"
@@ -547,24 +550,46 @@ def test_a_network_of_ones_own(weights, tmp_path, monkeypatch):
         "        self.preprocess = inner.preprocess\n"
         "    def forward(self, x):\n"
         "        return self.classifier(self.features(x))\n"
+        "class Untraced(Mine):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x if x.max() > -9 else -x)\n"
+        "class Scaled(Mine):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        inner = self.preprocess\n"
+        "        self.preprocess = lambda images: inner(images)\n"
         "three = 3\n"
         "def number(): return 3\n"
         "def broken(): raise RuntimeError('a fault of mine\\nin two lines')\n"
     )
     (tmp_path / "broken.py").write_text("def x(:\n")
     monkeypatch.chdir(tmp_path)  # the current folder is where modules are looked for
+    yield tmp_path
+    sys.modules.pop("mynet", None)
+
+
+def test_a_network_of_ones_own(weights, own, tmp_path, monkeypatch):
     out = tmp_path / "net.safetensors"
     common = ("--calibrate", "digits", "--samples", 64, "--bits", 4, "--tune", 0, "--out", out)
     result = command("mynet:Mine", "--weights", weights, *common, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["top1"] > 95
+    assert "--model" not in str(json.loads(result.stdout)["notes"])
+    assert size_report(out).knows_buffers
     runner = CliRunner()
-    for command_name, of in (("evaluate", ("--data", "digits", "--limit", "50")),
-                             ("bench", ("--input", "1,8,8", "--seconds", "0.01"))):  # fmt: skip
-        missing = runner.invoke(app, [command_name, str(out), *of])
-        assert "--model package.module:factory" in str(missing.exception)
-        found = runner.invoke(app, [command_name, str(out), *of, "--model", "mynet:Mine", "--json"])
-        assert found.exit_code == 0, found.output
+    wanted = sb.load(out, importlib.import_module("mynet").Mine())
+    image = torch.randn(3, 1, 8, 8)
+    assert torch.equal(sb.load(out)(image), wanted(image))
+    reads = (("evaluate", str(out), "--data", "digits", "--limit", "50"),
+             ("bench", str(out), "--seconds", "0.01"),
+             ("bench", str(out), "--input", "1,8,8", "--seconds", "0.01"),
+             ("inspect", str(out)))  # fmt: skip
+    with monkeypatch.context() as elsewhere:  # where no module `mynet` is
+        elsewhere.chdir("/")
+        elsewhere.delitem(sys.modules, "mynet")
+        for read in reads:
+            alone = runner.invoke(app, [*read, "--json"])
+            assert alone.exit_code == 0, (read, alone.output, alone.exception)
     wrong = runner.invoke(
         app, ["evaluate", "digitsnet", "--data", "digits", "--model", "mynet:Mine"]
     )
@@ -574,13 +599,36 @@ def test_a_network_of_ones_own(weights, tmp_path, monkeypatch):
         ("mynet:three", "is a int; give a function or a class"),
         ("mynet:Mine.__name__", "cannot be imported"),
         ("mynet:number", "returns a int; it must return an nn.Module"),
-        ("mynet:broken", "failed: RuntimeError: a fault of mine (mynet.py, line 13)"),
+        ("mynet:broken", "failed: RuntimeError: a fault of mine (mynet.py, line 21)"),
         ("broken:x", "cannot be imported: SyntaxError"), ("nonet", "neither a zoo network"),
         ("digitsnet", "needs its float weights"),
     ):  # fmt: skip
         failed = command(name, *common)
         assert isinstance(failed.exception, SubbyteError)
         assert says in str(failed.exception)
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "reads"),
+    [
+        ("Untraced", "saved without a program: Untraced cannot be traced", ["evaluate", "bench"]),
+        ("Scaled", "does not hold the network's preprocess", ["evaluate"]),
+    ],
+)
+def test_a_file_that_needs_its_network_says_why(name, says, reads, weights, own, tmp_path):
+    out = tmp_path / "net.safetensors"
+    result = command(f"mynet:{name}", "--weights", weights, "--calibrate", "digits", "--samples",
+                     64, "--bits", 4, "--tune", 0, "--out", out, "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (note,) = [n for n in json.loads(result.stdout)["notes"] if "--model" in n]
+    assert says in note
+    options = {"evaluate": ("--data", "digits", "--limit", "50"),
+               "bench": ("--input", "1,8,8", "--seconds", "0.01")}  # fmt: skip
+    for read in reads:
+        line = [read, str(out), *options[read], "--json"]
+        assert isinstance(CliRunner().invoke(app, line).exception, SubbyteError)
+        found = CliRunner().invoke(app, [*line, "--model", f"mynet:{name}"])
+        assert found.exit_code == 0, found.output
 
 
 def test_options_that_do_not_fit_are_named(weights, tmp_path):

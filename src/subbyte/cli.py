@@ -6,6 +6,7 @@ stderr, so that `--json` can be piped.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -28,8 +29,7 @@ from subbyte.core.jsontext import to_json
 from subbyte.data import ImageSet, load_images
 from subbyte.errors import SubbyteError
 from subbyte.models import NETWORKS
-from subbyte.report import size_report
-from subbyte.report import table as size_table
+from subbyte.report import size_report, size_text
 from subbyte.train import console_progress, run
 from subbyte.train import evaluate as score
 from subbyte.train.config import read_config
@@ -159,14 +159,15 @@ def evaluate(
 @app.command("inspect")
 def inspect_file(
     file: o.PackedFile,
+    wide: o.Wide = False,
     json_: o.Json = False,
 ) -> None:
-    """Bits, bytes, entropy, level shares and scales of a packed file, per layer."""
+    """Bits, bytes, entropy and scales of a packed file, per layer; alike layers are one row."""
     report = size_report(file)
     if json_:
         _print_json(report.to_dict())
         return
-    _console().print(size_table(report))
+    print(size_text(report, _console(100).width, wide=wide))
 
 
 @app.command()
@@ -231,7 +232,8 @@ def _print_json(value: dict[str, Any]) -> None:
     print(to_json(value))
 
 
-def _console() -> Console:
-    """Tables as wide as the terminal; 140 columns where there is none."""
+def _console(otherwise: int = 140) -> Console:
+    """As wide as the terminal, or as COLUMNS says; `otherwise` columns where there is neither."""
     console = Console()
-    return console if console.is_terminal else Console(width=140)
+    follows = console.is_terminal or os.environ.get("COLUMNS", "").isdecimal()
+    return console if follows else Console(width=otherwise)

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from subbyte.core.grids import PerChannel, uniform
 from subbyte.core.quantized import Quantized
 from subbyte.core.tensors import QuantizedLayer, QuantizedTensor
 from subbyte.errors import SubbyteError
+from subbyte.graph.network import PROGRAM
+from subbyte.graph.program import Program
 from subbyte.kernels import Precision
 from subbyte.models import Network
 from subbyte.modules import pack
@@ -70,9 +72,21 @@ def from_network(
 
 
 def _input_size(net: nn.Module) -> tuple[int, ...] | None:
+    """Of one example: as the program has it, or as the zoo network takes its images."""
+    if isinstance(net, fx.GraphModule) and PROGRAM in net.meta:
+        return _program_size(net.meta[PROGRAM])
     if not isinstance(net, Network) or net.preprocess.size is None:
         return None
     return (len(net.preprocess.mean), *net.preprocess.size)
+
+
+def _program_size(program: Program) -> tuple[int, ...] | None:
+    """The size of the one input, if it is float32 and nothing but the batch is open."""
+    first = program.inputs[0] if len(program.inputs) == 1 else None
+    if first is None or first.dtype != "float32":
+        return None
+    sizes = tuple(size for size in first.shape[1:] if size is not None)
+    return sizes if len(sizes) == len(first.shape) - 1 else None
 
 
 def _name(net: Any) -> str:

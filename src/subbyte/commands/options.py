@@ -8,6 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 Json = Annotated[bool, Option("--json", help="Print one JSON object instead of tables.")]
+Wide = Annotated[bool, Option("--wide", help="Show every layer with every column.")]
 
 # ---- networks and files
 Model = Annotated[

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor, nn
 
 from subbyte import storage
 from subbyte.commands.networks import float_network
@@ -17,7 +19,7 @@ from subbyte.core.plan import Plan
 from subbyte.core.quantized import Evidence, Quantized
 from subbyte.data import ImageSet, load_images
 from subbyte.errors import SubbyteError
-from subbyte.models import Network
+from subbyte.models import Network, Preprocess
 from subbyte.modules import pack
 from subbyte.ptq import CoRa, Listener, PublishedCoRa, quantize
 from subbyte.report import size_report
@@ -25,6 +27,7 @@ from subbyte.train import Evaluation, evaluate
 from subbyte.train.evaluate import preprocess_of
 
 SAMPLES = 1600
+_EXAMPLES = 2  # images that the network is traced with
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,11 @@ def convert(
     if request.save_plan is not None:
         assert result.evidence is not None
         result.evidence.plan.save(request.save_plan)
-    n_bytes = storage.save(pack(result), request.out, compress=request.compress)
+    n_bytes, notes = _save(net, result, request, inputs[0][0][:_EXAMPLES])
+    if listener is not None:
+        for note in notes:
+            listener.note(note)
+    result = replace(result, notes=(*result.notes, *notes))
     before = after = None
     if request.score is not None:
         test = load_images(request.calibrate, request.score, size=request.size)
@@ -116,6 +123,26 @@ def convert(
         packed = storage.load(request.out, skeleton, precision="float32")
         after = evaluate(packed, test, preprocess=preprocess)
     return Conversion(request.out, n_bytes, result, before, after)
+
+
+def _save(
+    net: nn.Module, done: Quantized, request: Request, example: Tensor
+) -> tuple[int, tuple[str, ...]]:
+    """Write the file; its size in bytes, and notes on what it cannot be opened without.
+
+    A network that ships is known by its name; any other opens by its program and its `preprocess`.
+    """
+    named = isinstance(net, Network)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", storage.ProgramWarning)
+        n_bytes = storage.save(
+            pack(done), request.out, compress=request.compress, example=None if named else example
+        )
+    notes = [str(warning.message) for warning in caught]
+    if not named and not notes and not isinstance(preprocess_of(net), Preprocess):
+        notes = ["the file does not hold the network's preprocess, which is no Preprocess of ours"]
+    return n_bytes, tuple(f"{note}; open {request.out} with --model" for note in notes)
 
 
 def method_of(

@@ -146,11 +146,9 @@ def _like(x: Tensor, weight: Tensor | None) -> Tensor | None:
 class _FloatWeight(nn.Module):
     """A projection that stays float, called like a PackedWeight."""
 
-    weight: Tensor
-
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.register_buffer("weight", weight.detach())
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
 
     def forward(self) -> Tensor:
         return self.weight

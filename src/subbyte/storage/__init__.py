@@ -6,7 +6,13 @@ pickled and nothing is inferred from names or shapes: the manifest says what eac
 
 from subbyte.storage.manifest import FORMAT, VERSION, WORDS, ZSTD, Artifact, LayerEntry
 from subbyte.storage.reader import assemble, load, read
-from subbyte.storage.writer import PackedLayer, packed_layers, save, write_safetensors
+from subbyte.storage.writer import (
+    PackedLayer,
+    ProgramWarning,
+    packed_layers,
+    save,
+    write_safetensors,
+)
 
 __all__ = [
     "FORMAT",
@@ -16,6 +22,7 @@ __all__ = [
     "Artifact",
     "LayerEntry",
     "PackedLayer",
+    "ProgramWarning",
     "assemble",
     "load",
     "packed_layers",

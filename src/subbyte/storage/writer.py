@@ -28,6 +28,10 @@ from subbyte.packing import radix
 from subbyte.storage.manifest import ADAPTER, FORMAT, VERSION, WORDS, ZSTD, fault_of
 
 
+class ProgramWarning(UserWarning):
+    """A file was saved without its network's program, and says why."""
+
+
 def save(
     net: nn.Module,
     path: str | Path,
@@ -42,8 +46,8 @@ def save(
     (a layer it does not shrink stays in words). distance: how far the float weights were from
     their levels when they were rounded, in steps, for `inspect`. example: inputs that forward
     takes, a tensor, a tuple or a dict of tensors; with it the file holds the network's program too,
-    and opens without the network's class. Where it cannot be traced a warning says why, and the
-    file is written without. The file appears whole or not at
+    and opens without the network's class. Where it cannot be traced a ProgramWarning says why, and
+    the file is written without. The file appears whole or not at
     all: an older file of that name survives a full disk or a crash. Raises SubbyteError if the
     model has no packed layer, or if the file cannot be written.
     """
@@ -113,7 +117,7 @@ def _program(net: nn.Module, example: Example | None) -> tuple[Program | None, d
     try:
         return traced(net, example)
     except SubbyteError as error:
-        warnings.warn(f"saved without a program: {error}", stacklevel=3)
+        warnings.warn(f"saved without a program: {error}", ProgramWarning, stacklevel=3)
         return None, {}
 
 
