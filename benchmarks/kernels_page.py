@@ -1,9 +1,14 @@
-"""docs/results/kernels.md and its picture, from benchmarks/results/kernels.jsonl."""
+"""docs/results/kernels.md and its pictures, from benchmarks/results/kernels.jsonl.
+
+Each machine has a section of its own, made from the newest line of each case that ran on it. What a
+sentence says of a machine is taken from its lines; what they do not hold, the page does not say.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +18,10 @@ from common import RESULTS, ROOT
 from subbyte.train.curves import COLORS, new_figure
 
 PAGE = ROOT / "docs" / "results" / "kernels.md"
-PICTURE = PAGE.with_suffix(".png")
 LINES = RESULTS / "kernels.jsonl"
 
-Lines = dict[str, dict[str, Any]]  # the newest line of each case
+Line = dict[str, Any]
+Lines = dict[str, Line]  # the newest line of each case, of one machine
 
 THREE, FIVE = "subbyte 3 levels", "subbyte 5 levels"
 INT8 = ("ORT int8 (QDQ)", "ORT int8 (dynamic)", "OpenVINO int8 (QDQ)")
@@ -42,10 +47,17 @@ class Ratio:
     floor: float
     goal: float
 
+    def measured(self, lines: Lines) -> bool:
+        rows = lines.get(self.case, {}).get("rows", {})
+        return self.ours in rows and any(name in rows for name in self.peers)
+
     def row(self, lines: Lines) -> list[str]:
         rows = lines[self.case]["rows"]
         ours = rows[self.ours]["ms"]["median"]
-        peer = min(self.peers, key=lambda name: rows[name]["ms"]["median"])
+        peer = min(
+            (name for name in self.peers if name in rows),
+            key=lambda name: rows[name]["ms"]["median"],
+        )
         theirs = rows[peer]["ms"]["median"]
         what = f"{CASES_LONG[self.case]}: {self.ours.removeprefix('subbyte ')} against {peer}"
         return [what, _ms(ours), _ms(theirs), *_judged(theirs / ours, self.floor, self.goal, "x")]
@@ -60,6 +72,10 @@ class Share:
     roof: str  # "read_gb_s" or "int8_gops"
     floor: float
     goal: float
+
+    def measured(self, lines: Lines) -> bool:
+        line = lines.get(self.case, {})
+        return self.ours in line.get("rows", {}) and self.roof in line.get("roofs", {})
 
     def row(self, lines: Lines) -> list[str]:
         reached, roof = _rate(lines[self.case], self.ours, self.roof), _best(lines, self.roof)
@@ -102,45 +118,98 @@ GOALS: tuple[Ratio | Share, ...] = (
 
 
 def write_page() -> Path:
-    """From the newest line of each case; cases without one are left out."""
-    lines = read_lines()
-    plot(lines)
-    parts = (_intro(lines), _goals(lines), _times(lines), _zoo(lines), _errors(lines), _how(lines))
-    PAGE.write_text("\n\n".join(part for part in parts if part) + "\n")
+    """The page and a picture per machine."""
+    machines = by_machine(read_lines())
+    for lines in machines:
+        plot(lines)
+    PAGE.write_text(page(machines))
     return PAGE
 
 
-def read_lines() -> Lines:
-    every = (json.loads(line) for line in LINES.read_text().splitlines())
-    return {line["case"]: line for line in every}
+def read_lines() -> list[Line]:
+    return [json.loads(line) for line in LINES.read_text().splitlines()]
 
 
-def _intro(lines: Lines) -> str:
-    line = next(iter(lines.values()))
-    machine, tier = line["machine"], line["tier"]
-    missing = (
-        "The goals were set for a CPU with AVX-512 VNNI. This one has "
-        f"`{tier}` only: an int8 product takes two instructions instead of one, and the engines "
-        "beside it run other code too. OpenVINO has no fast int8 Linear here and keeps the "
-        "activations of its int4 in float; bfloat16 is imitated. Products in bytes are at most "
-        f"{_best(lines, 'int8_gops') / _best(lines, 'float32_gflops'):.1f} times as many a second "
-        "as in float32 here (the machine's own rates, below), which bounds every ratio to float32 "
-        "that is not bound by reading weights."
-    )
-    return (
-        "# Packed products beside other engines\n\n"
-        "Made by `make bench-peers` (`python benchmarks/kernels.py`); a line a case in "
-        f"`benchmarks/results/kernels.jsonl`. Machine: {machine['cores']} cores {machine['cpu']}, "
-        f"tier `{tier}`, {machine['threads']} threads, Python {machine['python']}, torch "
-        f"{machine['torch']}." + ("" if "vnni" in tier else f"\n\n{missing}")
-    )
+def by_machine(every: Iterable[Line]) -> list[Lines]:
+    """The newest line of each case, for each machine; lines come oldest first."""
+    found: dict[tuple[Any, ...], Lines] = {}
+    for line in every:
+        found.setdefault(_machine(line), {})[line["case"]] = line
+    return list(found.values())
+
+
+def _machine(line: Line) -> tuple[Any, ...]:
+    """What makes two lines comparable: CPU, cores, threads, instruction set."""
+    machine = line["machine"]
+    return machine["cpu"], machine["cores"], machine["threads"], line["tier"]
+
+
+def page(machines: Sequence[Lines]) -> str:
+    """The whole text; cases without a line are left out."""
+    return "\n\n".join([INTRO, *map(_section, machines)]) + "\n"
+
+
+INTRO = """# Packed products beside other engines
+
+Made by `make bench-peers` (`python benchmarks/kernels.py`), which adds a line per case to
+`benchmarks/results/kernels.jsonl`. Each machine has a section, made from its newest lines.
+
+Goals and floors (`GOALS` in `benchmarks/kernels_page.py`) were set for a CPU with AVX-512 VNNI.
+They are the same for every machine; each section names the instruction set that was used.
+
+Cold: the layer is copied, each copy with weights of its own, up to 160 MB or 192 copies; the time
+is that of one copy. Ours are modules called from Python, float32 in and out. ONNX models run with
+bound inputs and outputs, all copies in one graph. Fused: after `sb.fuse`; ONNX Runtime and
+OpenVINO fuse theirs too. Rows that do not say fused run module by module.
+
+Engines of a case take turns in one process, in the opposite order each round. A sample is a pause
+of 3 ms, a call that is not counted, and the mean of about 10 ms of calls, four at least. ONNX
+Runtime's threads do not spin between calls, so that they leave the cores to the next engine. The
+machine's own rates take turns with the engines. A share is of the highest rate of all cases.
+
+An error is the root mean square of the difference to the same network in float64, relative to the
+result; the largest of all cases. Every engine has weights that its format holds exactly (3
+levels), so this is the rounding of activations. int8 weights of the other engines use 7 bits."""
+
+
+def _section(lines: Lines) -> str:
+    parts = (_head(lines), _goals(lines), _times(lines), _zoo(lines), _errors(lines), _rates(lines))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _head(lines: Lines) -> str:
+    cpu, cores, threads, tier = _machine(next(iter(lines.values())))
+    loads = sorted(line["machine"]["load"] for line in lines.values())
+    days = sorted(line["date"][:10] for line in lines.values())
+    said = [
+        f"Instruction set `{tier}`, {threads} threads, Python {_versions(lines, 'python')}, torch "
+        f"{_versions(lines, 'torch')}, {_range(days)}.",
+        f"Load before the cases: {_range([f'{load:g}' for load in loads])}.",
+    ]
+    n_real_time = sum(bool(line.get("real_time")) for line in lines.values())
+    if n_real_time:
+        said.append(f"Cases with real-time priority: {n_real_time} of {len(lines)}.")
+    if any("roofs" in line for line in lines.values()):
+        times = _best(lines, "int8_gops") / _best(lines, "float32_gflops")
+        said.append(f"The machine's own int8 products are {times:.1f} times as many per second as "
+                    "its float32 ones.")  # fmt: skip
+    return f"## {cpu}, {cores} cores, `{tier}`\n\n" + " ".join(said)
+
+
+def _versions(lines: Lines, name: str) -> str:
+    return ", ".join(sorted({line["machine"][name] for line in lines.values()}))
+
+
+def _range(ordered: Sequence[str]) -> str:
+    first, last = ordered[0], ordered[-1]
+    return first if first == last else f"{first} to {last}"
 
 
 def _goals(lines: Lines) -> str:
-    rows = [goal.row(lines) for goal in GOALS if goal.case in lines]
+    rows = [goal.row(lines) for goal in GOALS if goal.measured(lines)]
     rows += [_any_layer(lines["zoo"])] if "zoo" in lines else []
     head = ["case", "ours", "beside", "reached", "floor", "goal", ""]
-    return "## Against the goals\n\n" + _table(head, rows)
+    return "### Against the goals\n\n" + _table(head, rows) if rows else ""
 
 
 def _any_layer(line: dict[str, Any]) -> list[str]:
@@ -162,15 +231,11 @@ def _times(lines: Lines) -> str:
     engines.sort(key=lambda name: not name.startswith("subbyte"))
     rows = [[name, *(_cell(lines[case]["rows"].get(name)) for case in known)] for name in engines]
     head = ["ms: median (quartiles)", *(CASES[case] for case in known)]
-    return (
-        "## Times\n\n" + _table(head, rows) + "\n\n"
-        "Cold: enough copies of the layer, with weights of their own, to leave every cache (160 MB "
-        "of weights); time of one. Ours are modules called from Python, float32 in and out; ONNX "
-        "models run with bound inputs and outputs, all copies in one graph. Fused: after "
-        "`sb.fuse`, as ONNX Runtime and OpenVINO do for theirs; the others are module by module."
-        "\n\n"
-        f"![operations a second over operations a byte of weights]({PICTURE.name})"
-    )
+    if not known:
+        return ""
+    caption = "operations per second over operations per byte of weights"
+    picture = f"\n\n![{caption}]({picture_of(lines).name})" if _drawn(lines) else ""
+    return "### Times\n\n" + _table(head, rows) + picture
 
 
 def _cell(row: dict[str, Any] | None) -> str:
@@ -203,7 +268,7 @@ def _zoo(lines: Lines) -> str:
         ])  # fmt: skip
     head = ["network, batch 1", "whole", "fused", "layers", "slower than float32", "slowest"]
     return (
-        "## Our networks, 3 levels, against torch float32\n\n" + _table(head, rows) + "\n\n"
+        "### Our networks, 3 levels, against torch float32\n\n" + _table(head, rows) + "\n\n"
         "As `subbyte bench` measures them; both in channels_last."
     )
 
@@ -214,36 +279,17 @@ def _errors(lines: Lines) -> str:
         for name, error in line.get("errors", {}).items():
             worst[name] = max(worst.get(name, 0.0), error)
     rows = [[name, f"{error:.1e}"] for name, error in worst.items()]
-    return (
-        "## Errors\n\n"
-        "Root mean square of the difference to the same network in float64, relative to the "
-        "result; the largest of all cases. Every engine has weights that its format holds exactly "
-        "(3 levels), so this is the rounding of activations; int8 weights use 7 bits, because "
-        "engines without VNNI saturate otherwise.\n\n" + _table(["engine", "error"], rows)
-    )
+    return "### Errors\n\n" + _table(["engine", "error"], rows) if rows else ""
 
 
-def _how(lines: Lines) -> str:
+def _rates(lines: Lines) -> str:
     rates = [
         [CASES_LONG[case], *(f"{lines[case]['roofs'][key]:.0f}" for key in _ROOFS)]
         for case in CASES
-        if case in lines
+        if "roofs" in lines.get(case, {})
     ]
-    priority = (
-        " The process had real-time priority, because other work shared the machine."
-        if any(line.get("real_time") for line in lines.values())
-        else ""
-    )
-    return (
-        "## How\n\n"
-        "Engines of a case take turns in one process, in the opposite order each round; a sample "
-        "is a pause of 3 ms, a call that is not counted, and the mean of about 10 ms of calls, "
-        "four at least. ONNX Runtime's threads do not spin between calls: they would take a core "
-        f"from the next engine, and at 4096² it is the faster for it.{priority} The machine's own "
-        "rates take turns with the engines. They differ from process to process (reading depends "
-        "on where the memory lies), and a share is of the highest of them:\n\n"
-        + _table(["case", "memory, GB/s", "caches, GB/s", "int8, GOP/s", "float32, GFLOP/s"], rates)
-    )
+    head = ["case", "memory, GB/s", "caches, GB/s", "int8, GOP/s", "float32, GFLOP/s"]
+    return "### The machine's own rates\n\n" + _table(head, rates) if rates else ""
 
 
 _ROOFS = ("read_gb_s", "cached_gb_s", "int8_gops", "float32_gflops")
@@ -269,6 +315,18 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 # ---------------------------------------------------------------- the picture
 
+
+def picture_of(lines: Lines) -> Path:
+    cpu, cores, threads, tier = _machine(next(iter(lines.values())))
+    words = f"{cpu} {cores} cores {threads} threads {tier}".lower()
+    return PAGE.with_name(f"kernels-{re.sub('[^a-z0-9]+', '-', words)}.png")
+
+
+def _drawn(lines: Lines) -> list[str]:
+    """Cases that the picture shows: Linear layers."""
+    return [case for case in CASES if "shape" in lines.get(case, {})]
+
+
 MARKS = {
     THREE: ("o", COLORS[1]), FIVE: ("s", COLORS[3]), "ORT int4 (block 128)": ("^", COLORS[2]),
     "ORT int8 (QDQ)": ("v", COLORS[2]), "torch float32": ("x", COLORS[0]),
@@ -277,7 +335,7 @@ MARKS = {
 
 def plot(lines: Lines) -> None:
     """Linear layers under the machine's roofs: how near each engine comes."""
-    cases = [case for case in CASES if "shape" in lines.get(case, {})]
+    cases = _drawn(lines)
     if not cases:
         return
     read, cached, int8, single = (_best(lines, key) for key in _ROOFS)
@@ -300,6 +358,7 @@ def plot(lines: Lines) -> None:
             (lines[c]["operations"] / lines[c]["rows"][name]["bytes"],
              _rate(lines[c], name, "int8_gops"), c)
             for c in cases
+            if name in lines[c]["rows"]
         ]  # fmt: skip
         axes.plot([p[0] for p in points], [p[1] for p in points], mark, color=color, label=name,
                   ms=6, alpha=0.8)  # fmt: skip
@@ -310,8 +369,8 @@ def plot(lines: Lines) -> None:
                           textcoords="offset points", xytext=(0, 8 if side == "4096" else -14),
                           fontsize="x-small", color=color)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=(2, 2 * int8),
-             xlabel="operations a byte of weights", ylabel="billion operations a second",
+             xlabel="operations per byte of weights", ylabel="billion operations per second",
              title="Linear layers and what the machine can do")  # fmt: skip
     axes.grid(alpha=0.2)
     axes.legend(loc="lower right", fontsize="small")
-    figure.savefig(PICTURE, dpi=120)
+    figure.savefig(picture_of(lines), dpi=120)

@@ -1,5 +1,6 @@
 """Documents say what is so: tables are the lines', the tutorial runs, links lead somewhere."""
 
+import copy
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import kernels_page  # noqa: E402 - likewise
 import tables  # noqa: E402 - a script, beside the lines that it reads
 
 DOCUMENTS = tables.documents()
@@ -32,6 +34,58 @@ def test_a_changed_figure_is_noticed():
     wrong = text.replace("91.70", "92.70")
     assert wrong != text
     assert tables.rewritten(wrong) == text
+
+
+def test_the_page_of_kernels_is_what_the_raw_lines_give():
+    machines = kernels_page.by_machine(kernels_page.read_lines())
+    assert kernels_page.PAGE.read_text() == kernels_page.page(machines)
+    assert all(kernels_page.picture_of(lines).exists() for lines in machines)
+
+
+def elsewhere(line):
+    """The same line as if from another machine, a tenth slower and without priority."""
+    new = copy.deepcopy(line)
+    new["machine"] |= {"cpu": "Other CPU", "load": 0.25}
+    new |= {"tier": "avx512vbmi", "real_time": False}
+    for row in new.get("rows", {}).values():
+        row["ms"] = {key: 1.1 * value for key, value in row["ms"].items()}
+    return new
+
+
+def test_each_machine_has_its_own_section_and_keeps_it():
+    own = kernels_page.read_lines()
+    here = kernels_page.page(kernels_page.by_machine(own))
+    mixed = [line for pair in zip(own, map(elsewhere, own), strict=True) for line in pair]
+    both = kernels_page.page(kernels_page.by_machine(mixed))
+    assert both.startswith(here.rstrip("\n"))
+    other = both[len(here.rstrip("\n")) :]
+    assert "## Other CPU, 2 cores, `avx512vbmi`" in other
+    assert "Load before the cases: 0.25." in other
+    assert "real-time" in here
+    assert "real-time" not in other
+    for word in ("AMD", "avx2"):
+        assert word in here
+        assert word not in other
+
+
+def test_the_newest_line_of_a_case_counts():
+    first = next(line for line in kernels_page.read_lines() if line["case"] == "linear-4096-b8")
+    newer = copy.deepcopy(first)
+    newer["rows"]["torch float32"]["ms"]["median"] = 123456.0
+    assert "123456" in kernels_page.page(kernels_page.by_machine([first, newer]))
+    assert "123456" not in kernels_page.page(kernels_page.by_machine([newer, first]))
+
+
+def test_a_machine_without_an_engine_or_a_case_has_a_section_without_it():
+    line = next(line for line in kernels_page.read_lines() if line["case"] == "linear-4096-b64")
+    few = copy.deepcopy(line)
+    few["rows"] = {n: row for n, row in few["rows"].items() if "OpenVINO" not in n}
+    few["errors"] = {n: error for n, error in few["errors"].items() if "OpenVINO" not in n}
+    del few["roofs"]
+    text = kernels_page.page(kernels_page.by_machine([few])).partition("\n## ")[2]
+    assert "ORT int8" in text
+    for absent in ("OpenVINO", "share of", "own int8 products", "ResNet-18", "Our networks"):
+        assert absent not in text
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import ast
 import functools
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,57 @@ def test_every_example_is_a_valid_config():
     assert examples
     for example in examples:
         assert read_config(example).train.epochs >= 1
+
+
+MOST_PARAMETERS, MOST_LINES, MEDIAN_LINES = 6, 60, 5
+REASON = re.compile(r"parameters:\s+\w")  # "Seven parameters: the operator's."
+
+
+def written(path):
+    """Every function of a file, methods and nested ones too."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+
+
+def n_parameters(function):
+    """Parameters of a function: without `self` and `cls`; *args and **kwargs count as one each."""
+    a = function.args
+    named = [x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs)]
+    return len([n for n in named if n not in ("self", "cls")]) + sum(map(bool, (a.vararg, a.kwarg)))
+
+
+def n_lines(function):
+    """Lines of a function's body, its docstring not counted."""
+    body = function.body[ast.get_docstring(function) is not None :]
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+def test_no_function_takes_many_parameters_without_its_reason():
+    silent = [
+        f"{path.relative_to(SOURCE)}:{node.lineno} {node.name}"
+        for path in MODULES
+        if part(path) not in ("commands", "cli")
+        for node in written(path)
+        if n_parameters(node) > MOST_PARAMETERS and not REASON.search(ast.get_docstring(node) or "")
+    ]
+    assert silent == []
+
+
+def test_no_function_is_long():
+    every = [(path, node) for path in MODULES for node in written(path)]
+    whole = [f"{p}:{n.name}" for p, n in every if n.end_lineno - n.lineno >= MOST_LINES]
+    assert whole == []
+    assert statistics.median(n_lines(node) for _, node in every) <= MEDIAN_LINES
+
+
+def test_counts_of_a_function():
+    node = ast.parse(
+        'def f(self, a, /, b, *c, d, **e):\n    """D."""\n    x = 1\n\n    return x'
+    ).body[0]
+    assert n_parameters(node) == 5
+    assert n_lines(node) == 3
+    assert REASON.search("Seven parameters: each is a setting.")
+    assert not REASON.search("Its parameters are many.")
 
 
 @functools.cache

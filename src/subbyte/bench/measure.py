@@ -45,12 +45,13 @@ def bench(
     seconds: float = 20.0,
     whole: bool = True,
 ) -> BenchReport:
-    """Time a packed network, a layer at a time and as a whole, on this machine.
+    """Time a packed network, layer by layer and as a whole, on this machine.
 
     example: one input without its batch dimension. batches: batch sizes. threads: of PyTorch and
     the kernels, as PyTorch has them by default. seconds: about how long all of it takes. whole:
     also the network itself. Raises SubbyteError for a network without packed layers, an input that
-    it does not take, or settings that cannot be.
+    it does not take, or settings that cannot be. Seven parameters: each is a setting of its own
+    that the command line offers under the same name.
     """
     _check(batches, threads, seconds)
     with torch.inference_mode(), _threads(threads):

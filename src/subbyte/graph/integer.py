@@ -100,7 +100,10 @@ def conv2d(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> FixedPoint:
-    """x [batch, in, h, w] -> [batch, out, h', w']; pads: zeros left, right, top and bottom."""
+    """x [batch, in, h, w] -> [batch, out, h', w']; pads: zeros left, right, top and bottom.
+
+    Seven parameters: they are the operator's attributes in a program.
+    """
     left, right, top, bottom = pads
     padded = np.pad(x.values, ((0, 0), (0, 0), (top, bottom), (left, right)))
     _, per_group, kh, kw = weight.values.shape

@@ -56,7 +56,10 @@ def _batch_norm(
     x: Tensor, scale: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
     momentum: float, epsilon: float,
 ) -> tuple[Tensor]:  # fmt: skip
-    """As many arguments as the operation has; of its results the one that inference uses."""
+    """Of the operation's results the one that inference uses.
+
+    Seven parameters: they are those of the ATen operator.
+    """
     return (F.batch_norm(x, mean, var, scale, bias, False, momentum, epsilon),)
 
 

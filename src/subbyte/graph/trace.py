@@ -58,7 +58,10 @@ def _attention(
     average_attn_weights: bool,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """One call of attention, with the arguments of `nn.MultiheadAttention`."""
+    """One call of attention.
+
+    Nine parameters: the layer's name and the arguments of `nn.MultiheadAttention`.
+    """
     module: Any = _TRACED.get()[layer]
     out, weights = type(module).forward(
         module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
@@ -69,6 +72,7 @@ def _attention(
 
 @_attention.register_fake
 def _(layer, query, key, value, padding, need_weights, mask, average, is_causal):  # type: ignore[no-untyped-def]
+    """Shapes of the results. Nine parameters: the operator's."""
     module: Any = _TRACED.get()[layer]
     out = query.new_empty((*query.shape[:-1], module.embed_dim))
     if not need_weights:
@@ -226,6 +230,7 @@ def _one_call(name: str, module: nn.Module) -> Any:
             need_weights: bool = True, attn_mask: Tensor | None = None,
             average_attn_weights: bool = True, is_causal: bool = False,
         ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+            """Eight parameters: the arguments of `nn.MultiheadAttention`."""
             out, weights = _attention(
                 name, query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,

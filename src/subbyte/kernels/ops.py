@@ -92,7 +92,7 @@ def linear_op(
     shape: Sequence[int],
     precision: str,
 ) -> Tensor:
-    """`linear` as one opaque operation. Plain values, nine of them: they are its schema."""
+    """`linear` as one opaque operation. Nine parameters: a schema of torch takes plain values."""
     check_precision(precision)
     _check_tangents()
     matrix = _matrix(words, scale, levels, axis, domain, shape)
@@ -101,6 +101,7 @@ def linear_op(
 
 @linear_op.register_fake
 def _(x, words, scale, bias, levels, axis, domain, shape, precision):  # type: ignore[no-untyped-def]
+    """Shape of the result. Nine parameters: the operator's."""
     _check_tangents()
     return x.new_empty((*x.shape[:-1], shape[0]))
 
@@ -118,7 +119,7 @@ def conv2d_op(
     geometry: Sequence[int],
     precision: str,
 ) -> Tensor:
-    """`conv2d` as one opaque operation. Plain values, ten of them: they are its schema.
+    """`conv2d` as one opaque operation. Ten parameters: a schema of torch takes plain values.
 
     geometry: `Window.plain`.
     """
@@ -130,6 +131,7 @@ def conv2d_op(
 
 @conv2d_op.register_fake
 def _(x, words, scale, bias, levels, axis, domain, shape, geometry, precision):  # type: ignore[no-untyped-def]
+    """Shape of the result. Ten parameters: the operator's."""
     _check_tangents()
     return products.new_images(x, shape, Window.from_plain(geometry))
 

@@ -68,6 +68,7 @@ class PackedMultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        """As `nn.MultiheadAttention`. Eight parameters: its arguments."""
         if not self.why_not(
             query, key, value, key_padding_mask, need_weights, attn_mask, is_causal=is_causal
         ):
@@ -99,7 +100,10 @@ class PackedMultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> str | None:
-        """Why this call decodes its weights instead of using the kernels; None if it does not."""
+        """Why this call decodes its weights instead of using the kernels; None if it does not.
+
+        Eight parameters: those of `forward`.
+        """
         projection = self._modules.get("in_proj")
         if not isinstance(projection, PackedWeight):
             return "query, key and value have projections of their own, or float ones"

@@ -78,8 +78,8 @@ def quantize(
     calibration: batches as the network takes them (`subbyte.ptq.calibration`): tensors, tuples,
     dicts, with or without labels, which PublishedCoRa alone uses. task: what the network is for
     (`subbyte.tasks`), as a value or a name of TASKS; guessed from its outputs where it is plain.
-    plan: levels and ranks to use in
-    place of a search; it may come from `prepare`. seed: of the pseudo-labels and the tuning.
+    plan: levels and ranks to use in place of a search; it may come from `prepare`. seed: of the
+    pseudo-labels and the tuning. Seven parameters: each is a user's choice of its own.
     What cannot be quantized stays float and is named in the notes. Raises SubbyteError, before the
     long work, for batches that the network cannot run, outputs that its task cannot read, and
     weights without values or not finite; later for inputs that are not finite (naming the layer)

@@ -14,7 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, fx, nn
 
 from subbyte.core.atomic import write_atomically
-from subbyte.core.grids import Grid, PerGroup
+from subbyte.core.grids import PerGroup
 from subbyte.core.ready import unwrapped
 from subbyte.core.sites import join
 from subbyte.errors import SubbyteError
@@ -60,53 +60,71 @@ def save(
         raise SubbyteError(
             "the model is fused; give save an input as example=, so that the file holds its program"
         )
-    tensors: dict[str, Tensor] = {}
-    layers: dict[str, Any] = {}
-    grids = list(dict.fromkeys(layer.weight.grid for layer in packed))
-    for layer in packed:
-        codes, encoding = _encode(layer.weight, compress)
-        scale = layer.weight.scale
-        tensors |= {join(layer.name, "codes"): codes, join(layer.name, "scale"): scale}
-        if layer.bias is not None:
-            tensors[join(layer.name, "bias")] = layer.bias
-        adapter = layer.weight.adapter()
-        if adapter is not None:
-            parts = (adapter.up, adapter.down, adapter.scale)
-            tensors |= {join(layer.name, n): t for n, t in zip(ADAPTER, parts, strict=True)}
-        layers[layer.name] = {
-            "type": layer.type,
-            "shape": list(layer.weight.shape),
-            "grid": grids.index(layer.weight.grid),
-            "encoding": encoding,
-            "bias": layer.bias is not None,
-            **({} if adapter is None else {"adapter": True}),
-        }
-    state = {**_float_state(net, packed), **constants}
-    ties = {alias: name for alias, name in tied_names(net).items() if {alias, name} <= set(state)}
-    state = {name: value for name, value in state.items() if name not in ties}
-    shared = {alias: layer.name for layer in packed for alias in layer.others}
+    tensors, described = _layers(packed, compress)
+    state, ties = _untied(net, {**_float_state(net, packed), **constants})
+    affine = [name for name, module in net.named_modules() if isinstance(module, Affine)]
     manifest: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION if shared or _has_groups(grids) else 1,
+        "version": _version(packed),
         "network": _network(net),
-        "grids": [grid.to_dict() for grid in grids],
-        "layers": layers,
+        **described,
         "state": list(state),
+        **({"affine": affine} if affine else {}),
+        **({"ties": ties} if ties else {}),
+        **({} if distance is None else {"distance": distance}),
+        **({} if program is None else {"program": program.to_dict()}),
     }
-    manifest |= {"shared": shared} if shared else {}
-    affine = [name for name, module in net.named_modules() if isinstance(module, Affine)]
-    manifest |= {"affine": affine} if affine else {}
-    manifest |= {"ties": ties} if ties else {}
-    manifest |= {} if distance is None else {"distance": distance}
-    manifest |= {} if program is None else {"program": program.to_dict()}
     preprocess = getattr(net, "preprocess", None)
     if program is not None and isinstance(preprocess, Preprocess):
         manifest["preprocess"] = asdict(preprocess)
     return write_safetensors({**tensors, **state}, {FORMAT: _compact(manifest)}, Path(path))
 
 
-def _has_groups(grids: Sequence[Grid]) -> bool:
-    return any(isinstance(grid.granularity, PerGroup) for grid in grids)
+def _layers(
+    packed: Sequence[PackedLayer], compress: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of the packed layers, and the manifest's keys that describe them."""
+    grids = list(dict.fromkeys(layer.weight.grid for layer in packed))
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Any] = {}
+    for layer in packed:
+        own, encoding = _tensors(layer, compress)
+        tensors |= {join(layer.name, name): value for name, value in own.items()}
+        layers[layer.name] = {
+            "type": layer.type,
+            "shape": list(layer.weight.shape),
+            "grid": grids.index(layer.weight.grid),
+            "encoding": encoding,
+            "bias": layer.bias is not None,
+            **({"adapter": True} if ADAPTER[0] in own else {}),
+        }
+    shared = {alias: layer.name for layer in packed for alias in layer.others}
+    described = {"grids": [grid.to_dict() for grid in grids], "layers": layers}
+    return tensors, described | ({"shared": shared} if shared else {})
+
+
+def _tensors(layer: PackedLayer, compress: bool) -> tuple[dict[str, Tensor], str]:
+    """What the file holds of one packed layer, and the encoding of its codes."""
+    codes, encoding = _encode(layer.weight, compress)
+    own = {"codes": codes, "scale": layer.weight.scale}
+    if layer.bias is not None:
+        own["bias"] = layer.bias
+    adapter = layer.weight.adapter()
+    if adapter is not None:
+        own |= zip(ADAPTER, (adapter.up, adapter.down, adapter.scale), strict=True)
+    return own, encoding
+
+
+def _untied(net: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state without second names of a tensor, and those names with the first."""
+    ties = {alias: name for alias, name in tied_names(net).items() if {alias, name} <= set(state)}
+    return {name: value for name, value in state.items() if name not in ties}, ties
+
+
+def _version(packed: Sequence[PackedLayer]) -> int:
+    """The oldest version whose readers understand the file."""
+    grouped = any(isinstance(x.weight.grid.granularity, PerGroup) for x in packed)
+    return VERSION if grouped or any(layer.others for layer in packed) else 1
 
 
 def _program(net: nn.Module, example: Example | None) -> tuple[Program | None, dict[str, Tensor]]:

@@ -127,7 +127,7 @@ def tune(
     do not.
 
     images: inputs of the network. task: what its outputs mean. step: called with the number of
-    the iteration and its loss.
+    the iteration and its loss. Seven parameters: they are independent of each other.
     """
     own = {site.name: site for site in sites(start.model) if site.name in start.layers}
     student = channels_last(copied(start.model).eval())
