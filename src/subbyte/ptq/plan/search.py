@@ -73,7 +73,7 @@ def search(
     adapter_bits: int = 8,
     most_rank: int = MOST_RANK,
 ) -> Plan:
-    """The plan with the least predicted loss of at most `target_bits` bits a weight.
+    """The plan with the least predicted loss of at most `target_bits` bits per weight.
 
     Raises SubbyteError, with the smallest budget that can be met, if that is too little.
     """
@@ -84,7 +84,7 @@ def search(
     if least > budget:
         raise SubbyteError(
             f"target_bits={target_bits:g} cannot be met; the smallest plan with these levels has "
-            f"{8 * least / weights:.3f} bits a weight"
+            f"{8 * least / weights:.3f} bits per weight"
         )
     chosen = _spend(_priced(options, budget), options, budget)
     return Plan(
