@@ -73,7 +73,7 @@ def page(lines: dict[str, dict[str, object]]) -> str:
         f"Machine: {where['cpu']}, {where['cores']} cores shared by both runs at once and by other "
         f"work (so the minutes are no measure of speed), torch {where['torch']}.",
         "",
-        "| weights | top-1 % | before saving | bits a weight on disk | quantized layers smaller "
+        "| weights | top-1 % | before saving | bits per weight on disk | quantized layers smaller "
         "by | file bytes | minutes of training |",
         "|---|---|---|---|---|---|---|",
         *rows,

@@ -1,4 +1,4 @@
-"""Bits a weight on disk, against log2(N) and against the entropy of the codes.
+"""Bits per weight on disk, against log2(N) and against the entropy of the codes.
 
 Without --file: a reference network with its first weights is prepared with LowRes, frozen, packed
 and saved, for each number of levels, in radix words and compressed. With --file: packed files as
@@ -35,7 +35,7 @@ Subject: TypeAlias = tuple[str, bool | None, SizeReport]  # what, compress, meas
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One file. disk_*, entropy, information: bits a weight, of the large layers together.
+    """One file. disk_*, entropy, information: bits per weight, of the large layers together.
 
     overhead_percent: manifest and header in the whole file.
     """
@@ -121,7 +121,7 @@ def on_disk(layer: LayerSize) -> float:
 
 
 def print_table(rows: list[Row]) -> None:
-    view = Table(title=f"Bits a weight, layers of at least {LARGE:,} weights")
+    view = Table(title=f"Bits per weight, layers of at least {LARGE:,} weights")
     for heading in ("file", "levels", "encoding"):
         view.add_column(heading, overflow="fold")
     for heading in ("log2(N)", "entropy", "disk", "over log2(N)", "over entropy", "worst layer",

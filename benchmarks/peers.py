@@ -304,7 +304,7 @@ def openvino_peer(name: str, model: Any, x: Array, threads: int, n_copies: int =
     return Peer(name, run, lambda: request.get_output_tensor(0).data.copy(), n_copies)
 
 
-# name: bits a weight, how to make it
+# name: bits per weight, how to make it
 PEERS: dict[str, tuple[float, Callable[..., Peer]]] = {
     "torch float32": (32, torch_float(torch.float32)),
     "torch bfloat16": (16, torch_float(torch.bfloat16)),

@@ -522,7 +522,7 @@ def test_the_command_leaves_a_file_and_its_figures(weights, tmp_path):
     again = command("digitsnet", "--weights", weights, "--calibrate", "digits", "--samples", 200,
                     "--bits", 3, "--plan", plan, "--tune", 0, "--out", out)  # fmt: skip
     assert again.exit_code == 0
-    assert "bits a weight" in again.output
+    assert "bits per weight" in again.output
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn", "cora-paper"])

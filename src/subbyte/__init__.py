@@ -1,4 +1,4 @@
-"""subbyte: neural networks at 1 to 4 bits a weight. Train them, convert them, run them.
+"""subbyte: neural networks at 1 to 4 bits per weight. Train them, convert them, run them.
 
 plan = sb.prepare(model, sb.LowRes(levels=5))     # in place; then train as you always do
 done = sb.freeze(model)                           # Quantized: the network, codes and scales

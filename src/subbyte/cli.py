@@ -38,7 +38,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Neural networks at 1 to 4 bits a weight: train them, convert them, run them.",
+    help="Neural networks at 1 to 4 bits per weight: train them, convert them, run them.",
 )
 
 

@@ -156,7 +156,7 @@ def table(result: DemoResult) -> Table:
     """The rows for people."""
     view = Table(title="digits, one ConvNet, three weight grids")
     view.add_column("weights")
-    for heading in ("top-1 %", "top-1 % of file", "bytes of weights", "bits a weight",
+    for heading in ("top-1 %", "top-1 % of file", "bytes of weights", "bits per weight",
                     "reduction", "file bytes", "largest logit difference"):  # fmt: skip
         view.add_column(heading, justify="right")
     for row in result.rows:

@@ -185,7 +185,7 @@ def table(result: Conversion) -> Table:
     sizes = size_report(result.file)
     view = Table(title=escape(str(result.file)))
     for heading in (
-        "bits a weight",
+        "bits per weight",
         "in quantized layers",
         "bytes",
         "smaller",

@@ -216,7 +216,7 @@ def level_shares(codes: Tensor, n_levels: int) -> Tensor:
 
 
 def entropy(codes: Tensor, n_levels: int) -> float:
-    """Entropy of the codes, bits a weight: -sum p log2 p over the levels that occur."""
+    """Entropy of the codes, bits per weight: -sum p log2 p over the levels that occur."""
     shares = level_shares(codes, n_levels)
     used = shares[shares > 0]
     return float(-(used * used.log2()).sum()) if used.numel() else 0.0

@@ -103,7 +103,9 @@ def _decode(image: Any, size: int | None) -> tuple[np.ndarray, bool]:
     from PIL import ImageOps
 
     if image.mode in TOO_DEEP:
-        raise SubbyteError(f"has more than 8 bits a channel (mode {image.mode}); convert it to 8.")
+        raise SubbyteError(
+            f"has more than 8 bits per channel (mode {image.mode}); convert it to 8."
+        )
     grey = image.mode in GREY
     ImageOps.exif_transpose(image, in_place=True)
     array = np.asarray(_resized(image.convert("L" if grey else "RGB"), size))

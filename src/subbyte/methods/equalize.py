@@ -3,11 +3,11 @@
 A BatchNorm undoes any positive factor on its input's channels. So the weights of a convolution or
 Linear that feeds nothing but a BatchNorm may be multiplied, a channel at a time, by D / s: s the
 scale that suits the channel best, D one power of two for the layer. The network computes what it
-did (the norm's eps is accounted for); fixed-point methods, which know one scale a layer, start as
-close to their levels as others with a scale a channel.
+did (the norm's eps is accounted for); fixed-point methods, which know one scale per layer, start as
+close to their levels as others with a scale per channel.
 
 The same idea between layers without norms: Nagel et al., arXiv:1906.04721; through a norm, for a
-scale a layer, ours.
+scale per layer, ours.
 """
 
 from __future__ import annotations

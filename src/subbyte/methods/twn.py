@@ -4,7 +4,7 @@
 Backward: the gradient of W_q is handed to W.
 
 Li, Zhang and Liu, "Ternary Weight Networks", arXiv:1605.04711, equations 5 and 6 (their approximate
-solution). Ours: one scale a layer, every layer, first and last too, unless a recipe says otherwise.
+solution). Ours: one scale per layer, every layer, first and last too, unless a recipe differs.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def search(
     if least > budget:
         raise SubbyteError(
             f"target_bits={target_bits:g} cannot be met; the smallest plan with these levels has "
-            f"{8 * least / weights:.3f} bits a weight"
+            f"{8 * least / weights:.3f} bits per weight"
         )
     chosen = _spend(_priced(options, budget), options, budget)
     return Plan(
