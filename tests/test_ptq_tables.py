@@ -182,3 +182,25 @@ def test_what_is_no_chain_is_not_taken_for_one():
     net.switch = True  # between the blocks something happens
     assert blocks_of(net, given[0]) == ()
     assert blocks_of(nn.Sequential(nn.Linear(3, 3)), torch.ones(2, 3)) == ()
+
+
+class InPlace(nn.Module):
+    """Two layers that are given the same tensor, which changes in between."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(6, 3), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = x.clone()
+        return self.a(x) + self.b(x) + self.c(x.relu_())
+
+
+def test_layers_that_share_an_input_share_its_sums_unless_it_changes():
+    net, x = InPlace(), torch.randn(40, 6)
+    found = input_statistics(net, sites(net), x.split(10))
+    plain, bent = ((y.double().t() @ y.double() / 40) for y in (x, x.relu()))
+    assert torch.allclose(found["a"].gram[0], plain, rtol=1e-5)
+    assert torch.equal(found["a"].gram, found["b"].gram)
+    assert torch.allclose(found["c"].gram[0], bent, rtol=1e-5)

@@ -44,14 +44,24 @@ from subbyte.ptq.evidence.statistics import (
 from subbyte.ptq.judge import HELD_OUT, Judge, Verdict, judging, teaching
 from subbyte.ptq.plan.search import GROUPS, LEVELS, Layer, layer_bytes, search
 from subbyte.ptq.published import PublishedCoRa, published_layers, search_ranks
+from subbyte.ptq.steps.chain import blocks_of
 from subbyte.ptq.steps.in_order import solve_in_order
 from subbyte.ptq.steps.norms import correct_norms, has_norms
 from subbyte.ptq.steps.tune import tune
 from subbyte.tasks import Classification, Task
-from subbyte.tasks.batches import Batch, Examples, in_batches, one_batch, values_an_example
+from subbyte.tasks.batches import (
+    Batch,
+    Examples,
+    in_batches,
+    one_batch,
+    some_batches,
+    values_an_example,
+)
 
 _CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d")
+_LARGE = 2**24
 _EFFECT_BATCH = 16
+_EFFECT_TOKENS = 8192  # each goes forth and back through the network and its vocabulary
 _IN_ORDER = 640  # examples for the passes in order; twice as many took twice as long for little
 _NORM_VALUES = 2**25  # input values of the batch that corrects the norms
 
@@ -235,11 +245,17 @@ def _reclaimed(run: _Run, generator: torch.Generator, seed: int) -> _Outcome:
     mosaics = _mosaics(run, statistics, seed)
     known = list(_seen_more(run, known, statistics, mosaics))
     solve = _solver(run, chosen)
-    start = Quantized(copy.deepcopy(run.teacher), {x.site.name: solve(x) for x in known})
+    in_order = method.in_order and any(x.statistics for x in known) and _compensates(run)
     steps: list[_Step] = []
-    if method.in_order and any(x.statistics for x in known) and _compensates(run):
+    at_once = in_order and _is_large_chain(run)
+    if at_once:  # to solve all of it twice would be half of the time
+        start = _in_order(run, known, solve, mosaics, Quantized(run.teacher, {}))
+        run.notes.add("layers solved in order, a block at a time")
+    else:
+        start = Quantized(copy.deepcopy(run.teacher), {x.site.name: solve(x) for x in known})
+    if in_order and not at_once:
         steps.append(_Step(_IN_ORDER_NOTE, partial(_in_order, run, known, solve, mosaics)))
-    if method.correct_norms and has_norms(run.teacher):
+    if method.correct_norms and has_norms(run.teacher) and not at_once:
         steps.append(_Step("corrected norms", partial(_norms, run), unless=_IN_ORDER_NOTE))
     iterations = method.tune if len(run.examples) >= 2 * HELD_OUT else 0
     if iterations:
@@ -276,6 +292,12 @@ def _published(run: _Run, generator: torch.Generator, searching: bool) -> _Outco
     run.notes.tell(str(chosen))
     done = Quantized(copy.deepcopy(run.teacher), layers)
     return _Outcome(done, chosen, method.iterations if searching else 0)
+
+
+def _is_large_chain(run: _Run) -> bool:
+    """Whether the network is a chain of blocks with more than _LARGE weights to quantize."""
+    large = sum(site.n_weights for site in run.sites.values()) > _LARGE
+    return large and bool(blocks_of(run.teacher, one_batch(run.examples[:2])))
 
 
 # ---------------------------------------------------------------- judged steps
@@ -357,7 +379,7 @@ def _sensitivity(
     run: _Run, statistics: Mapping[str, Statistics], generator: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, Statistics]]:
     run.notes.tell("measuring what errors do to the outputs")
-    batches = in_batches(run.teaching, _EFFECT_BATCH)
+    batches = some_batches(in_batches(run.teaching, _EFFECT_BATCH), _EFFECT_TOKENS)
     return sensitivity(
         run.teacher, list(run.sites.values()), statistics, batches, run.task, generator
     )

@@ -5,7 +5,9 @@ pickled and nothing is inferred from names or shapes: the manifest says what eac
 """
 
 from subbyte.storage.manifest import FORMAT, VERSION, WORDS, ZSTD, Artifact, LayerEntry
-from subbyte.storage.reader import assemble, load, read
+from subbyte.storage.opening import load
+from subbyte.storage.pretrained import load_pretrained, save_pretrained
+from subbyte.storage.reader import assemble, read
 from subbyte.storage.writer import (
     PackedLayer,
     ProgramWarning,
@@ -25,8 +27,10 @@ __all__ = [
     "ProgramWarning",
     "assemble",
     "load",
+    "load_pretrained",
     "packed_layers",
     "read",
     "save",
+    "save_pretrained",
     "write_safetensors",
 ]

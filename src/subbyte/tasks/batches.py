@@ -78,6 +78,18 @@ def in_batches(examples: Examples, most: int) -> list[Batch]:
     return [batch for part in parts for batch in part.split(batch_size(part, most))]
 
 
+def some_batches(batches: list[Batch], tokens: int) -> list[Batch]:
+    """Every so many-th batch, so that about `tokens` token ids are left; of other inputs, all."""
+    total = sum(n_tokens(batch) for batch in batches)
+    return batches[:: max(1, total // tokens)]
+
+
+def n_tokens(batch: Batch) -> int:
+    """Token ids of a batch; 0 if its inputs are no token ids."""
+    given = leaves((batch.args, batch.kwargs)) if isinstance(batch, Inputs) else (batch,)
+    return max((x.numel() for x in given if are_ids(x)), default=0)
+
+
 def batch_size(part: Batch, most: int) -> int:
     """How many examples make a batch: at most so many, and of token ids no more than TOKENS."""
     given = leaves((part.args, part.kwargs)) if isinstance(part, Inputs) else (part,)

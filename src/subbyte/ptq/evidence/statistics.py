@@ -151,19 +151,16 @@ def _one_pass(
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def add(name: str, patches: Iterable[Tensor]) -> None:
-        """patches: chunks [groups, width, n]."""
-        for chunk in patches:
-            if not chunk.isfinite().all():
-                raise SubbyteError(
-                    f"the input of layer '{name}' has NaN or infinite values on the calibration "
-                    "images; check the images and the weights before it"
-                )
-            if not chunk.shape[2]:
-                continue  # a layer that was called with no token, as an expert may be
-            product = (chunk @ chunk.transpose(1, 2)).double()
-            sums[name] = sums[name].add_(product) if name in sums else product
-            counts[name] = counts.get(name, 0) + chunk.shape[2]
+    last: list[Any] = [None, 0, ()]  # an input, how often it was written to, sums of its patches
+
+    def add(name: str, x: Tensor, patches: Iterable[Tensor]) -> None:
+        """x: the input, which neighbouring layers may share. patches: chunks [groups, width, n]."""
+        if last[0] is not x or last[1] != x._version:
+            found = [_product(name, chunk) for chunk in patches if chunk.shape[2]]
+            last[:] = x, x._version, found
+        for product, count in last[2]:
+            sums[name] = sums[name] + product if name in sums else product
+            counts[name] = counts.get(name, 0) + count
 
     for x in batches:
         mask = None if task is None else task.mask(x)
@@ -172,7 +169,17 @@ def _one_pass(
     return {name: Statistics(sums[name] / counts[name], counts[name]) for name in sums}
 
 
-Receiver = Callable[[str, Iterator[Tensor]], None]
+def _product(name: str, chunk: Tensor) -> tuple[Tensor, int]:
+    """x x' summed over the patches of a chunk, float64, and how many they are."""
+    if not chunk.isfinite().all():
+        raise SubbyteError(
+            f"the input of layer '{name}' has NaN or infinite values on the calibration "
+            "images; check the images and the weights before it"
+        )
+    return (chunk @ chunk.transpose(1, 2)).double(), chunk.shape[2]
+
+
+Receiver = Callable[[str, Tensor, Iterator[Tensor]], None]
 
 
 @contextmanager
@@ -215,7 +222,8 @@ def _layer_hook(
 ) -> Callable[..., None]:
     def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], _: Any) -> None:
         x = args[0] if args else kwargs["input"]
-        receive(own[0].name, patches_of(module, x, most, mask))
+        given = x if isinstance(module, nn.Linear) else x.new_empty(0)  # windows differ by layer
+        receive(own[0].name, given, patches_of(module, x, most, mask))
 
     return hook
 
@@ -232,7 +240,7 @@ def _attention_hook(
             names = streams.get(site.parameter.removesuffix("_weight"), ["query", "key", "value"])
             tensors = list({id(given[name]): given[name] for name in names}.values())
             for x in tensors:
-                receive(site.name, _rows(x, most, mask))
+                receive(site.name, x, _rows(x, most, mask))
 
     return hook
 
@@ -248,7 +256,8 @@ def _out_proj_hook(
         nn.init.eye_(identity.weight)
         nn.init.zeros_(identity.bias)
         twin._modules = {**module._modules, "out_proj": identity}
-        receive(name, _rows(type(module).forward(twin, *args, **kwargs)[0], most, mask))
+        y = type(module).forward(twin, *args, **kwargs)[0]
+        receive(name, y, _rows(y, most, mask))
 
     return hook
 

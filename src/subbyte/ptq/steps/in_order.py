@@ -381,8 +381,12 @@ def _patches(
     """Chunks of patches [groups, width, n] of each layer, in a pass that ends with the last one."""
     seen: dict[str, list[Tensor]] = {}
 
-    def receive(name: str, patches: Iterator[Tensor]) -> None:
-        seen.setdefault(name, []).extend(chunk.contiguous() for chunk in patches)
+    last: list[Any] = [None, 0, ()]
+
+    def receive(name: str, own: Tensor, patches: Iterator[Tensor]) -> None:
+        if last[0] is not own or last[1] != own._version:  # else layers share what they are given
+            last[:] = own, own._version, [chunk.contiguous() for chunk in patches]
+        seen.setdefault(name, []).extend(last[2])
         if len(seen) == len(stage):
             raise _ReachedError
 
