@@ -92,7 +92,8 @@ def table(network: str) -> str:
     newest: dict[tuple[str, int], dict[str, float]] = {}
     for text in (RESULTS / "cora.jsonl").read_text().splitlines():
         line = json.loads(text)
-        current = str(METHODS.get(line["method"])) == line["options"]
+        options = str(METHODS.get(line["method"])).replace(", group=None", "")
+        current = options == line["options"].replace(", group=None", "")
         if line["network"] == network and current:
             newest[line["method"], line["seed"]] = line
     rows = ["| method | real bits | top-1 %, mean (spread) | each seed | seconds, median |",

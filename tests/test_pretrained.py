@@ -20,26 +20,7 @@ from subbyte.storage.pretrained import PACKED, float_model, is_folder
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
-WORDS = [
-    "the",
-    "cat",
-    "dog",
-    "sat",
-    "ran",
-    "on",
-    "under",
-    "a",
-    "mat",
-    "hat",
-    "and",
-    "saw",
-    "big",
-    "small",
-    "red",
-    "blue",
-    "house",
-    "tree",
-]
+WORDS = [f"w{i}" for i in range(18)]
 
 
 def text(n=4000, seed=0):
@@ -112,7 +93,7 @@ def test_a_language_model_goes_through_and_generates_the_same(folder):
     assert torch.equal(*made)
     assert again.config.use_cache
     pipe = transformers.pipeline("text-generation", model=again, tokenizer=tokenizer())
-    assert pipe("the cat", max_new_tokens=3)[0]["generated_text"].startswith("the cat")
+    assert pipe("w1 w2", max_new_tokens=3)[0]["generated_text"].startswith("w1 w2")
     # Bits of the whole network against the file, whose manifest and header are not weights.
     n_bytes = result.quantized.bits_per_weight * sum(p.numel() for p in llama().parameters()) / 8
     assert n_bytes <= (out / PACKED).stat().st_size <= n_bytes + 16_000
