@@ -51,6 +51,31 @@ def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
+@table
+def language() -> str:
+    """The newest run of each network and budget, beside the float network."""
+    rows = []
+    for network, name in (("minilm", "all-MiniLM-L6-v2"), ("smollm2", "SmolLM2-135M")):
+        for line in newest(lines("language", network=network), "method", "target_bits", "tune"):
+            rows.append(_language_row(name, line))
+    head = ["network", "bits per weight", "bytes of the file", "measure", "score",
+            "with int8 activations", "tuning", "minutes", "peak memory"]  # fmt: skip
+    return grid(head, rows)
+
+
+def _language_row(name: str, line: Line) -> list[str]:
+    digits = 4 if line["measure"] == "Spearman" else 2
+    score = f"{line['score']:.{digits}f}"
+    if line["method"] == "float":
+        return [name, "32", "", line["measure"], score, "", "", "", ""]
+    return [
+        name, f"{line['bits_per_weight']:.3f}", f"{line['bytes']:,}", line["measure"], score,
+        f"{line['score_int8']:.{digits}f}",
+        f"{line['tune']} iterations" if line["tune"] else "none",
+        f"{line['seconds'] / 60:.0f}", f"{line['peak_bytes'] / 1e9:.1f} GB",
+    ]  # fmt: skip
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean and range over seeds: 91.70 (0.14); one value alone as it is."""
     if len(values) == 1:

@@ -96,6 +96,13 @@ def test_links_lead_to_files(path):
         assert (path.parent / target).exists(), target
 
 
+def test_the_page_on_tasks_runs(capsys):
+    names = {"__name__": "tasks"}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs/tasks.md").read_text(), re.DOTALL):
+        exec(compile(code, "tasks.md", "exec"), names)
+    assert "mean error in degrees" in capsys.readouterr().out
+
+
 def test_the_tutorial_runs(tmp_path, monkeypatch, capsys):
     from subbyte.cli import app
 

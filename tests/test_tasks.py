@@ -273,3 +273,46 @@ def test_variations_are_of_images_alone():
         assert task.varied(x, generator(), 1) is x
     ids = torch.zeros(4, 5, dtype=torch.int64)
     assert Classification().varied(ids, generator(), 1) is ids
+
+
+# ---------------------------------------------------------------- calibration as a stream
+
+
+def test_many_examples_lie_in_a_temporary_file(monkeypatch):
+    """Read once from a generator; the result is the same to the bit."""
+    from subbyte.ptq import calibration
+
+    torch.manual_seed(0)
+    net, x = Tokens().eval(), examples("language", 96)
+
+    def stream():
+        yield from ({"input_ids": own, "attention_mask": own > 0} for own in x.split(8))
+
+    method = sb.CoRa(levels=4, tune=4)
+    plain = sb.quantize(net, method, calibration=stream())
+    monkeypatch.setattr(calibration, "KEPT_BYTES", 2000)
+    kept = sb.quantize(net, method, calibration=stream())
+    assert any("is kept in a temporary file" in note for note in kept.notes)
+    assert not any("temporary" in note for note in plain.notes)
+    for name, layer in plain.layers.items():
+        assert torch.equal(layer.weight.codes, kept.layers[name].weight.codes)
+        assert torch.equal(layer.weight.scale, kept.layers[name].weight.scale)
+    monkeypatch.setattr(calibration, "_CHUNK_BYTES", 1000)
+    found = calibration.gathered(stream(), net).examples
+    assert torch.equal(torch.cat([p.kwargs["input_ids"] for p in found.parts]), x)
+    assert len(found) == 96
+    monkeypatch.setattr(calibration, "SPOOL_BYTES", 3000)
+    with pytest.raises(SubbyteError, match="takes more than 0 GiB; give fewer"):
+        calibration.gathered(stream(), net)
+
+
+def test_sentences_of_many_lengths_are_drawn_in_whole_batches():
+    from subbyte.ptq.steps.tune import _draw
+    from subbyte.tasks.batches import Ragged
+
+    parts = tuple(torch.full((40, n), n) for n in (3, 5, 9))
+    drawn = list(_draw(Ragged(parts), 6, Language(), generator()))
+    assert all(len(batch) == 32 and len(batch.unique()) == 1 for batch in drawn)
+    assert {batch.shape[1] for batch in drawn[:3]} == {3, 5, 9}
+    long = torch.zeros(40, 1024, dtype=torch.int64)
+    assert [len(b) for b in _draw(long, 3, Language(), generator())] == [2, 2, 2]

@@ -39,6 +39,7 @@ from subbyte.methods import (
 from subbyte.modules import pack
 from subbyte.ptq import CoRa, PublishedCoRa, quantize
 from subbyte.storage import load, save
+from subbyte.tasks import Task, evaluate
 
 __version__ = "0.1.0"
 
@@ -62,7 +63,9 @@ __all__ = [
     "Rule",
     "ScaleDomain",
     "SubbyteError",
+    "Task",
     "after_step",
+    "evaluate",
     "fixed_point",
     "float_state_dict",
     "freeze",

@@ -13,16 +13,21 @@ tensors of another length) has to be the same in every batch.
 from __future__ import annotations
 
 import inspect
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from subbyte.errors import SubbyteError
 from subbyte.tasks.batches import Batch, Examples, Inputs, Ragged, is_of_examples, leaves, mapped
+
+KEPT_BYTES = 2**28  # examples above this lie in a temporary file
+SPOOL_BYTES = 2**35  # the most that it may hold
+_CHUNK_BYTES = 2**25
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,15 +50,89 @@ def gathered(calibration: Iterable[Any], model: nn.Module) -> Calibration:
             f"calibration is one {type(calibration).__name__}; give an iterable of batches, such "
             "as a list of it, or a DataLoader"
         )
-    forward = _Forward(model)
-    found = [_parted(batch, forward) for batch in calibration]
-    found = [(inputs, labels) for inputs, labels in found if len(inputs)]
-    if not found:
+    forward, store = _Forward(model), _Store()
+    labels: list[Tensor | None] = []
+    for batch in calibration:
+        inputs, own = _parted(batch, forward)
+        if len(inputs):
+            store.add(inputs)
+            labels.append(own)
+    if not labels:
         raise SubbyteError("no calibration images; give at least one batch")
-    labelled = all(labels is not None for _, labels in found)
-    labels = torch.cat([y for _, y in found if y is not None]) if labelled else None
-    notes = () if not forward.guessed else (forward.guess,)
-    return Calibration(_joined([inputs for inputs, _ in found]), labels, notes)
+    known = [own for own in labels if own is not None]
+    joined = torch.cat(known) if len(known) == len(labels) else None
+    notes = ((forward.guess,) if forward.guessed else ()) + store.notes()
+    return Calibration(store.examples(), joined, notes)
+
+
+class _Store:
+    """Examples as they come, joined where they have one form; many of them in a temporary file.
+
+    The file has no name and goes with the last tensor in it.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[Batch] = []
+        self.open: list[Batch] = []  # batches of one form that are not joined yet
+        self.n_bytes = 0
+        self.file: IO[bytes] | None = None
+
+    def add(self, batch: Batch) -> None:
+        own = sum(x.nbytes for x in _tensors(batch))
+        if self.open and (_form(batch) != _form(self.open[0]) or self._is_full()):
+            self._close()
+        self.open.append(batch)
+        self.n_bytes += own
+        if self.n_bytes > SPOOL_BYTES:
+            raise SubbyteError(
+                f"the calibration takes more than {SPOOL_BYTES >> 30} GiB; give fewer examples"
+            )
+        if self.file is None and self.n_bytes > KEPT_BYTES:
+            self.file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as its tensors
+            self.parts = [self._spooled(part) for part in self.parts]
+
+    def examples(self) -> Examples:
+        """One set of examples; parts of their own for batches of other shapes."""
+        if self.open:
+            self._close()
+        return self.parts[0] if len(self.parts) == 1 else Ragged(tuple(self.parts))
+
+    def notes(self) -> tuple[str, ...]:
+        if self.file is None:
+            return ()
+        return (f"the calibration ({self.n_bytes >> 20} MiB) is kept in a temporary file",)
+
+    def _is_full(self) -> bool:
+        held = sum(x.nbytes for batch in self.open for x in _tensors(batch))
+        return self.file is not None and held > _CHUNK_BYTES
+
+    def _close(self) -> None:
+        part = _concatenated(self.open)
+        self.parts.append(part if self.file is None else self._spooled(part))
+        self.open = []
+
+    def _spooled(self, batch: Batch) -> Batch:
+        if isinstance(batch, Tensor):
+            return self._on_disk(batch)
+        args, kwargs = mapped(self._on_disk, (batch.args, batch.kwargs))
+        return Inputs(args, kwargs, batch.n)
+
+    def _on_disk(self, value: Any) -> Any:
+        """A tensor mapped from the file, which it is added to; anything else as it is."""
+        if not isinstance(value, Tensor) or not value.numel():
+            return value
+        assert self.file is not None
+        start = self.file.seek(0, 2)
+        self.file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self.file.flush()
+        shape = (value.nbytes,)
+        found = np.memmap(self.file, np.uint8, "c", start, shape)  # type: ignore[call-overload]
+        return torch.from_numpy(found).view(value.dtype).reshape(value.shape)
+
+
+def _tensors(batch: Batch) -> Iterator[Tensor]:
+    given = (batch.args, batch.kwargs) if isinstance(batch, Inputs) else (batch,)
+    yield from (x for x in leaves(given) if isinstance(x, Tensor))
 
 
 class _Forward:
@@ -153,13 +232,6 @@ def _on_cpu(value: Any) -> Any:
     value = value.detach().cpu()
     value = value.clone() if value.is_inference() else value  # those take no part in gradients
     return value.float() if value.is_floating_point() else value
-
-
-def _joined(batches: Sequence[Batch]) -> Examples:
-    """One set of examples; parts of their own for batches of other shapes."""
-    parts = [list(own) for _, own in itertools.groupby(batches, _form)]
-    whole = tuple(_concatenated(own) for own in parts)
-    return whole[0] if len(whole) == 1 else Ragged(whole)
 
 
 def _form(batch: Batch) -> Any:
