@@ -22,6 +22,7 @@ from subbyte.packing import radix
 INF = float("inf")
 words = lambda n: radix.pack(torch.arange(n).remainder(3).to(torch.uint8), 3)
 panel = lambda: core.make_panel(**CALLS["make_panel"][1]())
+groups = lambda: core.make_panel_of_groups(**CALLS["make_panel_of_groups"][1]())
 conv = lambda groups=1: core.make_conv(words(8 * (4 // groups) * 9), 3, 40,
     [4, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, groups], torch.ones(8), 1, 1)
 finish = dict(bias=None, plus=None, low=-INF, high=INF, planes=1, threads=1)
@@ -40,10 +41,15 @@ CALLS = {
     "make_panel": (core.make_panel, lambda: dict(
         words=words(8 * 60), levels=3, digits=40, first_row=0, rows=8, row_length=60,
         order=torch.arange(60, dtype=torch.int32), scale=torch.ones(8), factor=1, center=1)),
+    "make_panel_of_groups": (core.make_panel_of_groups, lambda: dict(
+        words=words(8 * 60), levels=3, digits=40, rows=8, row_length=60, shared=8,
+        scale=torch.ones(64), factor=1, center=1)),
     "make_conv": (core.make_conv, lambda: dict(
         words=words(8 * 4 * 9), levels=3, digits=40,
         sizes=[4, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1], scale=torch.ones(8), factor=1, center=1)),
     "linear": (lambda **k: panel().linear(**k), lambda: dict(
+        finish, x=torch.ones(2, 60), y=torch.empty(2, 8))),
+    "linear of groups": (lambda **k: groups().linear(**k), lambda: dict(
         finish, x=torch.ones(2, 60), y=torch.empty(2, 8))),
     "conv2d": (lambda **k: conv().conv2d(**k), lambda: dict(
         finish, x=torch.ones(2, 4, 5, 5), y=torch.empty(2, 8, 5, 5), last=False)),
@@ -104,6 +110,15 @@ WRONG = {  # each raises ValueError or TypeError
             "order=torch.tensor([60], dtype=torch.int32)",
             "order=torch.empty(0, dtype=torch.int32)", "order=torch.arange(60)", "factor=0",
             "factor=3", "center=128", "center=-126", "words=words(8 * 60)[:-1]", "levels=5",
+        )
+    ],
+    "panels of groups": [
+        f"core.make_panel_of_groups(**CALLS['make_panel_of_groups'][1]() | dict({change}))"
+        for change in (
+            "rows=0", "rows=-8", "rows=2**62", "rows=9", "row_length=0", "row_length=2**62",
+            "row_length=-60", "row_length=61", "scale=torch.ones(63)", "scale=torch.ones(8, 8)",
+            "shared=0", "shared=-8", "shared=6", "shared=3", "shared=2**62", "factor=3",
+            "center=128", "words=words(8 * 60)[:-1]", "levels=5",
         )
     ],
     "convolutions": [
@@ -167,7 +182,7 @@ def test_no_argument_of_any_function_ends_the_process():
     assert lines[-1] == "END"
     assert len(lines) > 1000
     valid = [line for line in lines if "as it should be" in line]
-    assert len(valid) == 12
+    assert len(valid) == 14
     assert all(line.endswith("-> answered") for line in valid)
     raised = {line.partition(" -> ")[2].split()[0] for line in lines[:-1]}
     assert raised == {"answered", "ValueError", "TypeError"}

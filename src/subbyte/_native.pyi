@@ -71,6 +71,17 @@ def make_panel(
     factor: int,
     center: int,
 ) -> Panel: ...
+def make_panel_of_groups(
+    words: Tensor,
+    levels: int,
+    digits: int,
+    rows: int,
+    row_length: int,
+    shared: int,
+    scale: Tensor,
+    factor: int,
+    center: int,
+) -> Panel: ...
 def make_conv(
     words: Tensor,
     levels: int,

@@ -3,6 +3,7 @@
 // It needs no Python, so that it runs where only a compiler and an emulator are: AVX-512 under
 // SIMDe (make test-avx512), ARM under QEMU (make test-neon), any tier under sanitizers (make
 // test-san).
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -212,6 +213,47 @@ void check_linear(const Kernels& tier, int levels, int rows, int k, int n) {
   }
 }
 
+// The same where weights of a row share scales: sums of each group, scaled and added up in order.
+void check_groups(const Kernels& tier, int levels, int rows, int k, int n, int shared) {
+  Weight weight(levels, rows, k);
+  const int count = (k + shared - 1) / shared;
+  weight.scale.resize(rows * count);
+  for (float& s : weight.scale) s = 0.5f + static_cast<float>(draw(0, 100)) / 100;
+  const Panel panel = make_panel_of_groups(weight.stored(), rows, k, shared, weight.scale.data(),
+                                           weight.affine, tier.tables);
+  require(panel.inputs() == k && panel.scales_of_row() == count, "%s: groups of %d", tier.name,
+          shared);
+  const std::vector<float> x = floats(n * k), bias = floats(rows);
+  std::vector<float> y(n * rows), single(n * rows);
+  const Finish finish{bias.data()};
+  linear(tier, panel, x.data(), n, y.data(), finish, Precision::kInt8, 2);
+  linear(tier, panel, x.data(), n, single.data(), finish, Precision::kFloat32, 2);
+  std::vector<std::int8_t> q(k);
+  for (int i = 0; i < n; ++i) {
+    const Quantized of = quantize(tier, x.data() + i * k, k, 0, q.data());
+    for (int r = 0; r < rows; ++r) {
+      float product = 0.0f;
+      double exact = bias[r], size = std::fabs(bias[r]);
+      for (int s = 0; s < count; ++s) {
+        const float scale = weight.scale[r * count + s];
+        long sum = 0;
+        for (int j = s * shared; j < std::min(k, (s + 1) * shared); ++j) {
+          sum += static_cast<long>(weight.value(r, j)) * q[j];
+          const double term = double{scale} * weight.value(r, j) * x[i * k + j];
+          exact += term, size += std::fabs(term);
+        }
+        product += static_cast<float>(sum) * scale;
+      }
+      require(y[i * rows + r] == product * of.scale + bias[r],
+              "%s: groups of %d, %d levels, %d x %d, row %d of %d", tier.name, shared, levels, rows,
+              k, i, n);
+      require(std::fabs(single[i * rows + r] - exact) <= (k + 8) * 6e-8 * size,
+              "%s: groups of %d in float32, %d levels, %d x %d, row %d of %d", tier.name, shared,
+              levels, rows, k, i, n);
+    }
+  }
+}
+
 void check_conv(const Kernels& tier, int levels, const ConvShape& s, int n, int h, int w) {
   const int in = static_cast<int>(s.in_group()), rows = static_cast<int>(s.out_channels);
   const int kh = static_cast<int>(s.kernel_h), kw = static_cast<int>(s.kernel_w);
@@ -322,6 +364,11 @@ void check_refusals(const Kernels& tier) {
   for (const Affine affine : {Affine{0, 1}, Affine{3, 1}, Affine{1, 128}, Affine{1, -126}})
     refused("affine", [&] { panel(0, 8, 60, weight.order, affine); });
 
+  for (const std::int64_t shared : {std::int64_t{0}, std::int64_t{-4}, std::int64_t{6}})
+    refused("groups", [&] {
+      make_panel_of_groups(weight.stored(), 8, 60, shared, weight.scale.data(), weight.affine,
+                           tier.tables);
+    });
   const ConvShape right{60, 8, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1};
   const auto conv = [&](const ConvShape& shape) {
     return ConvPanels(shape, weight.stored(), weight.scale.data(), weight.affine, tier.tables);
@@ -399,6 +446,9 @@ int main() {
         for (const int k : {1, 31, 100, 700}) check_products(*tier, levels, rows, k);
     for (const int levels : {2, 3, 5, 16, 17, 128})
       for (const int n : {1, 5, 8, 9, 30}) check_linear(*tier, levels, 37, 90, n);
+    for (const int levels : {2, 3, 4, 5, 8, 16, 17, 128})
+      for (const int n : {1, 7, 13})
+        for (const int shared : {4, 20, 32, 64}) check_groups(*tier, levels, 37, 150, n, shared);
     const ConvShape shapes[] = {
         {3, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1}, {5, 9, 3, 2, 2, 1, 1, 1, 0, 2, 1, 3, 1},
         {8, 40, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1}, {6, 10, 3, 3, 1, 2, 2, 2, 2, 2, 2, 2, 1},

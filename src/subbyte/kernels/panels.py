@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from subbyte.core.functional import n_groups
+from subbyte.core.grids import PerGroup
 from subbyte.errors import SubbyteError
 from subbyte.kernels.served import _native, integers
 from subbyte.kernels.values import Window
@@ -115,6 +116,11 @@ def _versions(matrix: PackedMatrix) -> tuple[int, int] | None:
 def _make_linear(matrix: PackedMatrix) -> Any:
     n_levels, (rows, k) = matrix.grid.n_levels, matrix.shape
     factor, center = integers(matrix.grid)  # type: ignore[misc]
+    if isinstance(matrix.grid.granularity, PerGroup):
+        return _native.make_panel_of_groups(
+            matrix.words, n_levels, radix.digits_per(n_levels, 64), rows, k,
+            matrix.grid.granularity.size, _scales(matrix, factor), factor, center,
+        )  # fmt: skip
     return _native.make_panel(
         matrix.words, n_levels, radix.digits_per(n_levels, 64), 0, rows, k,
         torch.arange(k, dtype=torch.int32), _scales(matrix, factor), factor, center,
@@ -132,7 +138,8 @@ def _make_conv(matrix: PackedMatrix, window: Window) -> Any:
 
 
 def _scales(matrix: PackedMatrix, factor: int) -> Tensor:
-    """float32 [out]: what the integers of a row are multiplied with."""
+    """What integers are multiplied with, float32: [out], or [groups] if groups of inputs share."""
     assert matrix.grid.affine is not None
     unit = matrix.unit().detach() / (factor * matrix.grid.affine[1])
-    return unit.expand(matrix.shape[0]).contiguous()
+    by_row = len(unit) == 1
+    return unit.expand(matrix.shape[0]).contiguous() if by_row else unit.contiguous()

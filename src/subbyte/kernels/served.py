@@ -82,6 +82,8 @@ def _why_not_activations(x: Tensor) -> str:
 def _why_not_window(grid: Grid, shape: Sequence[int], groups: int, padding_mode: str) -> str | None:
     if padding_mode != "zeros":
         return f"padding mode is {padding_mode!r}"
+    if isinstance(grid.granularity, PerGroup):
+        return "scales are per group of inputs, which the products of linear layers alone know"
     if shape[0] // groups < _FEW_CHANNELS and not is_depthwise(shape, groups):
         return f"groups have {shape[0] // groups} output channels"
     return _why_not_grid(grid, torch.Size(shape[1:]).numel())
@@ -91,8 +93,6 @@ def _why_not_window(grid: Grid, shape: Sequence[int], groups: int, padding_mode:
 def _why_not_grid(grid: Grid, row_length: int) -> str | None:
     if _native is None:
         return "the C++ core (subbyte._native) was not built"
-    if isinstance(grid.granularity, PerGroup):
-        return "scales are per group of inputs"
     found = integers(grid)
     if found is None:
         return "levels are no multiples of one step"
@@ -100,6 +100,8 @@ def _why_not_grid(grid: Grid, row_length: int) -> str | None:
     largest = max(abs(center), abs(factor * (grid.n_levels - 1) - center))
     if largest > _LARGEST:
         return f"{grid.n_levels} levels are integers up to {largest}; {_LARGEST} fit"
+    if isinstance(grid.granularity, PerGroup):
+        row_length = min(row_length, grid.granularity.size)  # a sum ends where its scale does
     if factor * max(largest, grid.n_levels - 1) * 255 * (row_length + 64) >= _SUMS:
         return f"sums of {row_length} products do not fit in 32 bits"
     return None

@@ -18,10 +18,9 @@ Quantized scale_of(std::int32_t peak) {
   return of;
 }
 
-bool may_overflow(std::int32_t peak, std::int64_t k, int most) {
+bool may_overflow(std::int32_t peak, std::int64_t k, float most) {
   constexpr std::int32_t kInfinity = 0x7F800000;
-  const float limit =
-      std::numeric_limits<float>::max() / (2.0f * static_cast<float>(most) * static_cast<float>(k));
+  const float limit = std::numeric_limits<float>::max() / (2.0f * most * static_cast<float>(k));
   std::int32_t bits;
   std::memcpy(&bits, &limit, 4);
   return peak > bits && peak < kInfinity;

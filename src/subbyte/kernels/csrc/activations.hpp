@@ -29,10 +29,10 @@ struct Quantized {
 // For a column whose largest magnitude has these bits (`Kernels::peak`).
 Quantized scale_of(std::int32_t peak);
 
-// Whether sums of k float32 activations times integers of magnitude `most` may overflow before they
+// Whether sums of k float32 activations times weights of magnitude `most` may overflow before they
 // are scaled, where the largest activation has these bits. False where one is not finite: then the
 // sums are not, either.
-bool may_overflow(std::int32_t peak, std::int64_t k, int most);
+bool may_overflow(std::int32_t peak, std::int64_t k, float most);
 
 // The planes of x [n]: plane p is q[p * stride ...]. Every byte is xored with `flip`.
 void round_planes(const Kernels& kernels, const float* x, std::int64_t n, const Quantized& of,

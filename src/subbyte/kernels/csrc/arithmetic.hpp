@@ -15,11 +15,11 @@ using SumOf = std::conditional_t<std::is_same_v<T, float>, float, std::int32_t>;
 
 // A decoded block [k][32 rows] as T; `wide` is room for one that is not in bytes.
 template <class T>
-const T* weights_as(const Kernels& kernels, const Panel& panel, const std::int8_t* decoded,
-                    Buffer& wide) {
+const T* weights_as(const Kernels& kernels, const Panel& panel, std::int64_t block,
+                    const std::int8_t* decoded, Buffer& wide) {
   if constexpr (std::is_same_v<T, float>) {
     auto* weights = reinterpret_cast<float*>(wide.reserve(panel.k * kBlockRows * sizeof(float)));
-    kernels.widen(panel, decoded, weights);
+    kernels.widen(panel, block, decoded, weights);
     return weights;
   } else {
     return decoded;

@@ -69,6 +69,19 @@ subbyte::Panel make_panel(nb::handle words, unsigned levels, unsigned digits,
                              {factor, center}, subbyte::kernels().tables);
 }
 
+subbyte::Panel make_panel_of_groups(nb::handle words, unsigned levels, unsigned digits,
+                                    std::int64_t rows, std::int64_t row_length, std::int64_t shared,
+                                    nb::handle scale, int factor, int center) {
+  const Bytes bytes(words, "words");
+  const Floats scales(scale, "scale");
+  const subbyte::RadixCodes codes{bytes.data(), length(bytes), levels, digits};
+  require(rows >= 1 && row_length >= 1 && shared >= 1, "a panel needs rows, and rows weights");
+  scales.require_length(subbyte::product({rows, (row_length - 1) / shared + 1}));
+  nb::gil_scoped_release released;
+  return subbyte::make_panel_of_groups(codes, rows, row_length, shared, scales.data(),
+                                       {factor, center}, subbyte::kernels().tables);
+}
+
 // Sizes of ConvShape in its order.
 subbyte::ConvPanels make_conv(nb::handle words, unsigned levels, unsigned digits,
                               const Sizes& sizes, nb::handle scale, int factor, int center) {
@@ -112,13 +125,14 @@ subbyte::Finish finish(const std::optional<Floats>& bias, const std::optional<Fl
   return {bias ? bias->data() : nullptr, plus ? plus->data() : nullptr, low, high};
 }
 
-// float32 x [..., panel.k], y and plus [..., panel.rows], bias [panel.rows].
+// float32 x [..., panel.inputs()], y and plus [..., panel.rows], bias [panel.rows].
 Sizes linear(const subbyte::Panel& panel, nb::handle x, nb::handle y, nb::handle bias,
              nb::handle plus, float low, float high, int planes, int threads) {
   const Floats in(x, "x"), out(y, "y");
   const auto offset = maybe<float>(bias, "bias"), more = maybe<float>(plus, "plus");
-  if (in.last() != panel.k) in.fail("is " + in.text() + ", rows have " + std::to_string(panel.k));
-  const std::int64_t n = in.size() / panel.k;
+  const std::int64_t k = panel.inputs();
+  if (in.last() != k) in.fail("is " + in.text() + ", rows have " + std::to_string(k));
+  const std::int64_t n = in.size() / k;
   if (out.last() != panel.rows || out.size() / panel.rows != n)
     out.fail("is " + out.text() + ", x is " + in.text());
   if (!in.dense() || !out.dense() || (more && !more->dense())) in.fail("or y or plus has gaps");
@@ -217,7 +231,7 @@ NB_MODULE(_native, module) {
            nb::call_guard<nb::gil_scoped_release>(), "Read all of it; the bytes read.");
   nb::class_<subbyte::Panel>(module, "Panel", "A weight repacked for the kernels.")
       .def_ro("rows", &subbyte::Panel::rows)
-      .def_ro("k", &subbyte::Panel::k)
+      .def_prop_ro("k", &subbyte::Panel::inputs)
       .def_prop_ro("bytes", &subbyte::Panel::bytes)
       .def_prop_ro("bits", [](const subbyte::Panel& panel) { return panel.traits().bits(); })
       .def("linear", &linear, nb::arg("x"), nb::arg("y"), nb::arg("bias").none(),
@@ -236,6 +250,9 @@ NB_MODULE(_native, module) {
            "The same, from a few of their blocks, at each call others.");
   module.def("make_conv", &make_conv, nb::arg("words"), nb::arg("levels"), nb::arg("digits"),
              nb::arg("sizes"), nb::arg("scale"), nb::arg("factor"), nb::arg("center"));
+  module.def("make_panel_of_groups", &make_panel_of_groups, nb::arg("words"), nb::arg("levels"),
+             nb::arg("digits"), nb::arg("rows"), nb::arg("row_length"), nb::arg("shared"),
+             nb::arg("scale"), nb::arg("factor"), nb::arg("center"));
   module.def("make_panel", &make_panel, nb::arg("words"), nb::arg("levels"), nb::arg("digits"),
              nb::arg("first_row"), nb::arg("rows"), nb::arg("row_length"), nb::arg("order"),
              nb::arg("scale"), nb::arg("factor"), nb::arg("center"));

@@ -318,7 +318,7 @@ void multiply_frames(const Call& call, const T* frames, const std::vector<Quanti
       const Panel& panel = call.weight.panels()[group];
       const std::int64_t row = block * kBlockRows, channel = group * panel.rows + row;
       const std::int64_t rows = std::min<std::int64_t>(kBlockRows, panel.rows - row);
-      const T* weights = weights_as<T>(kernels, panel, decoded.at(group, block), wide);
+      const T* weights = weights_as<T>(kernels, panel, block, decoded.at(group, block), wide);
       const Task<T> task{channel, rows,         panel,
                          weights, chunk * step, std::min(step, pixels - chunk * step),
                          out_w};
@@ -447,7 +447,7 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
     multiply_frames(call, frames, {}, decoded, y, finish);
     std::vector<std::int64_t> odd;
     for (std::int64_t i = 0; i < n; ++i)
-      if (may_overflow(peaks[i], first.k, first.max_abs)) odd.push_back(i);
+      if (may_overflow(peaks[i], first.k, static_cast<float>(first.max_abs))) odd.push_back(i);
     return odd;
   }
   auto* frames = reinterpret_cast<std::int8_t*>(room);

@@ -65,6 +65,12 @@ struct Kernels {
   void (*small)(const Panel& panel, std::int64_t block, const std::int8_t* const* x, int n,
                 std::int32_t* sums);
 
+  // Codes times q where weights of a row share scales: the sums of factor * code - center times q,
+  // each times its scale, added up in their order in float32. excess: of column c at excess[c],
+  // center times the sum of q for each scale; values: [n][32].
+  void (*small_groups)(const Panel& panel, std::int64_t block, const std::int8_t* const* x, int n,
+                       const std::int32_t* const* excess, float* values);
+
   // A block of factor * code - center as [groups * group / 4][32 rows][4], 0 where there is
   // padding.
   void (*decode)(const Panel& panel, std::int64_t block, std::int8_t* out);
@@ -74,8 +80,15 @@ struct Kernels {
   void (*multiply)(const std::int8_t* weights, int max_abs, std::int64_t rows, const Runs& runs,
                    const std::uint8_t* const* x, std::int32_t* sums);
 
-  // The same block as float32 [k][32 rows], without its padding.
-  void (*widen)(const Panel& panel, const std::int8_t* decoded, float* out);
+  // What products with q ^ flip have too much for each scale of a row, [scales][32].
+  void (*excess)(const Panel& panel, const std::int8_t* decoded, std::int32_t* out);
+  // `multiply` where weights of a row share scales: as `small_groups`, of `tile` columns.
+  void (*multiply_groups)(const Panel& panel, std::int64_t block, const std::int8_t* decoded,
+                          const std::int32_t* excess, const std::uint8_t* const* x, float* values);
+
+  // The same block as float32 [k][32 rows], without its padding; times its scales if weights of a
+  // row share them.
+  void (*widen)(const Panel& panel, std::int64_t block, const std::int8_t* decoded, float* out);
   // And its products with n float32 columns, n at most `tile`; offsets of runs in bytes, lengths in
   // floats.
   void (*multiply_float)(const float* weights, std::int64_t rows, const Runs& runs, std::int64_t n,

@@ -210,18 +210,16 @@ inline T in_order(T value) {
   return value;
 }
 
-// V::kBytes / 4 * R rows from `row` on, N columns.
+// Sums over `groups` groups from `run` on, of V::kBytes / 4 * R rows and N columns.
 template <Packing P, class Dots, int R, int N>
-void small_rows(const std::uint8_t* runs, std::int64_t groups, const std::int8_t* const* x,
-                std::int32_t* sums, int row) {
+inline void small_sums(const std::uint8_t* run, std::int64_t groups, const std::int8_t* const* x,
+                       typename V::Sums (&total)[R][N]) {
   constexpr Traits t = traits(P);
   // Of a single column, positions in turn: one after another would wait for the last product.
   constexpr int kChains = N == 1 && V::kRegisters == 32 ? std::min(4, t.positions) : 1;
-  typename V::Sums total[R][N];
   for (auto& line : total)
     for (auto& sum : line) sum = V::zero();
   const std::int64_t stride = Dots::span(t.max_digit, 127) / t.positions;
-  const std::uint8_t* run = runs + 4 * row;
   for (std::int64_t g = 0; g < groups;) {
     const std::int64_t stop = std::min(groups, g + stride);
     typename Dots::Part part[R][N * kChains];
@@ -252,30 +250,90 @@ void small_rows(const std::uint8_t* runs, std::int64_t groups, const std::int8_t
       for (int n = 0; n < N * kChains; ++n)
         total[r][n / kChains] = Dots::flush(total[r][n / kChains], part[r][n]);
   }
-  for (int r = 0; r < R; ++r)
-    for (int n = 0; n < N; ++n)
-      V::store(sums + n * kBlockRows + row + r * (V::kBytes / 4), total[r][n]);
-}
-
-template <Packing P, int R, int N>
-void small_columns(const Panel& panel, std::int64_t block, const std::int8_t* const* x,
-                   std::int32_t* sums) {
-  using Dots = std::conditional_t<(traits(P).max_digit > 64), V::Wide, V::Narrow>;
-  const std::uint8_t* runs = panel.data.data() + block * panel.block_bytes();
-  for (int row = 0; row < kBlockRows; row += R * V::kBytes / 4)
-    small_rows<P, Dots, R, N>(runs, panel.groups(), x, sums, row);
 }
 
 template <Packing P>
-void small_of(const Panel& panel, std::int64_t block, const std::int8_t* const* x, int n,
-              std::int32_t* sums) {
+using DotsOf = std::conditional_t<(traits(P).max_digit > 64), typename V::Wide, typename V::Narrow>;
+
+// The rows of a block from `row` on, one scale each: their sums.
+struct WholeRows {
+  const Panel& panel;
+  std::int64_t block;
+  const std::int8_t* const* x;
+  std::int32_t* sums;
+
+  template <Packing P, int R, int N>
+  void take(int first, int row) const {
+    typename V::Sums total[R][N];
+    const std::uint8_t* runs = panel.data.data() + block * panel.block_bytes();
+    small_sums<P, DotsOf<P>, R, N>(runs + 4 * row, panel.groups(), x + first, total);
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < N; ++n)
+        V::store(sums + (first + n) * kBlockRows + row + r * kFloats, total[r][n]);
+  }
+};
+
+// factor * sum - excess, times the scales; factor = 1 << shift.
+inline Floats scaled(Ints sum, Ints excess, int shift, const float* scale) {
+  return __builtin_convertvector((sum << shift) - excess, Floats) * floats(scale);
+}
+
+// The same rows where their weights share scales: values.
+struct SharedScales {
+  const Panel& panel;
+  std::int64_t block;
+  const std::int8_t* const* x;
+  const std::int32_t* const* excess;
+  float* values;
+
+  template <Packing P, int R, int N>
+  void take(int first, int row) const {
+    constexpr Traits t = traits(P);
+    const std::int64_t most = panel.span() / t.group();
+    const std::uint8_t* run = panel.data.data() + block * panel.block_bytes() + 4 * row;
+    const float* scale = panel.scales_of(block) + row;
+    const int shift = panel.affine.factor - 1;
+    const std::int8_t* column[N];
+    for (int n = 0; n < N; ++n) column[n] = x[first + n];
+    Floats value[R][N] = {};
+    for (std::int64_t s = 0, left = panel.groups(); left > 0; ++s, left -= most) {
+      const std::int64_t groups = std::min(most, left);
+      typename V::Sums total[R][N];
+      small_sums<P, DotsOf<P>, R, N>(run, groups, column, total);
+      for (int n = 0; n < N; ++n) {
+        const Ints more = excess[first + n][s] + Ints{};
+        for (int r = 0; r < R; ++r) {
+          Ints sum;
+          std::memcpy(&sum, &total[r][n], sizeof sum);
+          value[r][n] += scaled(sum, more, shift, scale + r * kFloats);
+        }
+        column[n] += groups * t.group();
+      }
+      run += groups * t.vectors * kRunBytes, scale += kBlockRows;
+    }
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < N; ++n)
+        std::memcpy(values + (first + n) * kBlockRows + row + r * kFloats, &value[r][n],
+                    sizeof(Floats));
+  }
+};
+
+// All rows of a block, n columns.
+template <Packing P, class Rows>
+void small_of(const Rows& rows, int n) {
   constexpr int kVectors = kRunBytes / V::kBytes;
-  constexpr auto rows = [](int most) { return most < kVectors ? most : kVectors; };
-  for (; n >= 4; n -= 4, x += 4, sums += 4 * kBlockRows)
-    small_columns<P, rows(V::kRegisters / 8), 4>(panel, block, x, sums);
-  for (; n >= 2; n -= 2, x += 2, sums += 2 * kBlockRows)
-    small_columns<P, rows(V::kRegisters / 4), 2>(panel, block, x, sums);
-  if (n) small_columns<P, rows(V::kRegisters / 4), 1>(panel, block, x, sums);
+  constexpr int kFour = std::min(V::kRegisters / 8, kVectors);
+  constexpr int kTwo = std::min(V::kRegisters / 4, kVectors);
+  int c = 0;
+  for (; c + 4 <= n; c += 4)
+    for (int row = 0; row < kBlockRows; row += kFour * kFloats)
+      rows.template take<P, kFour, 4>(c, row);
+  for (; c + 2 <= n; c += 2)
+    for (int row = 0; row < kBlockRows; row += kTwo * kFloats)
+      rows.template take<P, kTwo, 2>(c, row);
+  if (c < n)
+    for (int row = 0; row < kBlockRows; row += kTwo * kFloats)
+      rows.template take<P, kTwo, 1>(c, row);
 }
 
 // Calls f with the packing as a constant.
@@ -310,7 +368,14 @@ inline void with_packing(Packing packing, F&& f) {
 
 void small(const Panel& panel, std::int64_t block, const std::int8_t* const* x, int n,
            std::int32_t* sums) {
-  with_packing(panel.packing, [&](auto packing) { small_of<packing>(panel, block, x, n, sums); });
+  const WholeRows rows{panel, block, x, sums};
+  with_packing(panel.packing, [&](auto packing) { small_of<packing>(rows, n); });
+}
+
+void small_groups(const Panel& panel, std::int64_t block, const std::int8_t* const* x, int n,
+                  const std::int32_t* const* excess, float* values) {
+  const SharedScales rows{panel, block, x, excess, values};
+  with_packing(panel.packing, [&](auto packing) { small_of<packing>(rows, n); });
 }
 
 // ---------------------------------------------------------------- many columns
@@ -402,9 +467,68 @@ void multiply(const std::int8_t* weights, int max_abs, std::int64_t rows, const 
     multiply_with<V::Wide>(weights, V::Wide::span(255, max_abs), rows, runs, x, sums);
 }
 
+// The sums of a row's weights for each scale.
+template <class Dots>
+void weights_of_scales(const std::int8_t* weights, std::int64_t span, const Panel& panel,
+                       std::int32_t* out) {
+  const auto ones = V::fill(1);
+  const std::int64_t most = panel.span() / 4;
+  for (std::int64_t left = panel.groups() * panel.traits().group() / 4; left > 0; left -= most) {
+    const std::int64_t count = std::min(most, left);
+    for (int row = 0; row < kRunBytes; row += V::kBytes, out += kFloats) {
+      typename V::Sums total = V::zero();
+      for (std::int64_t i = 0; i < count;) {
+        typename Dots::Part part = Dots::zero();
+        for (const std::int64_t stop = std::min(count, i + span); i < stop; ++i)
+          part = Dots::dot(part, ones, V::load(weights + i * kRunBytes + row));
+        total = Dots::flush(total, part);
+      }
+      V::store(out, total);
+    }
+    weights += count * kRunBytes;
+  }
+}
+
+void excess(const Panel& panel, const std::int8_t* decoded, std::int32_t* out) {
+  const std::int64_t count = panel.scales_of_row() * kBlockRows;
+  if (!V::kFlip) {
+    std::memset(out, 0, count * sizeof *out);
+    return;
+  }
+  weights_of_scales<typename V::Narrow>(decoded, V::Narrow::span(1, panel.max_abs), panel, out);
+  for (std::int64_t i = 0; i < count; ++i) out[i] *= V::kFlip;
+}
+
+void multiply_groups(const Panel& panel, std::int64_t block, const std::int8_t* decoded,
+                     const std::int32_t* excess, const std::uint8_t* const* x, float* values) {
+  const std::int64_t rows = panel.rows - block * kBlockRows, most = panel.span() / 4;
+  const float* scale = panel.scales_of(block);
+  alignas(64) std::int32_t sums[V::kTileColumns * kBlockRows];
+  std::memset(values, 0, V::kTileColumns * kBlockRows * sizeof *values);
+  std::int64_t offset = 0;
+  for (std::int64_t left = panel.groups() * panel.traits().group() / 4; left > 0; left -= most) {
+    const std::int32_t length = static_cast<std::int32_t>(std::min(most, left));
+    multiply(decoded, panel.max_abs, rows, Runs{1, &offset, &length}, x, sums);
+    for (int i = 0; i < kBlockRows; i += kFloats) {
+      Ints more;
+      std::memcpy(&more, excess + i, sizeof more);
+      for (int c = 0; c < V::kTileColumns; ++c) {
+        Ints sum;
+        std::memcpy(&sum, sums + c * kBlockRows + i, sizeof sum);
+        const Floats value = floats(values + c * kBlockRows + i) + scaled(sum, more, 0, scale + i);
+        std::memcpy(values + c * kBlockRows + i, &value, sizeof value);
+      }
+    }
+    decoded += length * kRunBytes, offset += 4 * length;
+    excess += kBlockRows, scale += kBlockRows;
+  }
+}
+
 // ---------------------------------------------------------------- many columns, float32
 
-void widen(const Panel& panel, const std::int8_t* decoded, float* out) {
+void widen(const Panel& panel, std::int64_t block, const std::int8_t* decoded, float* out) {
+  const std::int64_t span = panel.shared ? panel.span() : panel.k;
+  const float* scales = panel.scales_of(block);
   const std::int32_t* padding = panel.padding.data();
   const std::int32_t* const end = padding + panel.padding.size();
   for (std::int64_t k = 0; k < panel.k; ++k) {
@@ -412,11 +536,13 @@ void widen(const Panel& panel, const std::int8_t* decoded, float* out) {
       ++padding;
       continue;
     }
+    const float* scale = scales + k / span * kBlockRows;
     const int up = 24 - 8 * static_cast<int>(k % 4);  // to the top, and down with its sign
     for (int r = 0; r < kBlockRows; r += kFloats, out += kFloats) {
       Ints four;
       std::memcpy(&four, decoded + k / 4 * kRunBytes + 4 * r, sizeof four);
-      const Floats value = __builtin_convertvector(four << up >> 24, Floats);
+      Floats value = __builtin_convertvector(four << up >> 24, Floats);
+      if (panel.shared) value *= floats(scale + r);
       std::memcpy(out, &value, sizeof value);
     }
   }
@@ -578,5 +704,6 @@ constexpr bool kTables = true;
 constexpr bool kTables = false;
 #endif
 constexpr Kernels kKernels{
-    V::kName, V::kFlip,  V::kTileColumns, kTables,         &peak,   &round,        &sum,    &small,
-    &decode,  &multiply, &widen,          &multiply_float, &values, &values_float, &pixels, &row};
+    V::kName,        V::kFlip,      V::kTileColumns, kTables,   &peak,   &round,           &sum,
+    &small,          &small_groups, &decode,         &multiply, &excess, &multiply_groups, &widen,
+    &multiply_float, &values,       &values_float,   &pixels,   &row};

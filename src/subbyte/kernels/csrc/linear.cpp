@@ -1,6 +1,7 @@
 #include "linear.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <vector>
 
@@ -14,6 +15,7 @@ namespace {
 // The activations of one call, `planes` columns to a row of x.
 struct Columns {
   std::int64_t n, length, stride;
+  std::int64_t shared, span;  // so many values of a column take so many bytes of it
   int planes;
   std::uint8_t flip;
   std::int8_t* q;
@@ -31,14 +33,22 @@ void quantize_rows(const Kernels& kernels, const float* x, int threads, Columns&
              for (std::int64_t i = begin; i < end; ++i) {
                std::int8_t* q = columns.q + i * columns.planes * stride;
                columns.of[i] = scale_of(kernels.peak(x + i * k, k));
-               round_planes(kernels, x + i * k, k, columns.of[i], columns.flip, columns.planes, q,
-                            stride);
+               if (stride != k) std::memset(q, columns.flip, columns.planes * stride);
+               for (std::int64_t from = 0; from < k; from += columns.shared)
+                 round_planes(kernels, x + i * k + from, std::min(columns.shared, k - from),
+                              columns.of[i], columns.flip, columns.planes,
+                              q + from / columns.shared * columns.span, stride);
                for (int plane = 0; plane < columns.planes; ++plane) {
-                 std::memset(q + plane * stride + k, columns.flip, stride - k);
                  columns.scale[i * columns.planes + plane] = columns.of[i].of_plane(plane);
                }
              }
            });
+}
+
+constexpr std::array<float, kBlockRows> ones() {
+  std::array<float, kBlockRows> found{};
+  for (float& value : found) value = 1.0f;
+  return found;
 }
 
 // Where the values of a block of rows go.
@@ -49,6 +59,12 @@ struct Sink {
   float* y;
   const Finish& finish;
 
+  // Sums of weights that share scales have them already.
+  const float* row_scale(std::int64_t row) const {
+    static constexpr std::array<float, kBlockRows> kOnes = ones();
+    return panel.shared ? kOnes.data() : panel.scale.data() + row;
+  }
+
   // The sums [n][32] of columns from `first` on. The planes of a row of x add up.
   template <class Sum>
   void write(std::int64_t block, std::int64_t first, std::int64_t n, const Sum* sums, int factor,
@@ -58,7 +74,7 @@ struct Sink {
     const bool whole = rows == kBlockRows;
     alignas(64) float bias[kBlockRows] = {}, value[kBlockRows];
     if (finish.bias) std::memcpy(bias, finish.bias + row, rows * sizeof(float));
-    Scaling scaling{factor, excess,  nullptr,    1,          panel.scale.data() + row,
+    Scaling scaling{factor, excess,  nullptr,    1,          row_scale(row),
                     bias,   nullptr, panel.rows, finish.low, finish.high};
     if (columns.planes == 1 && whole) {
       const std::int64_t place = first * panel.rows + row;
@@ -103,33 +119,91 @@ void few_columns(const Kernels& kernels, const Panel& panel, const Columns& colu
   });
 }
 
+// The same where weights of a row share scales.
+void few_columns_of_groups(const Kernels& kernels, const Panel& panel, const Columns& columns,
+                           const Sink& sink, int threads) {
+  const int n = static_cast<int>(columns.count());
+  const std::int64_t count = panel.scales_of_row(), span = panel.span();
+  std::vector<std::int32_t> of_columns(n * count);
+  const std::int32_t* excess[kMaxSmall];
+  const std::int8_t* x[kMaxSmall];
+  for (int c = 0; c < n; ++c) {
+    x[c] = columns.at(c), excess[c] = of_columns.data() + c * count;
+    for (std::int64_t s = 0; s < count; ++s)
+      of_columns[c * count + s] =
+          panel.affine.center *
+          kernels.sum(x[c] + s * span, std::min(span, columns.stride - s * span));
+  }
+  parallel(threads, panel.blocks(), [&](std::int64_t begin, std::int64_t end) {
+    alignas(64) float values[kMaxSmall * kBlockRows];
+    for (std::int64_t b = begin; b < end; ++b) {
+      kernels.small_groups(panel, b, x, n, excess, values);
+      sink.write(b, 0, n, values, 1, panel.excess(0, b));
+    }
+  });
+}
+
+// Products of a decoded block with columns of bytes, or of floats; what they have too much is taken
+// off already where weights of a row share scales.
+struct Block {
+  const Kernels& kernels;
+  const Panel& panel;
+  std::int64_t at;
+  const std::int8_t* decoded;
+  const std::int32_t* excess;  // [scales][32], of weights that share them
+
+  void write(std::int64_t first, std::int64_t n, const Runs& runs, const std::int8_t*,
+             const std::uint8_t* const* column, const Sink& sink) const {
+    if (panel.shared) {
+      alignas(64) float values[kMaxTile * kBlockRows];
+      kernels.multiply_groups(panel, at, decoded, excess, column, values);
+      return sink.write(at, first, n, values, 1, panel.excess(0, at));
+    }
+    alignas(64) std::int32_t sums[kMaxTile * kBlockRows] = {};
+    kernels.multiply(decoded, panel.max_abs, rows(), runs, column, sums);
+    sink.write(at, first, n, sums, 1, panel.excess(kernels.flip, at));
+  }
+  void write(std::int64_t first, std::int64_t n, const Runs& runs, const float* weights,
+             const std::uint8_t* const* column, const Sink& sink) const {
+    alignas(64) float sums[kMaxTile * kBlockRows] = {};
+    kernels.multiply_float(weights, rows(), runs, n, column, sums);
+    sink.write(at, first, n, sums, 1, panel.excess(0, at));
+  }
+
+ private:
+  std::int64_t rows() const { return panel.rows - at * kBlockRows; }
+};
+
 // x: columns of T, `stride` apart.
 template <class T>
 void many_columns(const Kernels& kernels, const Panel& panel, const Columns& columns, const T* x,
                   std::int64_t stride, const Sink& sink, int threads) {
   const std::int64_t offset = 0, length = panel.groups() * panel.traits().group();
   // In groups of 4 bytes: 4 activations, or a float.
-  const std::int32_t groups = static_cast<std::int32_t>(sizeof(T) == 1 ? length / 4 : panel.k);
+  const std::int32_t groups =
+      static_cast<std::int32_t>(sizeof(T) == 1 ? length / 4 : panel.inputs());
   const Runs runs{1, &offset, &groups};
   // A block's weights are decoded once for all columns, unless there are fewer blocks than threads.
   const std::int64_t tiles = (columns.count() + kernels.tile - 1) / kernels.tile;
   const std::int64_t parts = panel.blocks() >= threads ? 1 : std::min<std::int64_t>(threads, tiles);
   parallel(threads, panel.blocks() * parts, [&](std::int64_t begin, std::int64_t end) {
-    thread_local Buffer scratch, wide;
+    thread_local Buffer scratch, wide, more;
     auto* decoded = reinterpret_cast<std::int8_t*>(scratch.reserve(length * kBlockRows));
-    alignas(64) SumOf<T> sums[kMaxTile * kBlockRows] = {};
+    auto* excess = reinterpret_cast<std::int32_t*>(
+        more.reserve(panel.scales_of_row() * kBlockRows * sizeof(std::int32_t)));
     const std::uint8_t* column[kMaxTile];
     for (std::int64_t task = begin; task < end; ++task) {
       const std::int64_t block = task / parts, part = task % parts;
       kernels.decode(panel, block, decoded);
-      const T* weights = weights_as<T>(kernels, panel, decoded, wide);
+      if (panel.shared && sizeof(T) == 1) kernels.excess(panel, decoded, excess);
+      const T* weights = weights_as<T>(kernels, panel, block, decoded, wide);
+      const Block product{kernels, panel, block, decoded, excess};
       for (std::int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
         const std::int64_t first = tile * kernels.tile;
         const std::int64_t n = std::min<std::int64_t>(kernels.tile, columns.count() - first);
         for (int c = 0; c < kernels.tile; ++c)
           column[c] = reinterpret_cast<const std::uint8_t*>(x + (first + (c < n ? c : 0)) * stride);
-        multiply(kernels, panel, weights, panel.rows - block * kBlockRows, runs, n, column, sums);
-        sink.write(block, first, n, sums, 1, panel.excess(kernels.flip, block));
+        product.write(first, n, runs, weights, column, sink);
       }
     }
   });
@@ -146,17 +220,18 @@ std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, con
   const bool single = precision == Precision::kFloat32;
   const int planes = planes_of(precision);
   const std::int64_t stride = panel.groups() * panel.traits().group();
-  Columns columns{n, panel.k, stride, planes, kernels.flip, nullptr, {}, {}};
+  const std::int64_t k = panel.inputs(), shared = panel.shared ? panel.shared : k;
+  Columns columns{n, k, stride, shared, panel.span(), planes, kernels.flip, nullptr, {}, {}};
   columns.scale.assign(n * planes, 1.0f);
   const Sink sink{kernels, panel, columns, y, finish};
-  const std::int64_t cost = columns.count() * panel.rows * panel.k * (single ? 4 : 1);
+  const std::int64_t cost = columns.count() * panel.rows * k * (single ? 4 : 1);
   const int team = cost < kSerial ? 1 : threads;
   if (single) {
-    many_columns(kernels, panel, columns, x, panel.k, sink, team);
+    many_columns(kernels, panel, columns, x, k, sink, team);
+    const float most = static_cast<float>(panel.max_abs) * (panel.shared ? panel.max_scale : 1.0f);
     std::vector<std::int64_t> odd;
     for (std::int64_t i = 0; i < n; ++i)
-      if (may_overflow(kernels.peak(x + i * panel.k, panel.k), panel.k, panel.max_abs))
-        odd.push_back(i);
+      if (may_overflow(kernels.peak(x + i * k, k), k, most)) odd.push_back(i);
     return odd;
   }
   const bool few = columns.count() <= kMaxSmall;
@@ -164,7 +239,9 @@ std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, con
   columns.q = reinterpret_cast<std::int8_t*>(scratch.reserve(n * planes * stride));
   columns.of.resize(n);
   quantize_rows(kernels, x, team, columns);
-  if (few)
+  if (few && panel.shared)
+    few_columns_of_groups(kernels, panel, columns, sink, team);
+  else if (few)
     few_columns(kernels, panel, columns, sink, team);
   else
     many_columns(kernels, panel, columns, columns.q, stride, sink, team);

@@ -73,6 +73,21 @@ inline Packing packing_of(int levels, bool tables) {
   return Packing::kBits8;
 }
 
+// The packing of the fewest bytes when every `length` k begin a group of their own: what is left of
+// their last one is padding.
+inline Packing packing_of(int levels, bool tables, std::int64_t length) {
+  const auto bytes = [&](Packing packing) {
+    const Traits t = traits(packing);
+    return (length + t.group() - 1) / t.group() * t.vectors;
+  };
+  Packing best = packing_of(levels, tables);
+  // Wider ones, which are also quicker to take apart.
+  for (const int more : {levels, 4, 8, 16, 17, 18})
+    if (more >= levels && bytes(packing_of(more, false)) <= bytes(best))
+      best = packing_of(more, false);
+  return best;
+}
+
 // The bytes, one for each run, of one group's digits at one row and one k mod 4.
 inline void encode(Packing packing, const std::uint8_t* digit, std::uint8_t* byte) {
   const Traits t = traits(packing);

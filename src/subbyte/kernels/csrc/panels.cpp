@@ -52,31 +52,44 @@ int largest(Affine affine, std::int64_t levels) {
   return static_cast<int>(most);
 }
 
-Panel make_panel(const RadixCodes& codes, std::int64_t first_row, std::int64_t rows,
-                 std::int64_t row_length, const std::vector<std::int32_t>& order,
-                 const float* scale, Affine affine, bool tables) {
-  check(codes, first_row, rows, row_length, order);
+namespace {
+
+// Everything but the scales and the packed codes. rows: of the weight; length: of a sum.
+Panel empty_panel(std::int64_t rows, const std::vector<std::int32_t>& order, Affine affine,
+                  int levels, Packing packing, std::int64_t length) {
   Panel panel;
   panel.rows = rows;
   panel.k = static_cast<std::int64_t>(order.size());
-  panel.packing = packing_of(static_cast<int>(codes.levels), tables);
+  panel.packing = packing;
   panel.affine = affine;
-  panel.max_abs = largest(affine, codes.levels);
-  require(product({affine.factor, std::max(panel.max_abs, panel.traits().max_digit), 255,
-                   panel.k}) < std::int64_t{1} << 31,
+  panel.max_abs = largest(affine, levels);
+  require(product({affine.factor, std::max(panel.max_abs, panel.traits().max_digit), 255, length}) <
+              std::int64_t{1} << 31,
           "rows are too long for 32-bit sums");
-  panel.scale.resize(panel.blocks() * kBlockRows);
-  std::copy(scale, scale + rows, panel.scale.begin());
-  for (std::int64_t r = 0; r < rows; ++r)
-    panel.max_scale = std::max(panel.max_scale, std::abs(scale[r]));
   for (std::size_t i = 0; i < order.size(); ++i)
     if (order[i] < 0) panel.padding.push_back(static_cast<std::int32_t>(i));
+  return panel;
+}
+
+// scale: [rows][scales of a row].
+void take_scales(const float* scale, Panel& panel) {
+  const std::int64_t count = panel.scales_of_row();
+  panel.scale.resize(panel.blocks() * count * kBlockRows);
+  for (std::int64_t r = 0; r < panel.rows; ++r)
+    for (std::int64_t s = 0; s < count; ++s, ++scale) {
+      panel.scale[(r / kBlockRows * count + s) * kBlockRows + r % kBlockRows] = *scale;
+      panel.max_scale = std::max(panel.max_scale, std::abs(*scale));
+    }
+}
+
+void take_codes(const RadixCodes& codes, std::int64_t first_row, std::int64_t row_length,
+                const std::vector<std::int32_t>& order, Panel& panel) {
+  const Affine affine = panel.affine;
   panel.excess_of_flip.resize(panel.blocks() * kBlockRows);
   panel.data = Buffer(panel.blocks() * panel.block_bytes());
-
   std::vector<std::uint8_t> scratch(kBlockRows * row_length);
   for (std::int64_t b = 0; b < panel.blocks(); ++b) {
-    const std::int64_t n = std::min<std::int64_t>(kBlockRows, rows - b * kBlockRows);
+    const std::int64_t n = std::min<std::int64_t>(kBlockRows, panel.rows - b * kBlockRows);
     const std::size_t start = (first_row + b * kBlockRows) * row_length;
     radix_unpack_range(codes.words, start, n * row_length, codes.levels, codes.digits,
                        scratch.data());
@@ -95,6 +108,45 @@ Panel make_panel(const RadixCodes& codes, std::int64_t first_row, std::int64_t r
     encode_block(scratch.data(), n, row_length, order, panel,
                  panel.data.data() + b * panel.block_bytes());
   }
+}
+
+// The k of a row whose every `shared` weights take `span`.
+std::vector<std::int32_t> spaced(std::int64_t row_length, std::int64_t shared, std::int64_t span) {
+  std::vector<std::int32_t> order;
+  for (std::int64_t i = 0; i < row_length; ++i) {
+    if (i && i % shared == 0) order.resize(i / shared * span, -1);
+    order.push_back(static_cast<std::int32_t>(i));
+  }
+  return order;
+}
+
+}  // namespace
+
+Panel make_panel(const RadixCodes& codes, std::int64_t first_row, std::int64_t rows,
+                 std::int64_t row_length, const std::vector<std::int32_t>& order,
+                 const float* scale, Affine affine, bool tables) {
+  check(codes, first_row, rows, row_length, order);
+  const int levels = static_cast<int>(codes.levels);
+  Panel panel = empty_panel(rows, order, affine, levels, packing_of(levels, tables), order.size());
+  take_scales(scale, panel);
+  take_codes(codes, first_row, row_length, order, panel);
+  return panel;
+}
+
+Panel make_panel_of_groups(const RadixCodes& codes, std::int64_t rows, std::int64_t row_length,
+                           std::int64_t shared, const float* scale, Affine affine, bool tables) {
+  require(shared >= 4 && shared % 4 == 0, "weights share a scale by a multiple of 4");
+  check(codes, 0, rows, row_length, {0});
+  const int levels = static_cast<int>(codes.levels);
+  shared = std::min(shared, (row_length + 3) / 4 * 4);
+  const Packing packing = packing_of(levels, tables, shared);
+  const std::int64_t group = traits(packing).group(), span = (shared + group - 1) / group * group;
+  const std::vector<std::int32_t> order = spaced(row_length, shared, span);
+  check(codes, 0, rows, row_length, order);
+  Panel panel = empty_panel(rows, order, affine, levels, packing, span);
+  panel.shared = shared;
+  take_scales(scale, panel);
+  take_codes(codes, 0, row_length, order, panel);
   return panel;
 }
 

@@ -25,12 +25,13 @@ struct Affine {
 };
 
 struct Panel {
-  std::int64_t rows = 0;  // output channels
-  std::int64_t k = 0;     // weights of a row as the kernels see it, padding included
+  std::int64_t rows = 0;    // output channels
+  std::int64_t k = 0;       // weights of a row as the kernels see it, padding included
+  std::int64_t shared = 0;  // weights of a row that share a scale; 0: all of them
   Packing packing = Packing::kBits8;
   Affine affine{1, 0};
   std::vector<std::int32_t> padding;         // the k that hold no weight
-  std::vector<float> scale;                  // [blocks * 32]; of factor * code - center
+  std::vector<float> scale;                  // [blocks][scales][32]; of factor * code - center
   std::vector<std::int32_t> excess_of_flip;  // [blocks * 32]; 128 times the sum of a row's integers
   float max_scale = 0.0f;                    // the largest magnitude of `scale`
   int max_abs = 0;                           // of factor * code - center
@@ -41,14 +42,30 @@ struct Panel {
   std::int64_t groups() const { return (k + traits().group() - 1) / traits().group(); }
   std::int64_t block_bytes() const { return groups() * traits().vectors * kRunBytes; }
   std::size_t bytes() const { return data.size(); }
+  std::int64_t inputs() const { return k - static_cast<std::int64_t>(padding.size()); }
+
+  // Weights that share a scale begin a group of their own: so many k belong to them, padding
+  // included. Of one scale a row all do.
+  std::int64_t span() const {
+    const std::int64_t group = traits().group();
+    return shared ? (shared + group - 1) / group * group : groups() * group;
+  }
+  std::int64_t scales_of_row() const { return (k + span() - 1) / span(); }
+  const float* scales_of(std::int64_t block) const {
+    return scale.data() + block * scales_of_row() * kBlockRows;
+  }
 
   // Whether a tier with these tables, or none, can read it.
   bool readable(bool tables) const {
     return tables || (packing != Packing::kTrits5 && packing != Packing::kQuints10);
   }
 
-  // Whether the product of an activation's scale with those of the rows is finite.
-  bool scales(float activation) const { return std::isfinite(activation * max_scale); }
+  // Whether the product of an activation's scale with those of the rows is finite, and sums are
+  // that are scaled by the weights' alone.
+  bool scales(float activation) const {
+    const float most = 2.0f * 127.0f * static_cast<float>(max_abs) * static_cast<float>(k);
+    return std::isfinite(activation * max_scale) && (!shared || std::isfinite(most * max_scale));
+  }
 
   // What sums [32] over q ^ flip have too much.
   const std::int32_t* excess(std::uint8_t flip, std::int64_t block) const {
@@ -68,5 +85,10 @@ int largest(Affine affine, std::int64_t levels);
 Panel make_panel(const RadixCodes& codes, std::int64_t first_row, std::int64_t rows,
                  std::int64_t row_length, const std::vector<std::int32_t>& order,
                  const float* scale, Affine affine, bool tables);
+
+// The same of whole stored rows in their order, with a scale for every `shared` weights of a row
+// (the last may have fewer); scale: [rows][scales of a row].
+Panel make_panel_of_groups(const RadixCodes& codes, std::int64_t rows, std::int64_t row_length,
+                           std::int64_t shared, const float* scale, Affine affine, bool tables);
 
 }  // namespace subbyte
