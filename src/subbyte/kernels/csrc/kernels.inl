@@ -482,9 +482,12 @@ void multiply_rows(const std::int8_t* weights, std::int64_t span, const Runs& ru
         }
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int n = 0; n < N; ++n)
-      sink.take(n, row + r * kFloats, Dots::flush(Once ? V::zero() : total[r][n], part[r][n]));
+  const Sink out = sink;  // a copy, and constants as indices: both stay in registers
+  each<R>([&](auto r) {
+    each<N>([&](auto n) {
+      out.take(n, row + r * kFloats, Dots::flush(Once ? V::zero() : total[r][n], part[r][n]));
+    });
+  });
 }
 
 template <class Dots, class Sink>
