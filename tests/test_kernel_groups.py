@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -87,6 +87,10 @@ def assert_close(got, x, weight, bias, roundings):
     rows=st.integers(1, 70), k=st.integers(1, 150), n=st.integers(1, 20),
     size=st.sampled_from(SIZES), seed=st.integers(0, 99),
 )  # fmt: skip
+@example(rows=37, k=135, n=1, size=32, seed=0)  # the last group of a row is short
+@example(rows=40, k=147, n=7, size=64, seed=0)
+@example(rows=33, k=147, n=20, size=64, seed=0)
+@example(rows=70, k=149, n=17, size=36, seed=0)
 @settings(max_examples=16, deadline=None)
 def test_groups_have_the_exact_product_of_rounded_activations(levels, rows, k, n, size, seed):
     weight = grouped(levels, rows, k, size, seed=seed)
@@ -265,13 +269,13 @@ def test_a_layer_with_one_group_a_row_is_a_layer_with_a_scale_per_channel():
     assert ((packed_linear(weight)(x) - packed_linear(one)(x)).abs() <= bound).all()
 
 
-def test_panels_of_groups_waste_less_than_a_bit():
-    """A packing is chosen whose groups fit into those of the scales."""
+def test_panels_of_groups_waste_little():
+    """A packing is chosen whose groups fit into those of the scales; those take a quarter bit."""
     for levels in (2, 3, 4, 5, 7, 8, 9, 15, 16, 17):
-        layer = packed_linear(grouped(levels, 64, 512, 64))
+        layer = packed_linear(grouped(levels, 64, 512, 64, domain=ScaleDomain.FLOAT16))
         layer(torch.randn(1, 512))
         bits = 8 * kernels.panel_bytes(layer.packed.words) / (64 * 512)
-        assert bits <= math.log2(levels) + 1.01
+        assert bits <= math.log2(levels) + 1.2
 
 
 def test_what_is_not_served_says_so():

@@ -43,7 +43,7 @@ CALLS = {
         order=torch.arange(60, dtype=torch.int32), scale=torch.ones(8), factor=1, center=1)),
     "make_panel_of_groups": (core.make_panel_of_groups, lambda: dict(
         words=words(8 * 60), levels=3, digits=40, rows=8, row_length=60, shared=8,
-        scale=torch.ones(64), factor=1, center=1)),
+        scale=torch.ones(64), unit=1.0, factor=1, center=1)),
     "make_conv": (core.make_conv, lambda: dict(
         words=words(8 * 4 * 9), levels=3, digits=40,
         sizes=[4, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1], scale=torch.ones(8), factor=1, center=1)),

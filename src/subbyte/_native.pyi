@@ -79,6 +79,7 @@ def make_panel_of_groups(
     row_length: int,
     shared: int,
     scale: Tensor,
+    unit: float,
     factor: int,
     center: int,
 ) -> Panel: ...

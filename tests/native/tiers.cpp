@@ -219,8 +219,12 @@ void check_groups(const Kernels& tier, int levels, int rows, int k, int n, int s
   const int count = (k + shared - 1) / shared;
   weight.scale.resize(rows * count);
   for (float& s : weight.scale) s = 0.5f + static_cast<float>(draw(0, 100)) / 100;
+  const float unit = 1.0f / static_cast<float>(levels - 1);
+  if (shared == 32)  // float16 as well
+    for (float& s : weight.scale) s = std::nearbyint(s * 64) / 64;
   const Panel panel = make_panel_of_groups(weight.stored(), rows, k, shared, weight.scale.data(),
-                                           weight.affine, tier.tables);
+                                           unit, weight.affine, tier.tables);
+  require(panel.half.empty() == (shared != 32), "%s: scales in float16", tier.name);
   require(panel.inputs() == k && panel.scales_of_row() == count, "%s: groups of %d", tier.name,
           shared);
   const std::vector<float> x = floats(n * k), bias = floats(rows);
@@ -239,12 +243,12 @@ void check_groups(const Kernels& tier, int levels, int rows, int k, int n, int s
         long sum = 0;
         for (int j = s * shared; j < std::min(k, (s + 1) * shared); ++j) {
           sum += static_cast<long>(weight.value(r, j)) * q[j];
-          const double term = double{scale} * weight.value(r, j) * x[i * k + j];
+          const double term = double{unit} * scale * weight.value(r, j) * x[i * k + j];
           exact += term, size += std::fabs(term);
         }
         product += static_cast<float>(sum) * scale;
       }
-      require(y[i * rows + r] == product * of.scale + bias[r],
+      require(y[i * rows + r] == product * (of.scale * unit) + bias[r],
               "%s: groups of %d, %d levels, %d x %d, row %d of %d", tier.name, shared, levels, rows,
               k, i, n);
       require(std::fabs(single[i * rows + r] - exact) <= (k + 8) * 6e-8 * size,
@@ -366,7 +370,7 @@ void check_refusals(const Kernels& tier) {
 
   for (const std::int64_t shared : {std::int64_t{0}, std::int64_t{-4}, std::int64_t{6}})
     refused("groups", [&] {
-      make_panel_of_groups(weight.stored(), 8, 60, shared, weight.scale.data(), weight.affine,
+      make_panel_of_groups(weight.stored(), 8, 60, shared, weight.scale.data(), 1.0f, weight.affine,
                            tier.tables);
     });
   const ConvShape right{60, 8, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1};

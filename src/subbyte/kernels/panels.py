@@ -119,7 +119,8 @@ def _make_linear(matrix: PackedMatrix) -> Any:
     if isinstance(matrix.grid.granularity, PerGroup):
         return _native.make_panel_of_groups(
             matrix.words, n_levels, radix.digits_per(n_levels, 64), rows, k,
-            matrix.grid.granularity.size, _scales(matrix, factor), factor, center,
+            matrix.grid.granularity.size, matrix.unit().detach(), _unit(matrix, factor), factor,
+            center,
         )  # fmt: skip
     return _native.make_panel(
         matrix.words, n_levels, radix.digits_per(n_levels, 64), 0, rows, k,
@@ -138,8 +139,13 @@ def _make_conv(matrix: PackedMatrix, window: Window) -> Any:
 
 
 def _scales(matrix: PackedMatrix, factor: int) -> Tensor:
-    """What integers are multiplied with, float32: [out], or [groups] if groups of inputs share."""
+    """float32 [out]: what the integers of a row are multiplied with."""
     assert matrix.grid.affine is not None
     unit = matrix.unit().detach() / (factor * matrix.grid.affine[1])
-    by_row = len(unit) == 1
-    return unit.expand(matrix.shape[0]).contiguous() if by_row else unit.contiguous()
+    return unit.expand(matrix.shape[0]).contiguous()
+
+
+def _unit(matrix: PackedMatrix, factor: int) -> float:
+    """Of levels as integers."""
+    assert matrix.grid.affine is not None
+    return 1 / (factor * matrix.grid.affine[1])

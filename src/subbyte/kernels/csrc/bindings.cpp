@@ -71,14 +71,14 @@ subbyte::Panel make_panel(nb::handle words, unsigned levels, unsigned digits,
 
 subbyte::Panel make_panel_of_groups(nb::handle words, unsigned levels, unsigned digits,
                                     std::int64_t rows, std::int64_t row_length, std::int64_t shared,
-                                    nb::handle scale, int factor, int center) {
+                                    nb::handle scale, float unit, int factor, int center) {
   const Bytes bytes(words, "words");
   const Floats scales(scale, "scale");
   const subbyte::RadixCodes codes{bytes.data(), length(bytes), levels, digits};
   require(rows >= 1 && row_length >= 1 && shared >= 1, "a panel needs rows, and rows weights");
   scales.require_length(subbyte::product({rows, (row_length - 1) / shared + 1}));
   nb::gil_scoped_release released;
-  return subbyte::make_panel_of_groups(codes, rows, row_length, shared, scales.data(),
+  return subbyte::make_panel_of_groups(codes, rows, row_length, shared, scales.data(), unit,
                                        {factor, center}, subbyte::kernels().tables);
 }
 
@@ -252,7 +252,7 @@ NB_MODULE(_native, module) {
              nb::arg("sizes"), nb::arg("scale"), nb::arg("factor"), nb::arg("center"));
   module.def("make_panel_of_groups", &make_panel_of_groups, nb::arg("words"), nb::arg("levels"),
              nb::arg("digits"), nb::arg("rows"), nb::arg("row_length"), nb::arg("shared"),
-             nb::arg("scale"), nb::arg("factor"), nb::arg("center"));
+             nb::arg("scale"), nb::arg("unit"), nb::arg("factor"), nb::arg("center"));
   module.def("make_panel", &make_panel, nb::arg("words"), nb::arg("levels"), nb::arg("digits"),
              nb::arg("first_row"), nb::arg("rows"), nb::arg("row_length"), nb::arg("order"),
              nb::arg("scale"), nb::arg("factor"), nb::arg("center"));

@@ -273,9 +273,34 @@ struct WholeRows {
   }
 };
 
+typedef std::uint16_t Halves __attribute__((vector_size(V::kBytes / 2)));
+
+// The shared scales of a block, [scales][32].
+struct ScalesOf {
+  const float* single;
+  const std::uint16_t* half;  // null if they are float32
+
+  ScalesOf(const Panel& panel, std::int64_t block) {
+    const std::int64_t place = block * panel.scales_of_row() * kBlockRows;
+    single = panel.scale.data() + place;
+    half = panel.half.empty() ? nullptr : panel.half.data() + place;
+  }
+  Floats at(std::int64_t place) const {
+    if (!half) return floats(single + place);
+    Halves stored;
+    std::memcpy(&stored, half + place, sizeof stored);
+    const Ints bits = __builtin_convertvector(stored, Ints) << 13;
+    Floats value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value * 0x1p112f;  // exponents of float16 begin 112 later
+  }
+};
+
 // factor * sum - excess, times the scales; factor = 1 << shift.
-inline Floats scaled(Ints sum, Ints excess, int shift, const float* scale) {
-  return __builtin_convertvector((sum << shift) - excess, Floats) * floats(scale);
+inline Floats scaled(typename V::Sums sum, Ints excess, int shift, Floats scale) {
+  Ints integer;
+  std::memcpy(&integer, &sum, sizeof integer);
+  return __builtin_convertvector((integer << shift) - excess, Floats) * scale;
 }
 
 // The same rows where their weights share scales: values.
@@ -291,7 +316,7 @@ struct SharedScales {
     constexpr Traits t = traits(P);
     const std::int64_t most = panel.span() / t.group();
     const std::uint8_t* run = panel.data.data() + block * panel.block_bytes() + 4 * row;
-    const float* scale = panel.scales_of(block) + row;
+    const ScalesOf scales(panel, block);
     const int shift = panel.affine.factor - 1;
     const std::int8_t* column[N];
     for (int n = 0; n < N; ++n) column[n] = x[first + n];
@@ -300,16 +325,13 @@ struct SharedScales {
       const std::int64_t groups = std::min(most, left);
       typename V::Sums total[R][N];
       small_sums<P, DotsOf<P>, R, N>(run, groups, column, total);
-      for (int n = 0; n < N; ++n) {
-        const Ints more = excess[first + n][s] + Ints{};
-        for (int r = 0; r < R; ++r) {
-          Ints sum;
-          std::memcpy(&sum, &total[r][n], sizeof sum);
-          value[r][n] += scaled(sum, more, shift, scale + r * kFloats);
-        }
-        column[n] += groups * t.group();
+      for (int r = 0; r < R; ++r) {
+        const Floats scale = scales.at(s * kBlockRows + row + r * kFloats);
+        for (int n = 0; n < N; ++n)
+          value[r][n] += scaled(total[r][n], excess[first + n][s] + Ints{}, shift, scale);
       }
-      run += groups * t.vectors * kRunBytes, scale += kBlockRows;
+      for (int n = 0; n < N; ++n) column[n] += groups * t.group();
+      run += groups * t.vectors * kRunBytes;
     }
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < N; ++n)
@@ -406,10 +428,30 @@ void decode(const Panel& panel, std::int64_t block, std::int8_t* out) {
   for (std::int64_t k = panel.k; k < panel.groups() * panel.traits().group(); ++k) clear(k);
 }
 
+// What becomes of the sums of column n and the rows from `row` on.
+struct Stored {
+  std::int32_t* sums;  // [columns][32]
+  void take(int n, int row, typename V::Sums sum) const {
+    V::store(sums + n * kBlockRows + row, sum);
+  }
+};
+struct Accumulated {
+  const std::int32_t* excess;  // [32]
+  const float* scale;          // [32]
+  float* values;               // [columns][32]
+  void take(int n, int row, typename V::Sums sum) const {
+    Ints more;
+    std::memcpy(&more, excess + row, sizeof more);
+    float* place = values + n * kBlockRows + row;
+    const Floats value = floats(place) + scaled(sum, more, 0, floats(scale + row));
+    std::memcpy(place, &value, sizeof value);
+  }
+};
+
 // Once: no part overflows before the end, so there are no totals to keep in registers.
-template <class Dots, int R, int N, bool Once>
+template <class Dots, int R, int N, bool Once, class Sink>
 void multiply_rows(const std::int8_t* weights, std::int64_t span, const Runs& runs,
-                   const std::uint8_t* const* x, std::int32_t* sums, int row) {
+                   const std::uint8_t* const* x, const Sink& sink, int row) {
   typename V::Sums total[R][N];
   typename Dots::Part part[R][N];
   for (int r = 0; r < R; ++r)
@@ -440,31 +482,40 @@ void multiply_rows(const std::int8_t* weights, std::int64_t span, const Runs& ru
         }
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int n = 0; n < N; ++n)
-      V::store(sums + n * kBlockRows + row + r * (V::kBytes / 4),
-               Dots::flush(Once ? V::zero() : total[r][n], part[r][n]));
+  const Sink out = sink;  // a copy, and constants as indices: both stay in registers
+  each<R>([&](auto r) {
+    each<N>([&](auto n) {
+      out.take(n, row + r * kFloats, Dots::flush(Once ? V::zero() : total[r][n], part[r][n]));
+    });
+  });
 }
 
-template <class Dots>
+template <class Dots, class Sink>
 void multiply_with(const std::int8_t* weights, std::int64_t span, std::int64_t rows,
-                   const Runs& runs, const std::uint8_t* const* x, std::int32_t* sums) {
+                   const Runs& runs, const std::uint8_t* const* x, const Sink& sink) {
   constexpr int kStep = V::kTileVectors * V::kBytes / 4;
   std::int64_t length = 0;
   for (int run = 0; run < runs.count; ++run) length += runs.length[run];
-  const auto part = length <= span ? multiply_rows<Dots, V::kTileVectors, V::kTileColumns, true>
-                                   : multiply_rows<Dots, V::kTileVectors, V::kTileColumns, false>;
+  const auto part = length <= span
+                        ? multiply_rows<Dots, V::kTileVectors, V::kTileColumns, true, Sink>
+                        : multiply_rows<Dots, V::kTileVectors, V::kTileColumns, false, Sink>;
   for (int row = 0; row < std::min<std::int64_t>(rows, kBlockRows); row += kStep)
-    part(weights, span, runs, x, sums, row);
+    part(weights, span, runs, x, sink, row);
+}
+
+template <class Sink>
+void multiply_into(const std::int8_t* weights, int max_abs, std::int64_t rows, const Runs& runs,
+                   const std::uint8_t* const* x, const Sink& sink) {
+  const std::int64_t span = V::Narrow::span(255, max_abs);
+  if (span)
+    multiply_with<typename V::Narrow>(weights, span, rows, runs, x, sink);
+  else
+    multiply_with<typename V::Wide>(weights, V::Wide::span(255, max_abs), rows, runs, x, sink);
 }
 
 void multiply(const std::int8_t* weights, int max_abs, std::int64_t rows, const Runs& runs,
               const std::uint8_t* const* x, std::int32_t* sums) {
-  const std::int64_t span = V::Narrow::span(255, max_abs);
-  if (span)
-    multiply_with<V::Narrow>(weights, span, rows, runs, x, sums);
-  else
-    multiply_with<V::Wide>(weights, V::Wide::span(255, max_abs), rows, runs, x, sums);
+  multiply_into(weights, max_abs, rows, runs, x, Stored{sums});
 }
 
 // The sums of a row's weights for each scale.
@@ -502,25 +553,19 @@ void excess(const Panel& panel, const std::int8_t* decoded, std::int32_t* out) {
 void multiply_groups(const Panel& panel, std::int64_t block, const std::int8_t* decoded,
                      const std::int32_t* excess, const std::uint8_t* const* x, float* values) {
   const std::int64_t rows = panel.rows - block * kBlockRows, most = panel.span() / 4;
-  const float* scale = panel.scales_of(block);
-  alignas(64) std::int32_t sums[V::kTileColumns * kBlockRows];
+  const std::int64_t end = panel.groups() * panel.traits().group() / 4;
+  const ScalesOf scales(panel, block);
+  alignas(64) float scale[kBlockRows];
   std::memset(values, 0, V::kTileColumns * kBlockRows * sizeof *values);
-  std::int64_t offset = 0;
-  for (std::int64_t left = panel.groups() * panel.traits().group() / 4; left > 0; left -= most) {
-    const std::int32_t length = static_cast<std::int32_t>(std::min(most, left));
-    multiply(decoded, panel.max_abs, rows, Runs{1, &offset, &length}, x, sums);
-    for (int i = 0; i < kBlockRows; i += kFloats) {
-      Ints more;
-      std::memcpy(&more, excess + i, sizeof more);
-      for (int c = 0; c < V::kTileColumns; ++c) {
-        Ints sum;
-        std::memcpy(&sum, sums + c * kBlockRows + i, sizeof sum);
-        const Floats value = floats(values + c * kBlockRows + i) + scaled(sum, more, 0, scale + i);
-        std::memcpy(values + c * kBlockRows + i, &value, sizeof value);
-      }
+  for (std::int64_t s = 0, start = 0; start < end; ++s, start += most) {
+    const std::int64_t offset = 4 * start;
+    const std::int32_t length = static_cast<std::int32_t>(std::min(most, end - start));
+    for (int r = 0; r < kBlockRows; r += kFloats) {
+      const Floats of_rows = scales.at(s * kBlockRows + r);
+      std::memcpy(scale + r, &of_rows, sizeof of_rows);
     }
-    decoded += length * kRunBytes, offset += 4 * length;
-    excess += kBlockRows, scale += kBlockRows;
+    multiply_into(decoded + start * kRunBytes, panel.max_abs, rows, Runs{1, &offset, &length}, x,
+                  Accumulated{excess + s * kBlockRows, scale, values});
   }
 }
 
@@ -528,7 +573,7 @@ void multiply_groups(const Panel& panel, std::int64_t block, const std::int8_t* 
 
 void widen(const Panel& panel, std::int64_t block, const std::int8_t* decoded, float* out) {
   const std::int64_t span = panel.shared ? panel.span() : panel.k;
-  const float* scales = panel.scales_of(block);
+  const ScalesOf scales(panel, block);
   const std::int32_t* padding = panel.padding.data();
   const std::int32_t* const end = padding + panel.padding.size();
   for (std::int64_t k = 0; k < panel.k; ++k) {
@@ -536,13 +581,13 @@ void widen(const Panel& panel, std::int64_t block, const std::int8_t* decoded, f
       ++padding;
       continue;
     }
-    const float* scale = scales + k / span * kBlockRows;
+    const std::int64_t place = k / span * kBlockRows;
     const int up = 24 - 8 * static_cast<int>(k % 4);  // to the top, and down with its sign
     for (int r = 0; r < kBlockRows; r += kFloats, out += kFloats) {
       Ints four;
       std::memcpy(&four, decoded + k / 4 * kRunBytes + 4 * r, sizeof four);
       Floats value = __builtin_convertvector(four << up >> 24, Floats);
-      if (panel.shared) value *= floats(scale + r);
+      if (panel.shared) value *= scales.at(place + r);
       std::memcpy(out, &value, sizeof value);
     }
   }
@@ -569,11 +614,11 @@ void multiply_float(const float* weights, std::int64_t rows, const Runs& runs, s
                     const std::uint8_t* const* x, float* sums) {
   constexpr int kVectors = kBlockRows / kFloats;
   const auto* bytes = reinterpret_cast<const std::int8_t*>(weights);
-  auto* bits = reinterpret_cast<std::int32_t*>(sums);
-  if (n == 1) return multiply_rows<Single, kVectors, 1, true>(bytes, 0, runs, x, bits, 0);
+  const Stored sink{reinterpret_cast<std::int32_t*>(sums)};
+  if (n == 1) return multiply_rows<Single, kVectors, 1, true>(bytes, 0, runs, x, sink, 0);
   constexpr int kStep = V::kTileVectors * kFloats;
   for (int row = 0; row < std::min<std::int64_t>(rows, kBlockRows); row += kStep)
-    multiply_rows<Single, V::kTileVectors, V::kTileColumns, true>(bytes, 0, runs, x, bits, row);
+    multiply_rows<Single, V::kTileVectors, V::kTileColumns, true>(bytes, 0, runs, x, sink, row);
 }
 
 // ---------------------------------------------------------------- results

@@ -45,12 +45,6 @@ void quantize_rows(const Kernels& kernels, const float* x, int threads, Columns&
            });
 }
 
-constexpr std::array<float, kBlockRows> ones() {
-  std::array<float, kBlockRows> found{};
-  for (float& value : found) value = 1.0f;
-  return found;
-}
-
 // Where the values of a block of rows go.
 struct Sink {
   const Kernels& kernels;
@@ -58,11 +52,11 @@ struct Sink {
   const Columns& columns;
   float* y;
   const Finish& finish;
+  std::array<float, kBlockRows> units;  // panel.unit
 
-  // Sums of weights that share scales have them already.
+  // Sums of weights that share scales have them already, but for their unit.
   const float* row_scale(std::int64_t row) const {
-    static constexpr std::array<float, kBlockRows> kOnes = ones();
-    return panel.shared ? kOnes.data() : panel.scale.data() + row;
+    return panel.shared ? units.data() : panel.scale.data() + row;
   }
 
   // The sums [n][32] of columns from `first` on. The planes of a row of x add up.
@@ -223,7 +217,8 @@ std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, con
   const std::int64_t k = panel.inputs(), shared = panel.shared ? panel.shared : k;
   Columns columns{n, k, stride, shared, panel.span(), planes, kernels.flip, nullptr, {}, {}};
   columns.scale.assign(n * planes, 1.0f);
-  const Sink sink{kernels, panel, columns, y, finish};
+  Sink sink{kernels, panel, columns, y, finish, {}};
+  sink.units.fill(panel.unit);
   const std::int64_t cost = columns.count() * panel.rows * k * (single ? 4 : 1);
   const int team = cost < kSerial ? 1 : threads;
   if (single) {

@@ -82,7 +82,7 @@ inline Packing packing_of(int levels, bool tables, std::int64_t length) {
   };
   Packing best = packing_of(levels, tables);
   // Wider ones, which are also quicker to take apart.
-  for (const int more : {levels, 4, 8, 16, 17, 18})
+  for (const int more : {levels, 4, 16, 18})
     if (more >= levels && bytes(packing_of(more, false)) <= bytes(best))
       best = packing_of(more, false);
   return best;

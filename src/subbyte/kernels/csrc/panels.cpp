@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 
 #include "radix.hpp"
@@ -82,6 +83,24 @@ void take_scales(const float* scale, Panel& panel) {
     }
 }
 
+// Whether a scale is a float16 that is 0 or normal: its bits are then those of its float32,
+// shifted.
+bool is_half(float scale) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &scale, 4);
+  return !bits || (!(bits & 0x80001FFF) && bits >= 113u << 23 && bits < 143u << 23);
+}
+
+void shrink_scales(Panel& panel) {
+  if (!std::all_of(panel.scale.begin(), panel.scale.end(), is_half)) return;
+  for (const float scale : panel.scale) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &scale, 4);
+    panel.half.push_back(static_cast<std::uint16_t>(bits ? (bits - (112u << 23)) >> 13 : 0));
+  }
+  panel.scale = {};
+}
+
 void take_codes(const RadixCodes& codes, std::int64_t first_row, std::int64_t row_length,
                 const std::vector<std::int32_t>& order, Panel& panel) {
   const Affine affine = panel.affine;
@@ -134,7 +153,8 @@ Panel make_panel(const RadixCodes& codes, std::int64_t first_row, std::int64_t r
 }
 
 Panel make_panel_of_groups(const RadixCodes& codes, std::int64_t rows, std::int64_t row_length,
-                           std::int64_t shared, const float* scale, Affine affine, bool tables) {
+                           std::int64_t shared, const float* scale, float unit, Affine affine,
+                           bool tables) {
   require(shared >= 4 && shared % 4 == 0, "weights share a scale by a multiple of 4");
   check(codes, 0, rows, row_length, {0});
   const int levels = static_cast<int>(codes.levels);
@@ -145,7 +165,9 @@ Panel make_panel_of_groups(const RadixCodes& codes, std::int64_t rows, std::int6
   check(codes, 0, rows, row_length, order);
   Panel panel = empty_panel(rows, order, affine, levels, packing, span);
   panel.shared = shared;
+  panel.unit = unit;
   take_scales(scale, panel);
+  shrink_scales(panel);
   take_codes(codes, 0, row_length, order, panel);
   return panel;
 }

@@ -33,6 +33,8 @@ struct Panel {
   std::vector<std::int32_t> padding;         // the k that hold no weight
   std::vector<float> scale;                  // [blocks][scales][32]; of factor * code - center
   std::vector<std::int32_t> excess_of_flip;  // [blocks * 32]; 128 times the sum of a row's integers
+  std::vector<std::uint16_t> half;           // the same in float16, if shared scales are such
+  float unit = 1.0f;                         // of shared scales, what multiplies all of them
   float max_scale = 0.0f;                    // the largest magnitude of `scale`
   int max_abs = 0;                           // of factor * code - center
   Buffer data;                               // [blocks][groups][vectors][32 rows][4]
@@ -41,7 +43,10 @@ struct Panel {
   std::int64_t blocks() const { return (rows + kBlockRows - 1) / kBlockRows; }
   std::int64_t groups() const { return (k + traits().group() - 1) / traits().group(); }
   std::int64_t block_bytes() const { return groups() * traits().vectors * kRunBytes; }
-  std::size_t bytes() const { return data.size(); }
+  std::size_t bytes() const {
+    return data.size() + half.size() * sizeof half[0] +
+           (shared ? scale.size() : 0) * sizeof scale[0];
+  }
   std::int64_t inputs() const { return k - static_cast<std::int64_t>(padding.size()); }
 
   // Weights that share a scale begin a group of their own: so many k belong to them, padding
@@ -51,9 +56,6 @@ struct Panel {
     return shared ? (shared + group - 1) / group * group : groups() * group;
   }
   std::int64_t scales_of_row() const { return (k + span() - 1) / span(); }
-  const float* scales_of(std::int64_t block) const {
-    return scale.data() + block * scales_of_row() * kBlockRows;
-  }
 
   // Whether a tier with these tables, or none, can read it.
   bool readable(bool tables) const {
@@ -63,8 +65,9 @@ struct Panel {
   // Whether the product of an activation's scale with those of the rows is finite, and sums are
   // that are scaled by the weights' alone.
   bool scales(float activation) const {
+    if (!shared) return std::isfinite(activation * max_scale);
     const float most = 2.0f * 127.0f * static_cast<float>(max_abs) * static_cast<float>(k);
-    return std::isfinite(activation * max_scale) && (!shared || std::isfinite(most * max_scale));
+    return std::isfinite(activation * unit) && std::isfinite(most * max_scale);
   }
 
   // What sums [32] over q ^ flip have too much.
@@ -87,8 +90,9 @@ Panel make_panel(const RadixCodes& codes, std::int64_t first_row, std::int64_t r
                  const float* scale, Affine affine, bool tables);
 
 // The same of whole stored rows in their order, with a scale for every `shared` weights of a row
-// (the last may have fewer); scale: [rows][scales of a row].
+// (the last may have fewer); scale: [rows][scales of a row], in units of `unit`.
 Panel make_panel_of_groups(const RadixCodes& codes, std::int64_t rows, std::int64_t row_length,
-                           std::int64_t shared, const float* scale, Affine affine, bool tables);
+                           std::int64_t shared, const float* scale, float unit, Affine affine,
+                           bool tables);
 
 }  // namespace subbyte
