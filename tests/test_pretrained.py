@@ -171,3 +171,39 @@ def test_the_float_folder_is_never_written_to(folder):
     with pytest.raises(SubbyteError, match="is the folder of the float model"):
         save_pretrained(sb.pack(result.quantized), folder, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_command_line_takes_folders(folder, capsys, monkeypatch):
+    from subbyte.cli import app, main
+
+    def ran(*arguments):
+        monkeypatch.setattr("sys.argv", ["subbyte", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, capsys.readouterr()
+
+    assert app
+    path, out = folder.parent / "text.txt", folder.parent / "packed"
+    code, said = ran("quantize", folder, "--task", "language", "--calibrate", path, "--levels", 16,
+                     "--group", 8, "--window", 32, "--samples", 8, "--tune", 0, "--out", out,
+                     "--json")  # fmt: skip
+    assert not code
+    assert json.loads(said.out)["task"] == "language"
+    code, said = ran("evaluate", out, "--task", "language", "--data", path, "--window", 32,
+                     "--limit", 4)  # fmt: skip
+    assert not code
+    assert "perplexity" in said.out
+    for arguments, says in (
+        (("quantize", folder, "--calibrate", path, "--levels", 4, "--out", out), "needs --task"),
+        (("evaluate", out, "--data", path), "needs --task"),
+        (("evaluate", out, "--task", "embedding", "--data", path), "has no score on a plain text"),
+        (("evaluate", "lenet5", "--task", "language", "--data", "digits"), "--task goes with"),
+        (("quantize", folder, "--task", "language", "--calibrate", path, "--levels", 4, "--size", 8,
+          "--out", out), "--size does not go with"),
+        (("quantize", folder, "--task", "language", "--calibrate", path.parent / "none", "--levels",
+          4, "--out", out), "cannot be read"),
+    ):  # fmt: skip
+        code, said = ran(*arguments)
+        assert code == 2
+        assert says in said.err
+        assert said.err.count("\n") == 1

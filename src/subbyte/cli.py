@@ -23,6 +23,14 @@ from subbyte.commands import options as o
 from subbyte.commands.demo import run_demo
 from subbyte.commands.demo import table as demo_table
 from subbyte.commands.networks import float_network, packed_network
+from subbyte.commands.pretrained import (
+    WINDOW,
+    FolderRequest,
+    check_plain_folder,
+    convert_folder,
+    evaluate_folder,
+)
+from subbyte.commands.pretrained import table as folder_table
 from subbyte.commands.quantize import SAMPLES, Request, convert, method_of
 from subbyte.commands.quantize import table as conversion_table
 from subbyte.core.jsontext import to_json
@@ -30,6 +38,7 @@ from subbyte.data import ImageSet, load_images
 from subbyte.errors import SubbyteError
 from subbyte.models import NETWORKS
 from subbyte.report import size_report, size_text
+from subbyte.storage.pretrained import PACKED, is_folder
 from subbyte.train import console_progress, run
 from subbyte.train import evaluate as score
 from subbyte.train.config import read_config
@@ -102,7 +111,10 @@ def quantize(
     bits: o.Bits = None,
     levels: o.Levels = None,
     target_bits: o.TargetBits = None,
-    samples: o.Samples = SAMPLES,
+    group: o.Group = None,
+    task: o.Task = None,
+    window: o.Window = WINDOW,
+    samples: o.Samples = None,
     seed: o.Seed = 0,
     tune: o.Tune = 250,
     adapter_bits: o.AdapterBits = 8,
@@ -114,17 +126,35 @@ def quantize(
     compress: o.Compress = False,
     json_: o.Json = False,
 ) -> None:
-    """Quantize a trained network with some images and no labels; leaves a packed file."""
+    """Quantize a trained network with some examples and no labels; leaves a packed file."""
+    chosen = method_of(method, bits, levels, (target_bits, group), tune, adapter_bits)
+    if is_folder(model):
+        check_plain_folder({"--weights": weights, "--size": size, "--compress": compress or None})
+        _quantize_folder(
+            FolderRequest(Path(model), task or "", Path(calibrate), out, window, samples, seed,
+                          plan, save_plan),
+            chosen, json_,
+        )  # fmt: skip
+        return
+    if task is not None:
+        raise SubbyteError(f"--task goes with a folder of transformers; {model} is none")
     request = Request(
-        model, calibrate, out, weights, samples, seed, split, score or None, size, compress,
-        plan, save_plan,
+        model, calibrate, out, weights, SAMPLES if samples is None else samples, seed, split,
+        score or None, size, compress, plan, save_plan,
     )  # fmt: skip
-    chosen = method_of(method, bits, levels, target_bits, tune, adapter_bits)
     result = convert(request, chosen, console_progress(quiet=json_))
     if json_:
         _print_json(result.to_dict())
         return
     _console().print(conversion_table(result))
+
+
+def _quantize_folder(request: FolderRequest, chosen: Any, json_: bool) -> None:
+    result = convert_folder(request, chosen, console_progress(quiet=json_))
+    if json_:
+        _print_json(result.to_dict())
+        return
+    _console().print(folder_table(result))
 
 
 @app.command()
@@ -136,10 +166,24 @@ def evaluate(
     split: o.Split = "test",
     size: o.Size = None,
     limit: o.Limit = None,
+    task: o.Task = None,
+    window: o.Window = WINDOW,
     precision: o.Precision = "int8",
     json_: o.Json = False,
 ) -> None:
-    """Top-1 accuracy and loss of a packed file, or of a zoo network with float weights."""
+    """The score of a network: top-1 on images, or perplexity of a language model on a text."""
+    if is_folder(target):
+        check_plain_folder({"--weights": weights, "--size": size, "--model": model})
+        found = evaluate_folder(
+            Path(target), Path(data), task or "", window=window, limit=limit, precision=precision
+        )
+        if json_:
+            _print_json({"target": target, "data": data, **asdict(found)})
+            return
+        print(f"{target} on {data}: {found.measure} {found.value:.3f} of {found.n:,} tokens")
+        return
+    if task is not None:
+        raise SubbyteError(f"--task goes with a folder of transformers; {target} is none")
     if target not in NETWORKS and not Path(target).exists():
         raise SubbyteError(
             f"'{target}' is neither a file nor a zoo network; networks: {', '.join(NETWORKS)}"
@@ -163,7 +207,7 @@ def inspect_file(
     json_: o.Json = False,
 ) -> None:
     """Bits, bytes, entropy and scales of a packed file, per layer; alike layers are one row."""
-    report = size_report(file)
+    report = size_report(file / PACKED if is_folder(file) else file)
     if json_:
         _print_json(report.to_dict())
         return

@@ -19,25 +19,65 @@ Model = Annotated[
     ),
 ]
 Convertible = Annotated[
-    str, Argument(help="A network that ships, or package.module:factory of your own.")
+    str,
+    Argument(
+        help="A network that ships, package.module:factory of your own, or a folder of "
+        "transformers."
+    ),
 ]
-Target = Annotated[str, Argument(help="A packed file, or the name of a network that ships.")]
+Target = Annotated[
+    str,
+    Argument(help="A packed file, a network that ships, or a folder of transformers."),
+]
 PackedFile = Annotated[Path, Argument(help="The packed file to look at.")]
 MaybeFile = Annotated[Path | None, Argument(help="The packed file to time.")]
 Weights = Annotated[Path | None, Option(help="Float weights of the network, a .safetensors file.")]
 Config = Annotated[Path, Argument(help="Configuration of the run, a TOML file; see examples/.")]
-Out = Annotated[Path, Option(help="Where the packed file goes.")]
+Out = Annotated[Path, Option(help="Where the packed file goes, or the packed folder.")]
 Folder = Annotated[Path, Option(help="Folder that gets the files and the picture.")]
 Compress = Annotated[bool, Option(help="Compress a layer's codes by zstd where that shrinks it.")]
 
 # ---- data
-Calibrate = Annotated[str, Option(help="Images to calibrate on: 'digits', a folder, or a hub id.")]
-Data = Annotated[str, Option(help="Images to score: 'digits', a folder, or a hub id.")]
+Calibrate = Annotated[
+    str,
+    Option(
+        help="What to calibrate on. Images: 'digits', a folder, or a hub id. For a folder of "
+        "transformers: a text file."
+    ),
+]
+Data = Annotated[
+    str,
+    Option(
+        help="What to score. Images: 'digits', a folder, or a hub id. For a folder of "
+        "transformers: a text file."
+    ),
+]
+Task = Annotated[
+    str | None,
+    Option(
+        help="What a folder of transformers is for: language (the text is one string of tokens) or "
+        "embedding (every line is a sentence)."
+    ),
+]
+Window = Annotated[int, Option(min=2, help="Tokens of one example of a language model.")]
+Group = Annotated[
+    int | None,
+    Option(help="Inputs that share a scale, a multiple of 4. Without it: one scale per channel."),
+]
 Split = Annotated[str, Option(help="Split of the data to use.")]
 Score = Annotated[str, Option(help="Split to score both networks on; '' for no score.")]
 Size = Annotated[int | None, Option(min=1, help="Resize images to this side.")]
-Samples = Annotated[int, Option(help="How many images to calibrate on.")]
-Limit = Annotated[int | None, Option(min=1, help="Score only this many images, the first ones.")]
+Samples = Annotated[
+    int | None,
+    Option(
+        help="How many examples to calibrate on: 1600 images or sentences, or 64 windows of text, "
+        "if not given."
+    ),
+]
+Limit = Annotated[
+    int | None,
+    Option(min=1, help="Score only so many: the first images, or windows evenly spread."),
+]
 
 # ---- quantizing
 Method = Annotated[str, Option(help="How to quantize: cora, cora-paper, gptq, rtn (nearest).")]
@@ -51,7 +91,7 @@ TargetBits = Annotated[
     ),
 ]
 Seed = Annotated[int, Option(help="Seed of what is drawn: images, pseudo-labels, tuning.")]
-Tune = Annotated[int, Option(help="Steps of tuning, 0 to 250.")]
+Tune = Annotated[int, Option(help="Steps of tuning, 0 for none.")]
 AdapterBits = Annotated[int, Option(help="Bits of the adapters' factors, 8 or 16.")]
 PlanFile = Annotated[Path | None, Option(help="Take levels and ranks from this file, no search.")]
 SavePlan = Annotated[Path | None, Option(help="Write the plan to this file; --plan takes it.")]

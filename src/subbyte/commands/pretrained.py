@@ -7,7 +7,7 @@ line of the text is a sentence.
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,13 @@ def evaluate_folder(
     return evaluate(model, pairs, found)
 
 
+def check_plain_folder(given: Mapping[str, Any]) -> None:
+    """Raises SubbyteError for options that say nothing about a folder of transformers."""
+    for option, value in given.items():
+        if value is not None:
+            raise SubbyteError(f"{option} does not go with a folder of transformers; leave it out")
+
+
 def windows(text: str, tokenizer: Any, window: int) -> Tensor:
     """The tokens of the text as int64 [n, window], without overlap; what is over is left out."""
     if window < 2:
@@ -187,6 +194,8 @@ def table(result: FolderConversion) -> Table:
 
 
 def _task(name: str) -> Task:
+    if not name:
+        raise SubbyteError(f"a folder of transformers needs --task: say {' or '.join(SAMPLES)}")
     if name not in SAMPLES:
         raise SubbyteError(
             f"--task {name}: a folder and a text are for {' or '.join(SAMPLES)}; for another task "

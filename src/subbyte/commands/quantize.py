@@ -149,23 +149,26 @@ def method_of(
     name: str,
     bits: int | None,
     levels: int | None,
-    target_bits: float | None,
+    budget: tuple[float | None, int | None],
     tune: int,
     adapter_bits: int,
 ) -> CoRa | PublishedCoRa:
-    """The method of a name, with the options that it takes.
+    """The method of a name, with the options that it takes. budget: target bits and group size.
 
     Raises SubbyteError for another name, and for an option that the method has no use for.
     """
+    target_bits, group = budget
     if name == "cora":
-        return CoRa(levels, bits, target_bits, tune=tune, adapter_bits=adapter_bits)
+        return CoRa(levels, bits, target_bits, tune=tune, adapter_bits=adapter_bits, group=group)
     if name in ("gptq", "rtn"):
         if target_bits is not None:
             raise SubbyteError(f"--target-bits goes with --method cora; {name} has no adapters")
-        return CoRa(levels, bits, codes=name, tune=0, correct_norms=False)
+        return CoRa(levels, bits, codes=name, tune=0, correct_norms=False, group=group)
     if name == "cora-paper":
         if levels is not None or target_bits is not None or bits is None:
             raise SubbyteError("--method cora-paper takes --bits, and no levels or target bits")
+        if group is not None:
+            raise SubbyteError("--method cora-paper has one scale per tensor, and no --group")
         return PublishedCoRa(bits, adapter_bits=adapter_bits)
     raise SubbyteError(f"--method {name}: expected one of cora, cora-paper, gptq, rtn")
 
