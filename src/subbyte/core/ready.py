@@ -6,7 +6,7 @@ Shared by `prepare` and `quantize` (and `pack`, which would lose what is refused
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -18,15 +18,18 @@ from subbyte.errors import SubbyteError
 N = TypeVar("N", bound=nn.Module)
 
 
-def copied(model: N) -> N:
-    """A deep copy, also of a network that holds results of its last pass (old weight norm does)."""
+def copied(model: N, shared: Iterable[Tensor] = ()) -> N:
+    """A deep copy, also of a network that holds results of its last pass (old weight norm does).
+
+    shared: tensors that the copy has in common with the network, as nobody writes to them.
+    """
     results: dict[int, Tensor] = {
         id(value): value.detach().clone()
         for module in model.modules()
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    memo: dict[int, object] = {**results}
+    memo: dict[int, object] = {**results, **{id(tensor): tensor for tensor in shared}}
     return copy.deepcopy(model, memo)
 
 

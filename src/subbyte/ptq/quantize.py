@@ -61,8 +61,10 @@ from subbyte.tasks.batches import (
 _CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d")
 _LARGE = 2**24
 _EFFECT_BATCH = 16
+_EFFECT_BATCH_TOKENS = 512  # the pass back keeps what every layer was given
 _EFFECT_TOKENS = 8192  # each goes forth and back through the network and its vocabulary
 _IN_ORDER = 640  # examples for the passes in order; twice as many took twice as long for little
+_IN_ORDER_TOKENS = 2**14
 _NORM_VALUES = 2**25  # input values of the batch that corrects the norms
 
 
@@ -239,11 +241,15 @@ def _reclaimed(run: _Run, generator: torch.Generator, seed: int) -> _Outcome:
         by_row, more = _sensitivity(run, statistics, generator)
         statistics |= more
     _note_unmeasured(run, statistics)
-    known = [_known(run, site, statistics.get(name), by_row) for name, site in run.sites.items()]
+    starved = _starved(statistics)
+    seen = {name: statistics[name] for name in starved}
+    known = [  # which takes the memory of the sums
+        _known(run, site, statistics.pop(name, None), by_row) for name, site in run.sites.items()
+    ]
     chosen = _chosen(run, known)
     run.notes.tell(str(chosen))
-    mosaics = _mosaics(run, statistics, seed)
-    known = list(_seen_more(run, known, statistics, mosaics))
+    mosaics = _mosaics(run, starved, seed)
+    known = list(_seen_more(run, known, seen, mosaics))
     solve = _solver(run, chosen)
     in_order = method.in_order and any(x.statistics for x in known) and _compensates(run)
     steps: list[_Step] = []
@@ -348,7 +354,7 @@ def _in_order(
     examples = run.teaching
     some = examples[:: max(1, round(len(examples) / _IN_ORDER))]
     starved = [x.site.name for x in known if x.starved]
-    batches = in_batches(some, 64)
+    batches = some_batches(in_batches(some, 64), _IN_ORDER_TOKENS)
     return solve_in_order(
         start, known, solve, batches, task=run.task, more=mosaics, starved=starved
     )
@@ -379,7 +385,8 @@ def _sensitivity(
     run: _Run, statistics: Mapping[str, Statistics], generator: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, Statistics]]:
     run.notes.tell("measuring what errors do to the outputs")
-    batches = some_batches(in_batches(run.teaching, _EFFECT_BATCH), _EFFECT_TOKENS)
+    batches = in_batches(run.teaching, _EFFECT_BATCH, _EFFECT_BATCH_TOKENS)
+    batches = some_batches(batches, _EFFECT_TOKENS)
     return sensitivity(
         run.teacher, list(run.sites.values()), statistics, batches, run.task, generator
     )
@@ -404,9 +411,8 @@ def _known(
     return Layer(site, matrix, groups, sure, by_row.get(site.name))
 
 
-def _mosaics(run: _Run, seen: Mapping[str, Statistics], seed: int) -> Sequence[Batch]:
+def _mosaics(run: _Run, starved: Mapping[str, int], seed: int) -> Sequence[Batch]:
     """More inputs, if the task makes any and layers saw fewer vectors than they have inputs."""
-    starved = _starved(seen)
     most = max(starved.values(), default=0)
     found = run.task.more(run.teaching, most, seed) if most else ()
     if len(found):
@@ -426,16 +432,15 @@ def _seen_more(
 
     After the search: an error costs what it does on images as they are.
     """
-    starved = _starved(seen)
     more: dict[str, Statistics] = {}
     if len(mosaics):
-        own = [run.sites[name] for name in starved if name in run.sites]
+        own = [run.sites[name] for name in seen if name in run.sites]
         more = input_statistics(run.teacher, own, mosaics)
     for layer in known:
         name = layer.site.name
         if name in more:
             layer = replace(layer, statistics=seen[name].pooled(more[name]).shrunk())
-        yield replace(layer, starved=name in starved)
+        yield replace(layer, starved=name in seen)
 
 
 # ---------------------------------------------------------------- plans and codes

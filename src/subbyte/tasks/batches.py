@@ -72,10 +72,10 @@ def one_batch(examples: Examples) -> Batch:
     return examples
 
 
-def in_batches(examples: Examples, most: int) -> list[Batch]:
-    """At most so many examples each, and no more than TOKENS tokens in all."""
+def in_batches(examples: Examples, most: int, tokens: int | None = None) -> list[Batch]:
+    """At most so many examples each, and no more than so many tokens (TOKENS) in all."""
     parts = examples.parts if isinstance(examples, Ragged) else (examples,)
-    return [batch for part in parts for batch in part.split(batch_size(part, most))]
+    return [batch for part in parts for batch in part.split(batch_size(part, most, tokens))]
 
 
 def some_batches(batches: list[Batch], tokens: int) -> list[Batch]:
@@ -90,11 +90,11 @@ def n_tokens(batch: Batch) -> int:
     return max((x.numel() for x in given if are_ids(x)), default=0)
 
 
-def batch_size(part: Batch, most: int) -> int:
-    """How many examples make a batch: at most so many, and of token ids no more than TOKENS."""
+def batch_size(part: Batch, most: int, tokens: int | None = None) -> int:
+    """How many examples make a batch: at most so many, and no more token ids than `tokens`."""
     given = leaves((part.args, part.kwargs)) if isinstance(part, Inputs) else (part,)
-    tokens = max([x.shape[1] for x in given if are_ids(x)], default=1)
-    return max(1, min(most, TOKENS // max(1, tokens)))
+    each = max([x.shape[1] for x in given if are_ids(x)], default=1)
+    return max(1, min(most, (TOKENS if tokens is None else tokens) // max(1, each)))
 
 
 def are_ids(x: Any) -> bool:

@@ -34,6 +34,7 @@ from subbyte.tasks.batches import Batch, call
 T = TypeVar("T")
 
 GRAM_BYTES = 3 * 2**29  # 1.5 GiB of sums at once; more layers take another pass over the images
+_WIDE = 512
 _ENOUGH = 4  # vectors per input of a layer
 _MOST_ROUNDS = 8
 PATCHES = 2**17  # of a layer at least, where there are so many; more cost time and change little
@@ -43,7 +44,8 @@ MEASURED = ("Linear", "Conv1d", "Conv2d", "MultiheadAttention")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
-    """gram: float64 [groups, width, width], mean of x x' over patches. patches: how many."""
+    """gram: float64 (of wide layers float32) [groups, width, width], mean of x x' over patches.
+    patches: how many."""
 
     gram: Tensor
     patches: int
@@ -166,7 +168,13 @@ def _one_pass(
         mask = None if task is None else task.mask(x)
         with inputs_of(model, layers, add, quota * len(x), mask):
             call(model, x)
-    return {name: Statistics(sums[name] / counts[name], counts[name]) for name in sums}
+    return {name: _mean(sums.pop(name), counts[name]) for name in list(sums)}
+
+
+def _mean(total: Tensor, count: int) -> Statistics:
+    """Of wide layers in float32: their grams are most of what is held."""
+    mean = total / count
+    return Statistics(mean.float() if mean.shape[-1] >= _WIDE else mean, count)
 
 
 def _product(name: str, chunk: Tensor) -> tuple[Tensor, int]:

@@ -75,7 +75,9 @@ def solve_in_order(
     without statistics of inputs, and tables, are solved first, as they are. More than six
     parameters: these are independent of each other.
     """
-    work = _Work(start.model, batches, more, starved, task)
+    held = (start.model.get_submodule(x.site.owner)._parameters for x in known)
+    weights = [own[x.site.parameter] for own, x in zip(held, known, strict=True)]
+    work = _Work(start.model, batches, more, starved, task, [w for w in weights if w is not None])
     measured = {layer.site.name: layer for layer in known if _has_inputs(layer)}
     for layer in known:
         if layer.site.name not in measured:
@@ -188,10 +190,12 @@ class _Work:
         more: Sequence[Batch],
         starved: Collection[str],
         task: Task | None,
+        weights: Iterable[Tensor] = (),
     ) -> None:
         self.task = task
         self.teacher, self.batches, self.more, self.starved = teacher, batches, more, starved
-        self.model, self.student = copied(teacher), copied(teacher)
+        self.model = copied(teacher, weights)  # of these only the codes go on
+        self.student = copied(teacher)
         self.norms = norms_behind(teacher, lambda: call(teacher, batches[0][:2]))
         self.layers: dict[str, QuantizedLayer] = {}
         self.unpaired: list[str] = []
