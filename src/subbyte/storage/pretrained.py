@@ -46,6 +46,7 @@ def float_model(folder: str | Path) -> nn.Module:
             gguf_file=gguf[0].name, dtype=torch.float32,
         )  # fmt: skip
         vars(model.config).pop("quantization_config", None)  # of the file; these are floats now
+        vars(model)["is_quantized"] = False
         return model.eval()  # type: ignore[no-any-return]
     if (folder / PACKED).is_file():
         raise SubbyteError(f"{folder} is packed already; give the folder of the float model")
