@@ -52,6 +52,20 @@ def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 @table
+def groups() -> str:
+    """Times over those of a scale per channel, of the newest line of each machine."""
+    rows = []
+    for line in newest(lines("groups"), "tier"):
+        for row in line["rows"]:
+            sizes = [row["by_size"][size]["ratio"]["median"] for size in ("32", "64", "128")]
+            rows.append([
+                f"{line['machine']['cpu']}, `{line['tier']}`", str(row["levels"]),
+                str(row["batch"]), *(f"{ratio:.2f}" for ratio in sizes),
+            ])  # fmt: skip
+    return grid(["machine", "levels", "batch", "group of 32", "64", "128"], rows)
+
+
+@table
 def language() -> str:
     """The newest run of each network and budget, beside the float network."""
     rows = []

@@ -145,7 +145,7 @@ def test_every_truncation_is_refused(file):
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
     with pytest.raises(SubbyteError, match=r"gone\.safetensors: no such file"):
         sb.load(tmp_path / "gone.safetensors")
-    with pytest.raises(SubbyteError, match="not a file"):
+    with pytest.raises(SubbyteError, match=r"is a folder and has no subbyte\.safetensors"):
         sb.load(tmp_path)
 
 

@@ -152,7 +152,7 @@ def test_folders_that_cannot_be_opened_say_why(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(SubbyteError, match=r"has no weights; expected model\.safetensors"):
         float_model(folder)
-    with pytest.raises(SubbyteError, match=r"has no subbyte\.safetensors; make it with"):
+    with pytest.raises(SubbyteError, match=r"and has no subbyte\.safetensors; make it with"):
         sb.load(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Nothing"]}))

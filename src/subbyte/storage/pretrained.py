@@ -100,12 +100,13 @@ def load_pretrained(folder: str | Path, *, precision: Precision = "int8") -> nn.
     `generate`, pipelines and `save_pretrained` of config and tokenizer work on it. Raises
     SubbyteError for a folder without a packed file, or what the reader refuses.
     """
-    folder, library = Path(folder), _transformers()
+    folder = Path(folder)
     if not (folder / PACKED).is_file():
         raise SubbyteError(
-            f"{folder} has no {PACKED}; make it with `subbyte quantize FOLDER --out {folder}`, or "
-            "open float models with transformers itself"
+            f"{folder} is a folder and has no {PACKED}; make it with `subbyte quantize FOLDER --out "
+            f"{folder}`, or give the path of a packed file"
         )
+    library = _transformers()
     artifact = read(folder / PACKED)
     kind = _class_of(library, folder)
     config = _asked(folder, library.AutoConfig.from_pretrained, str(folder))
