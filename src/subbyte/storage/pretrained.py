@@ -103,8 +103,8 @@ def load_pretrained(folder: str | Path, *, precision: Precision = "int8") -> nn.
     folder = Path(folder)
     if not (folder / PACKED).is_file():
         raise SubbyteError(
-            f"{folder} is a folder and has no {PACKED}; make it with `subbyte quantize FOLDER --out "
-            f"{folder}`, or give the path of a packed file"
+            f"{folder} is a folder and has no {PACKED}; make it with `subbyte quantize FOLDER "
+            f"--out {folder}`, or give the path of a packed file"
         )
     library = _transformers()
     artifact = read(folder / PACKED)
