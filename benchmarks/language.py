@@ -103,6 +103,8 @@ def _measured(
 
 
 class _Told:
+    def progress(self, step: str, done: int, total: int) -> None: ...
+
     def note(self, text: str) -> None:
         print(text.splitlines()[0][:200], flush=True)
 

@@ -40,6 +40,9 @@ class Ear:
     def __init__(self):
         self.heard = []
 
+    def progress(self, step, done, total):
+        pass
+
     def note(self, text):
         self.heard.append(text)
 

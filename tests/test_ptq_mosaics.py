@@ -24,6 +24,9 @@ class Ear:
     def __init__(self):
         self.notes = []
 
+    def progress(self, step, done, total):
+        pass
+
     def note(self, text):
         self.notes.append(text)
 

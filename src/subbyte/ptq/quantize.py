@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ from subbyte.ptq.evidence.statistics import (
     rounds_needed,
 )
 from subbyte.ptq.judge import HELD_OUT, Judge, Verdict, judging, teaching
+from subbyte.ptq.listen import Listener, Notes
 from subbyte.ptq.plan.search import GROUPS, LEVELS, Layer, layer_bytes, search
 from subbyte.ptq.published import PublishedCoRa, published_layers, search_ranks
 from subbyte.ptq.steps.chain import blocks_of
@@ -68,12 +69,6 @@ _IN_ORDER_TOKENS = 2**14
 _NORM_VALUES = 2**25  # input values of the batch that corrects the norms
 
 
-class Listener(Protocol):
-    """What a caller may want to hear while it takes minutes."""
-
-    def note(self, text: str) -> None: ...
-
-
 def quantize(
     model: nn.Module,
     method: CoRa | PublishedCoRa | Recipe,
@@ -98,7 +93,7 @@ def quantize(
     and a budget that cannot be met (naming the smallest).
     """
     with torch.inference_mode(False):  # a caller may be in it, and steps here need gradients
-        run = _started(model, as_recipe(method), (calibration, task), plan, _Notes(listener))
+        run = _started(model, as_recipe(method), (calibration, task), plan, Notes(listener))
         done = _quantized(run, seed, searching=plan is None)
     set_cache(done.model, uses_cache(unwrapped(model)))
     return done
@@ -136,21 +131,6 @@ def _warning(task: Task, verdict: Verdict) -> Iterator[str]:
         )
 
 
-class _Notes:
-    """Decisions worth a line: told at once, and kept."""
-
-    def __init__(self, listener: Listener | None) -> None:
-        self.listener, self.taken = listener, list[str]()
-
-    def tell(self, text: str) -> None:
-        if self.listener is not None:
-            self.listener.note(text)
-
-    def add(self, text: str) -> None:
-        self.taken.append(text)
-        self.tell(text)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Run:
     """What all steps work from.
@@ -166,7 +146,7 @@ class _Run:
     labels: Tensor | None
     task: Task
     judge: Judge
-    notes: _Notes
+    notes: Notes
 
     @property
     def teaching(self) -> Examples:
@@ -189,7 +169,7 @@ def _started(
     recipe: Recipe,
     given_for: tuple[Iterable[Any], Task | str | None],
     plan: Plan | None,
-    notes: _Notes,
+    notes: Notes,
 ) -> _Run:
     """Everything that can be refused is refused here. given_for: calibration batches and task."""
     _check_methods(recipe)
@@ -258,7 +238,9 @@ def _reclaimed(run: _Run, generator: torch.Generator, seed: int) -> _Outcome:
         start = _in_order(run, known, solve, mosaics, Quantized(run.teacher, {}))
         run.notes.add("layers solved in order, a block at a time")
     else:
-        start = Quantized(copy.deepcopy(run.teacher), {x.site.name: solve(x) for x in known})
+        solve_each = run.notes.counted("solving layers", solve, len(known))
+        layers = {x.site.name: solve_each(x) for x in known}
+        start = Quantized(copy.deepcopy(run.teacher), layers)
     if in_order and not at_once:
         steps.append(_Step(_IN_ORDER_NOTE, partial(_in_order, run, known, solve, mosaics)))
     if method.correct_norms and has_norms(run.teacher) and not at_once:
@@ -355,6 +337,7 @@ def _in_order(
     some = examples[:: max(1, round(len(examples) / _IN_ORDER))]
     starved = [x.site.name for x in known if x.starved]
     batches = some_batches(in_batches(some, 64), _IN_ORDER_TOKENS)
+    solve = run.notes.counted("solving in order", solve, len(known))
     return solve_in_order(
         start, known, solve, batches, task=run.task, more=mosaics, starved=starved
     )
@@ -366,7 +349,10 @@ def _norms(run: _Run, start: Quantized) -> Quantized:
 
 
 def _tuned(run: _Run, iterations: int, generator: torch.Generator, start: Quantized) -> Quantized:
-    return tune(start, run.teacher, run.teaching, iterations, run.task, generator)
+    def step(i: int, loss: float) -> None:
+        run.notes.progress("tuning", i + 1, iterations)
+
+    return tune(start, run.teacher, run.teaching, iterations, run.task, generator, step=step)
 
 
 # ---------------------------------------------------------------- what the examples show
@@ -378,7 +364,8 @@ def _measured(run: _Run) -> dict[str, Statistics]:
     shared = sharing_sites(run.teacher)
     heads = [head for name, own in shared.items() if name in run.sites for head in own]
     own = [*run.sites.values(), *heads]
-    return input_statistics(run.teacher, own, in_batches(run.teaching, 64), task=run.task)
+    batches = run.notes.over("statistics of inputs", in_batches(run.teaching, 64))
+    return input_statistics(run.teacher, own, batches, task=run.task)
 
 
 def _sensitivity(
@@ -387,8 +374,9 @@ def _sensitivity(
     run.notes.tell("measuring what errors do to the outputs")
     batches = in_batches(run.teaching, _EFFECT_BATCH, _EFFECT_BATCH_TOKENS)
     batches = some_batches(batches, _EFFECT_TOKENS)
+    watched = run.notes.over("effects of errors", batches)
     return sensitivity(
-        run.teacher, list(run.sites.values()), statistics, batches, run.task, generator
+        run.teacher, list(run.sites.values()), statistics, watched, run.task, generator
     )
 
 
@@ -472,6 +460,7 @@ def _searched(run: _Run, layers: Sequence[Layer], method: CoRa) -> Plan:
     groups: Sequence[int | None] = () if method.group is None else (method.group,)
     if method.group is None and not any(x.type in _CONVOLUTIONS for x in run.sites.values()):
         groups = GROUPS
+    layers = run.notes.over("search", layers)
     return search(
         layers, method.target_bits, levels=levels, groups=groups, adapter_bits=method.adapter_bits
     )

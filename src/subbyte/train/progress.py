@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 from rich.console import Console
@@ -10,11 +12,17 @@ from rich.progress import Progress as RichProgress
 
 from subbyte.train.checkpoint import EpochRecord
 
+_EVERY_S = 10.0
+
 
 class Progress(Protocol):
-    """A listener of the loop. Epochs count from 1; top1 is in percent, over the epoch so far."""
+    """A listener of the loop, and of post-training (`subbyte.ptq.listen`).
+
+    Epochs count from 1; top1 is in percent, over the epoch so far.
+    """
 
     def note(self, text: str) -> None: ...
+    def progress(self, step: str, done: int, total: int) -> None: ...
     def start(self, epoch: int, epochs: int, steps: int) -> None: ...
     def step(self, loss: float, top1: float, images_per_s: float) -> None: ...
     def finish(self, record: EpochRecord, epochs: int) -> None: ...
@@ -25,6 +33,7 @@ class Silent:
     """Tells nothing."""
 
     def note(self, text: str) -> None: ...
+    def progress(self, step: str, done: int, total: int) -> None: ...
     def start(self, epoch: int, epochs: int, steps: int) -> None: ...
     def step(self, loss: float, top1: float, images_per_s: float) -> None: ...
     def finish(self, record: EpochRecord, epochs: int) -> None: ...
@@ -32,10 +41,20 @@ class Silent:
 
 
 class Lines:
-    """One line an epoch: for logs and pipes."""
+    """One line per epoch, and one for a long step every ten seconds: for logs and pipes."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock = console, clock
+        self._step, self._started, self._told = "", 0.0, 0.0
+
+    def progress(self, step: str, done: int, total: int) -> None:
+        now = self._clock()
+        if step != self._step or done == 1:
+            self._step, self._started, self._told = step, now, now
+        if now - self._told >= _EVERY_S:
+            self._told = now
+            left = (now - self._started) / max(1, done - 1) * (total - done)
+            self._print(f"{step}: {done} of {total}, about {left:.0f} s left")
 
     def note(self, text: str) -> None:
         self._print(text)
@@ -70,6 +89,16 @@ class Live:
 
     def note(self, text: str) -> None:
         self._lines.note(text)
+
+    def progress(self, step: str, done: int, total: int) -> None:
+        if self._task is None:
+            self._bar.start()
+            self._task = self._bar.add_task(step, total=total, figures="")
+        self._bar.update(self._task, description=step, completed=done, total=total)
+        if done == total:
+            self._bar.remove_task(self._task)
+            self._task = None
+            self._bar.stop()
 
     def start(self, epoch: int, epochs: int, steps: int) -> None:
         self._bar.start()

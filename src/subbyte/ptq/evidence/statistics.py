@@ -109,7 +109,7 @@ def rounds_needed(vectors: int, width: int) -> int:
 
 def patches_an_image(batches: Sequence[Batch], patches: int) -> int:
     """How many of a layer's patches each image gives, for about `patches` of all."""
-    return max(1, patches // sum(len(x) for x in batches))
+    return max(1, patches // sum(len(batches[i]) for i in range(len(batches))))
 
 
 def _passes(layers: Sequence[Site], limit: int) -> Iterator[list[Site]]:

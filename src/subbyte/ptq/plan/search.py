@@ -95,7 +95,7 @@ def search(
         else _options(layer, levels, adapter_bits, most_rank)
         for layer in layers
     ]
-    weights = sum(layer.site.n_weights for layer in layers)
+    weights = sum(layers[i].site.n_weights for i in range(len(layers)))
     budget = int(target_bits * weights / 8)
     least = sum(min(option.n_bytes for option in own) for own in options)
     if least > budget:
