@@ -204,3 +204,34 @@ def test_layers_that_share_an_input_share_its_sums_unless_it_changes():
     assert torch.allclose(found["a"].gram[0], plain, rtol=1e-5)
     assert torch.equal(found["a"].gram, found["b"].gram)
     assert torch.allclose(found["c"].gram[0], bent, rtol=1e-5)
+
+
+class Parts(nn.Module):
+    """As a decoder's block of T5: its parts in a list, called one after the other, not alike."""
+
+    def __init__(self, *calls):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.calls = nn.Embedding(20, 12), calls
+        self.blocks = nn.ModuleList(Block(12) for _ in calls)
+
+    def forward(self, input_ids, attention_mask):
+        x, mask = self.table(input_ids), attention_mask[:, :, None].float()
+        for block, (args, kwargs) in zip(self.blocks, self.calls, strict=True):
+            x = block(x, *(mask if a == "mask" else a for a in args), **kwargs)[0]
+        return x
+
+
+MASKED = (("mask",), {"scale": 0.5})
+
+
+@pytest.mark.parametrize(
+    "second",
+    [((1.0,), {"scale": 0.5}), (("mask",), {"scale": 0.7}), (("mask",), {}), (("mask", 0.5), {})],
+    ids=["no mask", "another scale", "no scale", "scale by position"],
+)
+def test_blocks_that_are_not_called_alike_are_no_chain(second):
+    """The first one's call would be made for all."""
+    given = batches()[0]
+    assert len(blocks_of(Parts(MASKED, MASKED).eval(), given)) == 2
+    assert blocks_of(Parts(MASKED, second).eval(), given) == ()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from subbyte.core.conv1d import is_conv1d
 from subbyte.core.sites import join, own_parameters, owners_of_tied_weights, sites, unsupported
 from subbyte.core.tensors import QuantizedLayer
 
@@ -67,6 +68,8 @@ def _reason(module: nn.Module, n_dims: int, is_weight: bool, owners: list[str] |
         return f"a bias, norm or other vector of {kind}"
     if owners is not None:
         return f"shared by {', '.join(owners)}"
+    if is_conv1d(module):
+        return "Conv1D stays float in training, and where the recipe or the plan says so"
     if is_weight:
         return "the recipe or the plan keeps it float"
     return f"{kind} is no layer that can be quantized"

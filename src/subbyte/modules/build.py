@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from subbyte import kernels
+from subbyte.core.conv1d import with_linears
 from subbyte.core.quantized import Quantized
 from subbyte.core.ready import check_plain, copied
 from subbyte.core.sites import Site, join, sharing_sites, sites, supported_type, unsupported
@@ -68,7 +69,8 @@ def pack(
             f"pack takes what freeze and quantize return, not {type(quantized).__name__}; for "
             "layers of your own give Quantized(model, layers)"
         )
-    model, found = quantized.model, quantized.layers
+    found = quantized.layers
+    model = with_linears(quantized.model, found)
     check_mode(batchnorm)
     kernels.check_precision(precision)
     if batchnorm != "keep":

@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from subbyte.core.conv1d import linears_in_place
 from subbyte.core.ready import check_present, copied, make_plain, unwrapped
 from subbyte.core.sites import sites
 from subbyte.errors import SubbyteError
@@ -20,8 +21,9 @@ def float_twin(model: nn.Module) -> nn.Module:
     """A copy to work on: on the CPU, in float32 and eval mode, with plain weights that learn.
 
     Wrappers (DataParallel, torch.compile) are taken off; weights that norms of weights, pruning or
-    other parametrizations compute are made plain. Raises SubbyteError for weights on the meta
-    device, lazy layers, and a model that `prepare` has been at.
+    other parametrizations compute are made plain, and each Conv1D of `transformers` is the linear
+    layer that it stands for. Raises SubbyteError for weights on the meta device, lazy layers, and a
+    model that `prepare` has been at.
     """
     model = unwrapped(model)
     if any(True for _ in quantizers(model)):
@@ -33,6 +35,7 @@ def float_twin(model: nn.Module) -> nn.Module:
     twin = copied(model).cpu().float().eval()
     for module in twin.modules():
         _make_plain(module)
+    twin = linears_in_place(twin)
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     set_cache(twin, False)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.core.account import float_parameters, note_on_size, notes_on_float
+from subbyte.core.conv1d import conv1d_in_place
 from subbyte.core.grids import PerTensor, ScaleDomain
 from subbyte.core.plan import Plan, PlannedLayer
 from subbyte.core.quantized import Evidence, Quantized
@@ -177,6 +178,7 @@ def _started(
     base = recipe.plan(twin, shared=True)
     base = base if plan is None else base.following(plan)
     names = {layer.name for layer in base.quantized}
+    twin = conv1d_in_place(twin, unwrapped(model), names)
     chosen = {site.name: site for site in sites(twin) if site.name in names}
     if not chosen:
         why = next((f": {layer.reason}" for layer in base.layers if layer.reason), "")

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from subbyte.core.conv1d import with_linears
 from subbyte.core.quantized import Quantized
 from subbyte.core.ready import copied
 from subbyte.core.sites import sites
@@ -88,6 +89,7 @@ def read(path: str | Path) -> Artifact:
 def _skeleton(artifact: Artifact, model: nn.Module | None) -> nn.Module:
     """The float network that the file is of: the one given, or the zoo's, checked to fit."""
     if model is not None:
+        model = with_linears(model, artifact.entries)
         _check_entries(artifact.entries, model)
         return model
     if artifact.network is None:

@@ -95,7 +95,8 @@ def search(
         else _options(layer, levels, adapter_bits, most_rank)
         for layer in layers
     ]
-    weights = sum(layers[i].site.n_weights for i in range(len(layers)))
+    own = [layers[i] for i in range(len(layers))]  # who listens has heard of each by now
+    weights = sum(layer.site.n_weights for layer in own)
     budget = int(target_bits * weights / 8)
     least = sum(min(option.n_bytes for option in own) for own in options)
     if least > budget:
@@ -104,9 +105,7 @@ def search(
             f"{8 * least / weights:.3f} bits per weight"
         )
     chosen = _spend(_priced(options, budget), options, budget)
-    return Plan(
-        tuple(_planned(layer, option) for layer, option in zip(layers, chosen, strict=True))
-    )
+    return Plan(tuple(_planned(layer, option) for layer, option in zip(own, chosen, strict=True)))
 
 
 def _planned(layer: Layer, option: _Option) -> PlannedLayer:

@@ -47,7 +47,7 @@ def blocks_of(model: nn.Module, batch: Batch) -> tuple[str, ...]:
     """Paths of the blocks of the longest chain in a network; empty if there is none of 2 or more.
 
     Each block has to be called once, in turn, its hidden state being what the one before returned;
-    everything else that it is given has to be what the first was given, or plain values.
+    everything else that it is given has to be what the first was given.
     """
     lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     for path, own in sorted(lists, key=lambda x: -len(x[1])):
@@ -63,18 +63,33 @@ def _is_chain(model: nn.Module, paths: Sequence[str], batch: Batch) -> bool:
         call(model, batch)
     if len(trace.calls) != len(paths) or len(trace.results) != len(paths):
         return False
-    first = _others(trace.calls[0][0])
+    first = trace.calls[0][0]
     for (own, hidden), before in zip(trace.calls[1:], trace.results, strict=False):
-        if hidden is not hidden_of(before):
-            return False
-        if not all(any(x is y for y in first) for x in _others(own)):
+        if hidden is not hidden_of(before) or not _are_alike(first, own):
             return False
     return all(_is_plain(own) for own, _ in trace.calls)
 
 
-def _others(own: BlockCall) -> list[Tensor]:
-    """The tensors of a call beside the hidden state."""
-    return [x for x in leaves((own.args, dict(own.kwargs))) if isinstance(x, Tensor)]
+def _are_alike(first: BlockCall, own: BlockCall) -> bool:
+    """Whether a block is given what the first one was, but for the hidden state.
+
+    Parts of one block in a list (T5's attention and feed-forward) are called one after the other
+    too, but not alike.
+    """
+    names = (first.at, len(first.args), list(first.kwargs))
+    if names != (own.at, len(own.args), list(own.kwargs)):
+        return False
+    pairs = zip(_leaves(first), _leaves(own), strict=False)
+    return len(_leaves(first)) == len(_leaves(own)) and all(_is_same(x, y) for x, y in pairs)
+
+
+def _leaves(own: BlockCall) -> list[Any]:
+    return list(leaves((own.args, dict(own.kwargs))))
+
+
+def _is_same(x: Any, y: Any) -> bool:
+    """The same tensor, or an equal plain value."""
+    return x is y or (not isinstance(x, Tensor) and not isinstance(y, Tensor) and x == y)
 
 
 def _is_plain(own: BlockCall) -> bool:
