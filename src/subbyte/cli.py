@@ -24,6 +24,7 @@ from subbyte.commands.demo import run_demo
 from subbyte.commands.demo import table as demo_table
 from subbyte.commands.networks import float_network, packed_network
 from subbyte.commands.pretrained import (
+    NO_FOLDER,
     WINDOW,
     FolderRequest,
     check_plain_folder,
@@ -137,7 +138,7 @@ def quantize(
         )  # fmt: skip
         return
     if task is not None:
-        raise SubbyteError(f"--task goes with a folder of transformers; {model} is none")
+        raise SubbyteError(NO_FOLDER.format(model))
     request = Request(
         model, calibrate, out, weights, SAMPLES if samples is None else samples, seed, split,
         score or None, size, compress, plan, save_plan,
@@ -183,7 +184,7 @@ def evaluate(
         print(f"{target} on {data}: {found.measure} {found.value:.3f} of {found.n:,} tokens")
         return
     if task is not None:
-        raise SubbyteError(f"--task goes with a folder of transformers; {target} is none")
+        raise SubbyteError(NO_FOLDER.format(target))
     if target not in NETWORKS and not Path(target).exists():
         raise SubbyteError(
             f"'{target}' is neither a file nor a zoo network; networks: {', '.join(NETWORKS)}"

@@ -28,6 +28,9 @@ from subbyte.storage.pretrained import PACKED, float_model, save_pretrained, tok
 from subbyte.tasks import Score, Task, evaluate, task_named
 
 WINDOW = 512
+NO_FOLDER = (
+    "--task goes with a folder of transformers, and {} is none: it has no config.json and no .gguf"
+)
 SAMPLES = {"language": 64, "embedding": 1600}
 _BATCH = 32
 
