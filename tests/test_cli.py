@@ -207,9 +207,9 @@ def test_bad_input_is_one_line_and_exit_code_2(bad, file, tmp_path):
 
 
 def test_a_figure_that_is_not_finite_is_null_in_json(capsys):
-    from subbyte.cli import _print_json
+    from subbyte.commands.output import print_json
 
-    _print_json({"loss": float("nan"), "list": [float("inf"), 1.5]})
+    print_json({"loss": float("nan"), "list": [float("inf"), 1.5]})
     assert json.loads(capsys.readouterr().out) == {"loss": None, "list": [None, 1.5]}
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from subbyte import storage
+from subbyte.commands import options as o
+from subbyte.commands.output import console, print_json
 from subbyte.core.recipe import Recipe, Rule
 from subbyte.data import ImageSet, load_images
 from subbyte.errors import SubbyteError
@@ -69,6 +71,19 @@ class _Version:
     row: DemoRow
     history: tuple[EpochRecord, ...]
     histogram: Histogram | None
+
+
+def demo(
+    out: o.Folder = Path("runs/demo"),
+    json_: o.Json = False,
+) -> None:
+    """Train float32, 5-level and 3-level versions of a small ConvNet; pack, reload, compare."""
+    result = run_demo(out, quiet=json_)
+    if json_:
+        print_json(result.to_dict())
+        return
+    console().print(table(result))
+    print(f"picture: {result.picture}")
 
 
 def run_demo(out: Path, *, quiet: bool = False) -> DemoResult:

@@ -12,8 +12,18 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from subbyte import storage
+from subbyte import ptq, storage
+from subbyte.commands import options as o
 from subbyte.commands.networks import float_network
+from subbyte.commands.output import console, print_json
+from subbyte.commands.pretrained import (
+    NO_FOLDER,
+    WINDOW,
+    FolderRequest,
+    check_plain_folder,
+    convert_folder,
+)
+from subbyte.commands.pretrained import table as folder_table
 from subbyte.core.atomic import check_writable
 from subbyte.core.plan import Plan
 from subbyte.core.quantized import Evidence, Quantized
@@ -21,13 +31,69 @@ from subbyte.data import ImageSet, load_images
 from subbyte.errors import SubbyteError
 from subbyte.models import Network, Preprocess
 from subbyte.modules import pack
-from subbyte.ptq import CoRa, Listener, PublishedCoRa, quantize
+from subbyte.ptq import CoRa, Listener, PublishedCoRa
 from subbyte.report import size_report
-from subbyte.train import Evaluation, evaluate
+from subbyte.storage.pretrained import is_folder
+from subbyte.train import Evaluation, console_progress, evaluate
 from subbyte.train.evaluate import preprocess_of
 
 SAMPLES = 1600
 _EXAMPLES = 2  # images that the network is traced with
+
+
+def quantize(
+    model: o.Convertible,
+    calibrate: o.Calibrate,
+    out: o.Out,
+    weights: o.Weights = None,
+    method: o.Method = "cora",
+    bits: o.Bits = None,
+    levels: o.Levels = None,
+    target_bits: o.TargetBits = None,
+    group: o.Group = None,
+    task: o.Task = None,
+    window: o.Window = WINDOW,
+    samples: o.Samples = None,
+    seed: o.Seed = 0,
+    tune: o.Tune = 250,
+    adapter_bits: o.AdapterBits = 8,
+    plan: o.PlanFile = None,
+    save_plan: o.SavePlan = None,
+    split: o.Split = "train",
+    score: o.Score = "test",
+    size: o.Size = None,
+    compress: o.Compress = False,
+    json_: o.Json = False,
+) -> None:
+    """Quantize a trained network with some examples and no labels; leaves a packed file."""
+    chosen = method_of(method, bits, levels, (target_bits, group), tune, adapter_bits)
+    if is_folder(model):
+        check_plain_folder({"--weights": weights, "--size": size, "--compress": compress or None})
+        _quantize_folder(
+            FolderRequest(Path(model), task or "", Path(calibrate), out, window, samples, seed,
+                          plan, save_plan),
+            chosen, json_,
+        )  # fmt: skip
+        return
+    if task is not None:
+        raise SubbyteError(NO_FOLDER.format(model))
+    request = Request(
+        model, calibrate, out, weights, SAMPLES if samples is None else samples, seed, split,
+        score or None, size, compress, plan, save_plan,
+    )  # fmt: skip
+    result = convert(request, chosen, console_progress(quiet=json_))
+    if json_:
+        print_json(result.to_dict())
+        return
+    console().print(table(result))
+
+
+def _quantize_folder(request: FolderRequest, chosen: Any, json_: bool) -> None:
+    result = convert_folder(request, chosen, console_progress(quiet=json_))
+    if json_:
+        print_json(result.to_dict())
+        return
+    console().print(folder_table(result))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +170,7 @@ def convert(
     chosen = drawn(images, request.samples, request.seed)
     pairs = zip(chosen.images.split(256), chosen.labels.split(256), strict=True)
     inputs = [(preprocess(x), y) for x, y in pairs]
-    result = quantize(
+    result = ptq.quantize(
         net, method, calibration=inputs, plan=plan, seed=request.seed, listener=listener
     )
     if request.save_plan is not None:
