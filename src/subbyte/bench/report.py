@@ -121,7 +121,8 @@ def table(report: BenchReport) -> Table:
         title=escape(report.target), caption=escape(_caption(report)), caption_justify="left"
     )
     with_bfloat16 = any(times.bfloat16 for times in _all_times(report))
-    for heading in ("layer", "type", "shape"):
+    view.add_column("layer", no_wrap=True)
+    for heading in ("type", "shape"):
         view.add_column(heading, overflow="fold")
     bfloat16 = ("bfloat16",) if with_bfloat16 else ()
     for heading in ("levels", "batch", "packed, ms", "quartiles", "float32", *bfloat16, "faster",
