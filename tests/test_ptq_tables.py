@@ -235,3 +235,40 @@ def test_blocks_that_are_not_called_alike_are_no_chain(second):
     given = batches()[0]
     assert len(blocks_of(Parts(MASKED, MASKED).eval(), given)) == 2
     assert blocks_of(Parts(MASKED, second).eval(), given) == ()
+
+
+# ---------------------------------------------------------------- experts that nobody asks
+
+
+class Gated(nn.Module):
+    """Each token goes to the expert of its largest gate; the last gate is never the largest."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(8, 3)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        with torch.no_grad():
+            self.gate.bias[2] = -1e3
+
+    def forward(self, x):
+        chosen, y = self.gate(x).argmax(-1), torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            own = chosen == i
+            if own.any():
+                y[own] = expert(x[own])
+        return y
+
+
+def test_an_expert_that_no_token_reaches_is_quantized_and_named():
+    net = Gated().eval()
+    method = sb.CoRa(levels=16, tune=3)
+    done = sb.quantize(net, method, calibration=[torch.randn(200, 8)], task="regression")
+    assert {"experts.0", "experts.1", "experts.2"} <= set(done.layers)
+    named = [note for note in done.notes if "no input statistics" in note]
+    assert len(named) == 1
+    assert "'experts.2'" in named[0]
+    searched = sb.quantize(
+        net, sb.CoRa(target_bits=5, tune=0), calibration=[torch.randn(200, 8)], task="regression"
+    )
+    assert "experts.2" in searched.layers
