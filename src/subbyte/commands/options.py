@@ -15,7 +15,7 @@ Model = Annotated[
     str | None,
     Option(
         metavar="PACKAGE.MODULE:FACTORY",
-        help="The function that makes the float network, for a file of one of your own.",
+        help="The function that makes the float network; only a file without a program needs it.",
     ),
 ]
 Convertible = Annotated[
