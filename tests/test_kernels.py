@@ -30,11 +30,7 @@ LEVELS = [2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 18, 33, 127, 128, 255]
 EPS = 2.0**-24
 
 
-@pytest.fixture(autouse=True)
-def restored_tier():
-    before = core.tier()
-    yield
-    core.select_tier(before)
+pytestmark = pytest.mark.usefixtures("restored_tier")
 
 
 def quantized(levels, shape, *, seed=0, grid=None, per_channel=True):

@@ -1,7 +1,5 @@
 """More to see for a classifier that sees one vector an image."""
 
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -11,13 +9,12 @@ import subbyte as sb
 from subbyte.core.rtn import rtn
 from subbyte.core.sites import sites
 from subbyte.core.tensors import QuantizedLayer, QuantizedTensor, as_matrix, as_weight
+from subbyte.ptq import measuring
 from subbyte.ptq.evidence.statistics import input_statistics, rounds_needed
 from subbyte.ptq.plan.search import Layer
 from subbyte.ptq.solvers.codes import channel_grid
 from subbyte.ptq.steps.in_order import solve_in_order
 from subbyte.tasks.images import Mosaics, mosaic
-
-quantizing = sys.modules["subbyte.ptq.quantize"]  # the function of that name hides it
 
 
 class Ear:
@@ -79,13 +76,13 @@ def test_rounds_bring_four_vectors_an_input_at_most_eight_times():
 
 def test_only_starved_layers_see_them(monkeypatch):
     seen = []
-    original = quantizing.input_statistics
+    original = measuring.input_statistics
 
     def watched(model, layers, batches, **options):
         seen.append(([site.name for site in layers], sum(len(x) for x in batches)))
         return original(model, layers, batches, **options)
 
-    monkeypatch.setattr(quantizing, "input_statistics", watched)
+    monkeypatch.setattr(measuring, "input_statistics", watched)
     ear = Ear()
     images = pictures(40, 1)
     sb.quantize(classifier(), sb.CoRa(levels=4, tune=0), calibration=[images], listener=ear)
@@ -141,6 +138,6 @@ def test_codes_hold_better_for_images_not_seen(monkeypatch):
         return total
 
     with_mosaics = distance()
-    monkeypatch.setattr(quantizing, "rounds_needed", lambda vectors, width: 0)
+    monkeypatch.setattr(measuring, "rounds_needed", lambda vectors, width: 0)
     without = distance()
     assert with_mosaics < 0.8 * without

@@ -8,7 +8,7 @@ from subbyte.bench import bench as measure
 from subbyte.bench import from_network, from_shapes, parse_numbers, parse_shapes, table
 from subbyte.commands import options as o
 from subbyte.commands.networks import packed_network
-from subbyte.commands.output import console, print_json
+from subbyte.commands.output import show
 from subbyte.errors import SubbyteError
 
 
@@ -43,7 +43,4 @@ def bench(
         name = str(file)
     report = measure(net, example, target=name, batches=batches, threads=threads, seconds=seconds,
                      whole=shapes is None)  # fmt: skip
-    if json_:
-        print_json(report.to_dict())
-        return
-    console().print(table(report))
+    show(report, table, json_)

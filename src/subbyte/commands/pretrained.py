@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from subbyte.core.atomic import check_writable
+from subbyte.commands.converted import check_places, details, evidence_of, figures
 from subbyte.core.plan import Plan
 from subbyte.core.quantized import Evidence, Quantized
 from subbyte.errors import SubbyteError
@@ -65,25 +65,15 @@ class FolderConversion:
 
     @property
     def evidence(self) -> Evidence:
-        assert self.quantized.evidence is not None  # `quantize` always leaves it
-        return self.quantized.evidence
+        return evidence_of(self.quantized)
 
     def to_dict(self) -> dict[str, Any]:
-        q, evidence = self.quantized, self.evidence
         return {
             "folder": str(self.folder),
             "bytes": self.n_bytes,
-            "bits_per_weight": q.bits_per_weight,
-            "layer_bits_per_weight": q.layer_bits_per_weight,
-            "seconds": evidence.seconds,
+            **figures(self.quantized),
             "peak_bytes": self.peak_bytes,
-            "iterations": evidence.iterations,
-            "task": evidence.task,
-            "distance": evidence.distance,
-            "agreement": evidence.agreement,
-            "notes": list(q.notes),
-            "layers": evidence.plan.to_dict()["layers"],
-            "parameters": [asdict(parameter) for parameter in q.parameters],
+            **details(self.quantized),
         }
 
 
@@ -92,9 +82,7 @@ def convert_folder(
 ) -> FolderConversion:
     """Quantize a folder of `transformers` and write the packed one."""
     task = _task(request.task)
-    check_writable(request.out / PACKED)
-    if request.save_plan is not None:
-        check_writable(request.save_plan)
+    check_places(request.out / PACKED, request.save_plan)
     plan = None if request.plan is None else Plan.load(request.plan)
     text = _text(request.calibrate)
     tokenizer = tokenizer_of(request.folder)
@@ -102,7 +90,7 @@ def convert_folder(
     if samples < 1:
         raise SubbyteError(f"samples={samples}; give 1 or more calibration examples")
     if task.name == "language":
-        examples = _spread(windows(text, tokenizer, request.window), samples)
+        examples = evenly(windows(text, tokenizer, request.window), samples)
         batches: list[Any] = [{"input_ids": examples}]
     else:
         batches = list(sentences(text.splitlines(), tokenizer, samples, request.seed))
@@ -111,8 +99,8 @@ def convert_folder(
         model, method, calibration=batches, task=task, plan=plan, seed=request.seed,
         listener=listener,
     )  # fmt: skip
-    if request.save_plan is not None and done.plan is not None:
-        done.plan.save(request.save_plan)
+    if request.save_plan is not None:
+        evidence_of(done).plan.save(request.save_plan)
     n_bytes = save_pretrained(pack(done), request.folder, request.out)
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return FolderConversion(request.out, n_bytes, done, peak)
@@ -133,7 +121,7 @@ def evaluate_folder(
         )
     tokens = windows(_text(data), tokenizer_of(folder), window)
     if limit is not None:
-        tokens = _spread(tokens, limit)
+        tokens = evenly(tokens, limit)
     packed = (folder / PACKED).is_file()
     model = load(folder, precision=precision) if packed else float_model(folder)
     pairs = (({"input_ids": own}, None) for own in tokens.split(max(1, 2048 // window)))
@@ -216,7 +204,7 @@ def _text(path: Path) -> str:
         raise SubbyteError(f"{path}: is no UTF-8 text ({error.reason})") from None
 
 
-def _spread(examples: Tensor, n: int) -> Tensor:
+def evenly(examples: Tensor, n: int) -> Tensor:
     """n examples evenly over all of them; all, if there are fewer."""
     if n >= len(examples):
         return examples

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from subbyte import ptq, storage
 from subbyte.commands import options as o
+from subbyte.commands.converted import check_places, details, evidence_of, figures
 from subbyte.commands.networks import float_network
-from subbyte.commands.output import console, print_json
+from subbyte.commands.output import show
 from subbyte.commands.pretrained import (
     NO_FOLDER,
     WINDOW,
@@ -24,7 +25,6 @@ from subbyte.commands.pretrained import (
     convert_folder,
 )
 from subbyte.commands.pretrained import table as folder_table
-from subbyte.core.atomic import check_writable
 from subbyte.core.plan import Plan
 from subbyte.core.quantized import Evidence, Quantized
 from subbyte.data import ImageSet, load_images
@@ -69,11 +69,11 @@ def quantize(
     chosen = method_of(method, bits, levels, (target_bits, group), tune, adapter_bits)
     if is_folder(model):
         check_plain_folder({"--weights": weights, "--size": size, "--compress": compress or None})
-        _quantize_folder(
-            FolderRequest(Path(model), task or "", Path(calibrate), out, window, samples, seed,
-                          plan, save_plan),
-            chosen, json_,
-        )  # fmt: skip
+        folder = FolderRequest(
+            Path(model), task or "", Path(calibrate), out, window, samples, seed, plan, save_plan
+        )
+        made = convert_folder(folder, chosen, console_progress(quiet=json_))
+        show(made, folder_table, json_)
         return
     if task is not None:
         raise SubbyteError(NO_FOLDER.format(model))
@@ -81,19 +81,7 @@ def quantize(
         model, calibrate, out, weights, SAMPLES if samples is None else samples, seed, split,
         score or None, size, compress, plan, save_plan,
     )  # fmt: skip
-    result = convert(request, chosen, console_progress(quiet=json_))
-    if json_:
-        print_json(result.to_dict())
-        return
-    console().print(table(result))
-
-
-def _quantize_folder(request: FolderRequest, chosen: Any, json_: bool) -> None:
-    result = convert_folder(request, chosen, console_progress(quiet=json_))
-    if json_:
-        print_json(result.to_dict())
-        return
-    console().print(folder_table(result))
+    show(convert(request, chosen, console_progress(quiet=json_)), table, json_)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,26 +121,16 @@ class Conversion:
 
     @property
     def evidence(self) -> Evidence:
-        assert self.quantized.evidence is not None  # `quantize` always leaves it
-        return self.quantized.evidence
+        return evidence_of(self.quantized)
 
     def to_dict(self) -> dict[str, Any]:
-        q, evidence = self.quantized, self.evidence
         return {
             "file": str(self.file),
             "bytes": self.n_bytes,
-            "bits_per_weight": q.bits_per_weight,
-            "layer_bits_per_weight": q.layer_bits_per_weight,
-            "seconds": evidence.seconds,
-            "iterations": evidence.iterations,
-            "task": evidence.task,
-            "distance": evidence.distance,
-            "agreement": evidence.agreement,
+            **figures(self.quantized),
             "top1_float": None if self.before is None else self.before.top1,
             "top1": None if self.after is None else self.after.top1,
-            "notes": list(q.notes),
-            "layers": evidence.plan.to_dict()["layers"],
-            "parameters": [asdict(parameter) for parameter in q.parameters],
+            **details(self.quantized),
         }
 
 
@@ -160,9 +138,7 @@ def convert(
     request: Request, method: CoRa | PublishedCoRa, listener: Listener | None = None
 ) -> Conversion:
     """Quantize, save, read back, score. Raises SubbyteError for what a user can fix."""
-    for path in (request.out, request.save_plan):
-        if path is not None:
-            check_writable(path)
+    check_places(request.out, request.save_plan)
     images = load_images(request.calibrate, request.split, size=request.size)
     net = float_network(request.model, request.weights, images)
     preprocess = preprocess_of(net)
@@ -174,8 +150,7 @@ def convert(
         net, method, calibration=inputs, plan=plan, seed=request.seed, listener=listener
     )
     if request.save_plan is not None:
-        assert result.evidence is not None
-        result.evidence.plan.save(request.save_plan)
+        evidence_of(result).plan.save(request.save_plan)
     n_bytes, notes = _save(net, result, request, inputs[0][0][:_EXAMPLES])
     if listener is not None:
         for note in notes:

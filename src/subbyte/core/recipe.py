@@ -75,8 +75,8 @@ class Recipe:
         tied = owners_of_tied_weights(model)
         groups = sharing_sites(model) if shared else {}
         others_of = {other.name for group in groups.values() for other in group}
-        for name in (site.owner + "." + site.parameter for site in found if site.name in groups):
-            tied = {key: value for key, value in tied.items() if name.lstrip(".") not in value}
+        served = {join(site.owner, site.parameter) for site in found if site.name in groups}
+        tied = {name: own for name, own in tied.items() if served.isdisjoint(own)}
         planned = tuple(self._planned(s, tied) for s in found if s.name not in others_of)
         return Plan(planned, _outside(model, found))
 

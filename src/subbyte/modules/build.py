@@ -164,11 +164,13 @@ def _shared(
     net: nn.Module, layers: Mapping[str, QuantizedLayer]
 ) -> dict[nn.Module, list[nn.Module]]:
     """Modules whose quantized weight others use as well -> these others."""
-    groups = {name: own for name, own in sharing_sites(net).items() if name in layers}
-    owner = {site.name: site.owner for site in sites(net)}
+    groups = sharing_sites(net)
     return {
-        net.get_submodule(owner[name]): [net.get_submodule(site.owner) for site in own]
-        for name, own in groups.items()
+        net.get_submodule(first.owner): [
+            net.get_submodule(site.owner) for site in groups[first.name]
+        ]
+        for first in sites(net)
+        if first.name in groups and first.name in layers
     }
 
 

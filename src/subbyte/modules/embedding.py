@@ -32,10 +32,10 @@ class PackedEmbedding(nn.Module):
         F.embedding(indices, nothing)  # raises what nn.Embedding raises for a bad index
         rows = indices.flatten().long()
         codes = radix.unpack_rows(packed.words, packed.grid.n_levels, rows, features)
-        scale = read_scale(packed.scale, packed.grid.scale_domain)
+        scale = packed.scale  # of the rows that are read alone
         if packed.grid.granularity != PerTensor():
             scale = scale.reshape(entries, -1)[rows].flatten()
-        found = decode(codes, scale, packed.grid)
+        found = decode(codes, read_scale(scale, packed.grid.scale_domain), packed.grid)
         factors = packed.factors()
         if factors is not None:
             found = found + factors[0][rows] @ factors[1]

@@ -23,7 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.errors import SubbyteError
-from subbyte.tasks.batches import Batch, Examples, Inputs, Ragged, is_of_examples, leaves, mapped
+from subbyte.tasks.batches import (
+    Batch,
+    Examples,
+    Inputs,
+    Ragged,
+    is_of_examples,
+    leaves,
+    mapped,
+    values_of,
+)
 
 KEPT_BYTES = 2**28  # examples above this lie in a temporary file
 SPOOL_BYTES = 2**35  # the most that it may hold
@@ -131,8 +140,7 @@ class _Store:
 
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:
-    given = (batch.args, batch.kwargs) if isinstance(batch, Inputs) else (batch,)
-    yield from (x for x in leaves(given) if isinstance(x, Tensor))
+    return (x for x in values_of(batch) if isinstance(x, Tensor))
 
 
 class _Forward:

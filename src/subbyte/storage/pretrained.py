@@ -83,9 +83,12 @@ def _write(net: nn.Module, folder: Path, out: Path) -> int:
         out.mkdir(parents=True, exist_ok=True)
         weights = {path for pattern in _WEIGHTS for path in folder.glob(pattern)}
         for path in sorted(folder.iterdir()):
-            if path not in weights:
-                copy: Any = shutil.copytree if path.is_dir() else shutil.copy2
-                copy(path, out / path.name, **({"dirs_exist_ok": True} if path.is_dir() else {}))
+            if path in weights:
+                continue
+            if path.is_dir():
+                shutil.copytree(path, out / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copy2(path, out / path.name)
     except OSError as error:
         raise SubbyteError(f"cannot write {out}: {error.strerror or error}") from None
     if not (out / CONFIG).is_file():  # a GGUF file alone

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from subbyte.errors import SubbyteError
 from subbyte.tasks.base import Score, Task, attention_mask, evaluate, main_tensor
-from subbyte.tasks.batches import Batch, Inputs, are_ids, leaves
+from subbyte.tasks.batches import Batch, are_ids, values_of
 from subbyte.tasks.classes import Classification, Dense, Language
 from subbyte.tasks.values import Embedding, Regression
 
@@ -76,5 +76,4 @@ def _task_of_tensor(y: Tensor, batch: Batch) -> Task:
 
 def _reads_tokens(batch: Batch) -> bool:
     """Whether an input is token ids: whole numbers [n, tokens]."""
-    given = leaves((batch.args, batch.kwargs)) if isinstance(batch, Inputs) else iter((batch,))
-    return any(map(are_ids, given))
+    return any(map(are_ids, values_of(batch)))

@@ -8,7 +8,7 @@ it; nothing else knows what an image or a token is. A user's own task is a class
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -154,8 +154,8 @@ def as_batch(given: Any) -> Batch:
         return given
     if isinstance(given, tuple | list):
         return Inputs(tuple(given), {}, len(given[0]))
-    if hasattr(given, "keys"):
-        named = {name: given[name] for name in given.keys()}  # noqa: SIM118
+    if isinstance(given, Mapping):
+        named = dict(given)
         return Inputs((), named, len(next(iter(named.values()))))
     raise SubbyteError(
         f"inputs are a {type(given).__name__}; give a tensor, or a tuple or dict of tensors"

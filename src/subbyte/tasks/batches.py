@@ -65,6 +65,11 @@ def call(model: nn.Module, batch: Batch) -> Any:
     return model(batch)
 
 
+def values_of(batch: Batch) -> Iterator[Any]:
+    """Everything that the network is given for a batch, without its structure."""
+    return leaves((batch.args, batch.kwargs) if isinstance(batch, Inputs) else batch)
+
+
 def one_batch(examples: Examples) -> Batch:
     """The examples as one batch; of several shapes, the shape that most of them have."""
     if isinstance(examples, Ragged):
@@ -86,14 +91,12 @@ def some_batches(batches: list[Batch], tokens: int) -> list[Batch]:
 
 def n_tokens(batch: Batch) -> int:
     """Token ids of a batch; 0 if its inputs are no token ids."""
-    given = leaves((batch.args, batch.kwargs)) if isinstance(batch, Inputs) else (batch,)
-    return max((x.numel() for x in given if are_ids(x)), default=0)
+    return max((x.numel() for x in values_of(batch) if are_ids(x)), default=0)
 
 
 def batch_size(part: Batch, most: int, tokens: int | None = None) -> int:
     """How many examples make a batch: at most so many, and no more token ids than `tokens`."""
-    given = leaves((part.args, part.kwargs)) if isinstance(part, Inputs) else (part,)
-    each = max([x.shape[1] for x in given if are_ids(x)], default=1)
+    each = max([x.shape[1] for x in values_of(part) if are_ids(x)], default=1)
     return max(1, min(most, (TOKENS if tokens is None else tokens) // max(1, each)))
 
 
@@ -105,10 +108,7 @@ def are_ids(x: Any) -> bool:
 def values_an_example(examples: Examples) -> int:
     """Input values of the first example."""
     first = one_batch(examples[:1])
-    if isinstance(first, Tensor):
-        return first.numel()
-    parts = leaves((first.args, first.kwargs))
-    return sum(x.numel() for x in parts if is_of_examples(x, first.n))
+    return sum(x.numel() for x in values_of(first) if is_of_examples(x, len(first)))
 
 
 def shapes(batch: Batch) -> str:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from subbyte.errors import SubbyteError
 from subbyte.tasks.base import Task, attention_mask, main_tensor, unpadded
-from subbyte.tasks.batches import Batch, Examples, Inputs
+from subbyte.tasks.batches import Batch, Examples, Inputs, are_ids
 from subbyte.tasks.images import Mosaics, are_images, varied
 
 _LEAST_AGREEMENT = 85.0  # percent of the decisions
@@ -41,8 +41,23 @@ def drawn_direction(y: Tensor, temperature: float, generator: torch.Generator) -
     return share.scatter_add(1, labels, -torch.ones_like(labels, dtype=share.dtype))
 
 
+class Classes:
+    """What all tasks have in common whose outputs are scores of classes [items, classes]."""
+
+    temperature: float = 1.0
+
+    def distance(self, y: Tensor, wanted: Tensor) -> Tensor:
+        return divergence(y, wanted, self.temperature)
+
+    def direction(self, y: Tensor, generator: torch.Generator) -> Tensor:
+        return drawn_direction(y, self.temperature, generator)
+
+    def agrees(self, y: Tensor, wanted: Tensor) -> Tensor:
+        return y.argmax(-1) == wanted.argmax(-1)
+
+
 @dataclass(frozen=True)
-class Classification(Task):
+class Classification(Classes, Task):
     """Class scores [n, classes], or [n, tokens, classes]; score: top-1 in percent."""
 
     name: ClassVar[str] = "classification"
@@ -54,15 +69,6 @@ class Classification(Task):
 
     def outputs(self, y: Any, batch: Batch) -> Tensor:
         return unpadded(main_tensor(y), attention_mask(batch))
-
-    def distance(self, y: Tensor, wanted: Tensor) -> Tensor:
-        return divergence(y, wanted, self.temperature)
-
-    def direction(self, y: Tensor, generator: torch.Generator) -> Tensor:
-        return drawn_direction(y, self.temperature, generator)
-
-    def agrees(self, y: Tensor, wanted: Tensor) -> Tensor:
-        return y.argmax(-1) == wanted.argmax(-1)
 
     def varied(self, batch: Batch, generator: torch.Generator, step: int) -> Batch:
         return varied(batch, generator, step)
@@ -81,7 +87,7 @@ class Classification(Task):
 
 
 @dataclass(frozen=True)
-class Language(Task):
+class Language(Classes, Task):
     """Scores of the next token [n, tokens, vocabulary]; score: perplexity.
 
     Padding, as the attention mask has it, counts for nothing. Targets are the token ids themselves
@@ -95,15 +101,6 @@ class Language(Task):
 
     def outputs(self, y: Any, batch: Batch) -> Tensor:
         return unpadded(main_tensor(y), attention_mask(batch))
-
-    def distance(self, y: Tensor, wanted: Tensor) -> Tensor:
-        return divergence(y, wanted)
-
-    def direction(self, y: Tensor, generator: torch.Generator) -> Tensor:
-        return drawn_direction(y, 1.0, generator)
-
-    def agrees(self, y: Tensor, wanted: Tensor) -> Tensor:
-        return y.argmax(-1) == wanted.argmax(-1)
 
     def measured(self, y: Any, batch: Batch, targets: Any) -> Tensor:
         ids = _ids(batch) if targets is None else torch.as_tensor(targets)
@@ -120,16 +117,15 @@ class Language(Task):
 
 def _ids(batch: Batch) -> Tensor:
     """The token ids of a batch: its first tensor of whole numbers with two dimensions."""
-    named = batch.kwargs if isinstance(batch, Inputs) else {}
-    given = (named.get("input_ids"), *batch.args) if isinstance(batch, Inputs) else (batch,)
+    given = (batch.kwargs.get("input_ids"), *batch.args) if isinstance(batch, Inputs) else (batch,)
     for value in given:
-        if isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():
+        if are_ids(value):
             return value
     raise SubbyteError("the batch has no token ids to score; give them as the targets")
 
 
 @dataclass(frozen=True)
-class Dense(Task):
+class Dense(Classes, Task):
     """Class scores for every pixel, [n, classes, ...]; score: mean intersection over union."""
 
     name: ClassVar[str] = "dense"
@@ -139,15 +135,6 @@ class Dense(Task):
 
     def outputs(self, y: Any, batch: Batch) -> Tensor:
         return main_tensor(y).movedim(1, -1).flatten(0, -2)
-
-    def distance(self, y: Tensor, wanted: Tensor) -> Tensor:
-        return divergence(y, wanted)
-
-    def direction(self, y: Tensor, generator: torch.Generator) -> Tensor:
-        return drawn_direction(y, 1.0, generator)
-
-    def agrees(self, y: Tensor, wanted: Tensor) -> Tensor:
-        return y.argmax(-1) == wanted.argmax(-1)
 
     def varied(self, batch: Batch, generator: torch.Generator, step: int) -> Batch:
         return varied(batch, generator, step)

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -220,6 +221,33 @@ def inputs_of(
                 hook = _out_proj_hook(inner, receive, most, mask)
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+Seen = dict[tuple[str, int], Tensor]
+
+
+@contextmanager
+def inputs_seen(model: nn.Module, owners: Sequence[str]) -> Iterator[Seen]:
+    """Fills up, in order of execution, with the first input of each call of these modules; keys are
+    (owner, number of the call)."""
+    seen: Seen = {}
+    calls = dict.fromkeys(owners, 0)
+
+    def hook(owner: str, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        calls[owner] += 1
+        if found and found[0].is_floating_point():
+            seen[owner, calls[owner]] = found[0]
+
+    handles = [
+        model.get_submodule(owner).register_forward_pre_hook(partial(hook, owner), with_kwargs=True)
+        for owner in owners
+    ]
+    try:
+        yield seen
     finally:
         for handle in handles:
             handle.remove()

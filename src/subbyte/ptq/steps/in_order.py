@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -39,6 +39,7 @@ from subbyte.ptq.evidence.statistics import (
     Statistics,
     fitting,
     inputs_of,
+    inputs_seen,
     patches_an_image,
 )
 from subbyte.ptq.plan.search import Layer
@@ -72,8 +73,8 @@ def solve_in_order(
     quantize, with the float network's statistics. solve: codes and adapter of a layer, in the
     metric of the statistics it is given. batches: inputs of the network; task: which of their
     positions are no padding. more: yet more, for the layers named in `starved` alone. Layers
-    without statistics of inputs, and tables, are solved first, as they are. More than six
-    parameters: these are independent of each other.
+    without statistics of inputs, and tables, are solved first, as they are. parameters: seven, for
+    they are independent of each other.
     """
     held = (start.model.get_submodule(x.site.owner)._parameters for x in known)
     weights = [own[x.site.parameter] for own, x in zip(held, known, strict=True)]
@@ -84,29 +85,23 @@ def solve_in_order(
             work.take(layer, solve(layer), None)
     needs = work.needs([layer.site for layer in measured.values()])
     blocks = () if starved else blocks_of(work.teacher, batches[0][:2])
-    outside, inside = _by_block(list(needs), blocks)
-    before = [name for name in outside if inside and _is_before(needs, name, inside)]
+    before, inside, after = _by_block(list(needs), blocks)
     _in_passes(work, measured, before, needs, solve)
     _in_blocks(work, measured, blocks, inside, solve)
-    rest = [name for name in outside if name not in before]
-    _in_passes(work, measured, rest, needs, solve)
+    _in_passes(work, measured, after, needs, solve)
     return Quantized(work.model, work.layers, _unpaired_note(work.unpaired))
 
 
-def _is_before(needs: Mapping[str, int], name: str, inside: Sequence[Sequence[str]]) -> bool:
-    """Whether a layer runs before the first one of the blocks."""
-    order = list(needs)
-    first = min(order.index(other) for own in inside for other in own)
-    return order.index(name) < first
-
-
-def _by_block(names: Sequence[str], blocks: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Layers outside of all blocks, and those of each block; in order."""
+def _by_block(
+    names: Sequence[str], blocks: Sequence[str]
+) -> tuple[Sequence[str], list[list[str]], list[str]]:
+    """Layers that run before all blocks, those of each block, and the others; in order."""
     inside = [[n for n in names if n.startswith(f"{block}.")] for block in blocks]
     taken = {name for own in inside for name in own}
     if not taken:
-        return list(names), []
-    return [n for n in names if n not in taken], inside
+        return names, [], []
+    first = min(i for i, name in enumerate(names) if name in taken)
+    return names[:first], inside, [n for n in names[first:] if n not in taken]
 
 
 def _in_passes(
@@ -236,13 +231,15 @@ class _Work:
 
     def stages_of_block(self, chain: Chain, i: int, layers: Sequence[Site]) -> list[list[str]]:
         """Layers that see the same input are one stage; in the order of execution."""
-        inputs: dict[str, int] = {}
-        with inputs_seen_by(chain.model, layers, inputs):
+        owners: dict[str, list[str]] = {}
+        for site in layers:
+            owners.setdefault(site.owner, []).append(site.name)
+        with inputs_seen(chain.model, list(owners)) as seen:
             chain.run(i, 0)
-        order = list(inputs)
-        left = [site.name for site in layers if site.name not in inputs]
-        by_input = [list(own) for _, own in itertools.groupby(order, lambda name: inputs[name])]
-        return [*by_input, *([name] for name in left)]
+        first = {owner: id(x) for (owner, call), x in seen.items() if call == 1}
+        by_input = [list(own) for _, own in itertools.groupby(first, lambda owner: first[owner])]
+        stages = [[name for owner in own for name in owners[owner]] for own in by_input]
+        return [*stages, *([n] for owner, own in owners.items() if owner not in first for n in own)]
 
     def paired(
         self, stage: Sequence[Site], wanted: Sequence[_Patches], seen: Iterable[_Patches]
@@ -344,33 +341,6 @@ def _unpaired_note(names: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-@contextmanager
-def inputs_seen_by(
-    model: nn.Module, layers: Sequence[Site], inputs: dict[str, int]
-) -> Iterator[None]:
-    """While it is open, the first tensor that each layer is given is written down, by its id."""
-    kept: list[Tensor] = []  # an id may only be used again once its tensor is gone
-
-    def hook(names: Sequence[str], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        kept.append(x)
-        for name in names:
-            inputs.setdefault(name, id(x))
-
-    owners: dict[str, list[str]] = {}
-    for site in layers:
-        owners.setdefault(site.owner, []).append(site.name)
-    handles = [
-        model.get_submodule(owner).register_forward_pre_hook(partial(hook, own), with_kwargs=True)
-        for owner, own in owners.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 class _ReachedError(Exception):
     """All layers of interest have been seen; the rest of the network need not run."""
 
@@ -384,7 +354,6 @@ def _patches(
 ) -> _Patches:
     """Chunks of patches [groups, width, n] of each layer, in a pass that ends with the last one."""
     seen: dict[str, list[Tensor]] = {}
-
     last: list[Any] = [None, 0, ()]
 
     def receive(name: str, own: Tensor, patches: Iterator[Tensor]) -> None:

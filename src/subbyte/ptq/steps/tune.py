@@ -15,10 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +27,13 @@ from subbyte.core.ready import copied
 from subbyte.core.sites import Site, bias_of, sharing_sites, sites
 from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor, as_weight
 from subbyte.ptq.entrance import channels_last
+from subbyte.ptq.evidence.statistics import Seen, inputs_seen
 from subbyte.ptq.solvers.lowrank import stored
 from subbyte.tasks.base import Task, unpadded
 from subbyte.tasks.batches import Batch, Examples, Ragged, batch_size, call
 
 BATCH = 32
 LR = 0.01  # times the root of the relative error that the tuning starts with
-Seen = dict[tuple[str, int], Tensor]
 
 
 class _Relative(nn.Module):
@@ -171,30 +168,6 @@ def _learning(
             parametrize.register_parametrization(module, site.parameter, weights[name], unsafe=True)
     _learn_vectors(student)
     return weights
-
-
-@contextmanager
-def inputs_seen(model: nn.Module, owners: Sequence[str]) -> Iterator[Seen]:
-    """Fills up, in order of execution, with the first input of each call of these modules; keys are
-    (owner, number of the call)."""
-    seen: Seen = {}
-    calls = dict.fromkeys(owners, 0)
-
-    def hook(owner: str, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        calls[owner] += 1
-        if found and found[0].is_floating_point():
-            seen[owner, calls[owner]] = found[0]
-
-    handles = [
-        model.get_submodule(owner).register_forward_pre_hook(partial(hook, owner), with_kwargs=True)
-        for owner in owners
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _relative_error(

@@ -1,0 +1,94 @@
+"""What all steps of post-training work from, once everything that can be refused was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from subbyte.core.account import float_parameters, notes_on_float
+from subbyte.core.conv1d import conv1d_in_place
+from subbyte.core.plan import Plan
+from subbyte.core.ready import check_ready, unwrapped
+from subbyte.core.recipe import Recipe
+from subbyte.core.sites import Site, sites
+from subbyte.errors import SubbyteError
+from subbyte.ptq.calibration import gathered
+from subbyte.ptq.cora import CoRa, common
+from subbyte.ptq.entrance import checked_task, float_twin
+from subbyte.ptq.judge import Judge, judging, teaching
+from subbyte.ptq.listen import Notes
+from subbyte.ptq.published import PublishedCoRa
+from subbyte.tasks import Task
+from subbyte.tasks.batches import Examples
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """What all steps work from.
+
+    teacher: the float network. plan: which layers are quantized, by which method. sites: of these
+    layers, by name. examples, labels: the calibration.
+    """
+
+    teacher: nn.Module
+    plan: Plan
+    sites: Mapping[str, Site]
+    examples: Examples
+    labels: Tensor | None
+    task: Task
+    judge: Judge
+    notes: Notes
+
+    @property
+    def teaching(self) -> Examples:
+        return teaching(self.examples)
+
+    @property
+    def methods(self) -> list[Any]:
+        return [layer.method for layer in self.plan.quantized]
+
+
+def start_run(
+    model: nn.Module,
+    recipe: Recipe,
+    given_for: tuple[Iterable[Any], Task | str | None],
+    plan: Plan | None,
+    notes: Notes,
+) -> Run:
+    """Everything that can be refused is refused here. given_for: calibration batches and task."""
+    _check_methods(recipe)
+    twin = float_twin(model)
+    base = recipe.plan(twin, shared=True)
+    base = base if plan is None else base.following(plan)
+    names = {layer.name for layer in base.quantized}
+    twin = conv1d_in_place(twin, unwrapped(model), names)
+    chosen = {site.name: site for site in sites(twin) if site.name in names}
+    if not chosen:
+        why = next((f": {layer.reason}" for layer in base.layers if layer.reason), "")
+        raise SubbyteError(
+            f"{type(twin).__name__} has no layer left that is quantized{why}; give one a method"
+        )
+    check_ready(twin, list(chosen.values()))
+    calibration, wanted = given_for
+    given = gathered(calibration, twin)
+    task, guess = checked_task(twin, given.examples, wanted)
+    kept = notes_on_float(float_parameters(twin, names))
+    for note in (*given.notes, *((guess,) if guess else ()), *kept):
+        notes.add(note)
+    judge = Judge(twin, judging(given.examples), task)
+    return Run(twin, base, chosen, given.examples, given.labels, task, judge, notes)
+
+
+def _check_methods(recipe: Recipe) -> None:
+    methods = [rule.method for rule in recipe.rules if rule.method is not None]
+    for method in methods:
+        if not isinstance(method, CoRa | PublishedCoRa):
+            raise SubbyteError(f"{method!r} is no method of quantize; give CoRa(bits=3), or so")
+    ours = [method for method in methods if isinstance(method, CoRa)]
+    if len(ours) != len(methods) and len(set(methods)) > 1:
+        raise SubbyteError("PublishedCoRa searches over the network; give all rules the same one")
+    if ours:
+        common(ours)
