@@ -407,3 +407,20 @@ def test_golden_files_of_every_version_load(path):
     assert sb.load(path, model=like)(torch.randn(2, 2, 12, 12)).isfinite().all()
     encodings = {entry.encoding for entry in storage.read(path).entries.values()}
     assert (storage.ZSTD in encodings) == ("zstd" in path.stem)
+
+
+def test_a_buffer_that_no_file_holds_is_not_left_without_values(tmp_path):
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("angles", torch.ones(4), persistent=False)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(x * self.angles)
+
+    sb.save(packed(Turned()), tmp_path / "net.safetensors")
+    with torch.device("meta"):
+        like = Turned()
+    with pytest.raises(SubbyteError, match="buffer 'angles'.*meta device.*in memory"):
+        sb.load(tmp_path / "net.safetensors", model=like)

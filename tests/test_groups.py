@@ -151,11 +151,11 @@ def test_quick_errors_are_those_of_one_pass(levels, size):
     w, gram = problem()
     w = w.half().float()
     found = quick_errors(w, gram, [(levels, size), (5, 4)])[0]
-    from subbyte.ptq.solvers.codes import _compensate, damped, matrix_grid
+    from subbyte.ptq.solvers.codes import _compensate, _ordered_factors, damped, matrix_grid
 
     grid = matrix_grid(w, levels, size)
     start = rtn(w, gram, grid)
-    codes = _compensate(w, start.scale[None], grid, damped(gram))[0]
+    codes = _compensate(w, start.scale[None], grid, _ordered_factors(damped(gram)))[0]
     exact = row_errors(w - decode(codes, start.scale, grid), damped(gram))
     assert torch.allclose(found, exact, rtol=1e-2)
 

@@ -21,6 +21,7 @@ from subbyte.ptq.solvers import SOLVERS
 from subbyte.ptq.solvers.codes import (
     _compensate,
     _descend,
+    _ordered_factors,
     _refit,
     channel_grid,
     damped,
@@ -211,7 +212,7 @@ def test_without_refinement_compensation_itself_is_right(width):
     w, gram = torch.randn(4, width, generator=generator()), correlated(1, width)
     grid = channel_grid(5, 0)
     scale = rtn(w, gram, grid).scale
-    got = _compensate(w, scale[None], grid, damped(gram))[0]
+    got = _compensate(w, scale[None], grid, _ordered_factors(damped(gram)))[0]
     inverse = torch.linalg.inv(damped(gram)[0])
     rest, left = (
         (w / scale[:, None]).double(),
@@ -228,6 +229,21 @@ def test_without_refinement_compensation_itself_is_right(width):
         inverse = inverse - inverse[:, j : j + 1] * inverse[j] / inverse[j, j]
     # float32 against float64: a weight beside a tie may differ, and then those after it
     assert (got == expected).float().mean() > 0.99
+
+
+def test_a_large_matrix_is_solved_in_parts_of_its_rows(monkeypatch):
+    from subbyte.ptq.solvers import codes
+
+    w, gram, grid = (
+        torch.randn(12, 40, generator=generator()),
+        correlated(1, 40),
+        channel_grid(5, 0),
+    )
+    whole = gptq(w, gram, grid)
+    monkeypatch.setattr(codes, "_AT_ONCE", 5 * 40)  # 5, 5 and 2 rows
+    parts = gptq(w, gram, grid)
+    assert torch.equal(parts.codes, whole.codes)
+    assert torch.equal(parts.scale, whole.scale)
 
 
 def test_each_refinement_only_lowers_the_error():

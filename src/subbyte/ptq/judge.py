@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from subbyte.core.quantized import Quantized
 from subbyte.modules import pack
 from subbyte.tasks.base import Task
-from subbyte.tasks.batches import Batch, Examples, call, in_batches
+from subbyte.tasks.batches import SCORED_TOKENS, Batch, Examples, call, in_batches
 
 HELD_OUT = 5  # one calibration example in so many judges, the others teach
 _BATCH = 64
@@ -33,7 +33,7 @@ class Judge:
 
     def __init__(self, teacher: nn.Module, examples: Examples, task: Task) -> None:
         self.teacher, self.task = teacher, task
-        self.batches = in_batches(examples, _BATCH)
+        self.batches = in_batches(examples, _BATCH, SCORED_TOKENS)
         self._kept: list[Tensor] = []
 
     def distance(self, quantized: Quantized) -> float:

@@ -14,10 +14,9 @@ from subbyte.ptq.evidence.sensitivity import sensitivity
 from subbyte.ptq.evidence.statistics import Statistics, input_statistics, rounds_needed
 from subbyte.ptq.plan.search import Layer
 from subbyte.ptq.run import Run
-from subbyte.tasks.batches import Batch, in_batches, some_batches
+from subbyte.tasks.batches import SCORED_TOKENS, Batch, in_batches, some_batches
 
 _EFFECT_BATCH = 16
-_EFFECT_BATCH_TOKENS = 512  # the pass back keeps what every layer was given
 _EFFECT_TOKENS = 8192  # each goes forth and back through the network and its vocabulary
 
 
@@ -27,7 +26,7 @@ def measured(run: Run) -> dict[str, Statistics]:
     shared = sharing_sites(run.teacher)
     heads = [head for name, own in shared.items() if name in run.sites for head in own]
     own = [*run.sites.values(), *heads]
-    batches = run.notes.over("statistics of inputs", in_batches(run.teaching, 64))
+    batches = run.notes.over("statistics of inputs", in_batches(run.teaching, 64, SCORED_TOKENS))
     return input_statistics(run.teacher, own, batches, task=run.task)
 
 
@@ -35,7 +34,7 @@ def sensitivities(
     run: Run, statistics: Mapping[str, Statistics], generator: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, Statistics]]:
     run.notes.tell("measuring what errors do to the outputs")
-    batches = in_batches(run.teaching, _EFFECT_BATCH, _EFFECT_BATCH_TOKENS)
+    batches = in_batches(run.teaching, _EFFECT_BATCH, SCORED_TOKENS)
     batches = some_batches(batches, _EFFECT_TOKENS)
     watched = run.notes.over("effects of errors", batches)
     return sensitivity(

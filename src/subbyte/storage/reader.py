@@ -196,6 +196,12 @@ def _load_state(net: nn.Module, artifact: Artifact) -> None:
     fresh = {name: value.clone() for name, value in state.items()}
     net.load_state_dict(fresh, strict=False, assign=True)  # dtypes are the file's
     _tie(net, ties, artifact)
+    empty = [name for name, held in net.named_buffers() if held.is_meta]
+    if empty:  # a buffer that is not persistent
+        raise SubbyteError(
+            f"buffer '{empty[0][:200]}' of the network is on the meta device, and a file holds no "
+            "buffer of its kind; build the network in memory"
+        )
 
 
 def _tie(net: nn.Module, ties: Mapping[str, str], artifact: Artifact) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TOKENS = 2048  # of one batch: its scores of a vocabulary take up to a gigabyte
+TOKENS = 2048  # of one batch at most
+SCORED_TOKENS = 512  # where all scores of a large vocabulary are held, several times over
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -28,7 +28,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,22 +47,18 @@ class _Reads:
     """What became of a table in the passes so far.
 
     gram: sum of g g' over the look-ups. squares, counts: sum of |g|^2 and number of look-ups of
-    each row. pending: indices and outputs of a pass.
+    each row.
     """
 
     gram: Tensor
     squares: Tensor
     counts: Tensor
-    pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def take(self, gradients: Sequence[Tensor | None]) -> None:
-        for (indices, _), gradient in zip(self.pending, gradients, strict=True):
-            if gradient is not None:
-                rows, read = gradient.reshape(-1, gradient.shape[-1]), indices.flatten()
-                self.gram += (rows.t() @ rows).double()
-                self.squares.index_add_(0, read, rows.square().sum(1).double())
-                self.counts += torch.bincount(read, minlength=len(self.counts))
-        self.pending.clear()
+    def take(self, indices: Tensor, gradient: Tensor) -> None:
+        rows, read = gradient.reshape(-1, gradient.shape[-1]), indices.flatten()
+        self.gram += (rows.t() @ rows).double()
+        self.squares.index_add_(0, read, rows.square().sum(1).double())
+        self.counts += torch.bincount(read, minlength=len(self.counts))
 
     def statistics(self) -> Statistics:
         reads = int(self.counts.sum())
@@ -73,13 +70,9 @@ class _Scores:
     """What became of a head's outputs. squares: sum of the squared gradient of each."""
 
     squares: Tensor
-    pending: list[Tensor] = field(default_factory=list)
 
-    def take(self, gradients: Sequence[Tensor | None]) -> None:
-        for gradient in gradients:
-            if gradient is not None:
-                self.squares += gradient.flatten(0, -2).square().sum(0).double()
-        self.pending.clear()
+    def take(self, gradient: Tensor) -> None:
+        self.squares += gradient.flatten(0, -2).square().sum(0).double()
 
 
 def sensitivity(
@@ -100,24 +93,17 @@ def sensitivity(
     tables = [site for site in layers if site.type == "Embedding"]
     heads = {n: own for n, own in sharing_sites(model).items() if n in {t.name for t in tables}}
     known = [s for s in layers if s.name in statistics or (s in tables and s.name not in heads)]
-    weights = [getattr(model.get_submodule(site.owner), site.parameter) for site in known]
     sums = [torch.zeros(site.shape[site.channel_axis], dtype=torch.float64) for site in known]
     items = 0
-    with _reads_of(model, tables) as reads, _scores_of(model, heads) as scores:
+    with (
+        _reads_of(model, tables) as reads,
+        _scores_of(model, heads) as scores,
+        _squares_of(model, known, sums),
+    ):
         for x in batches:
             with torch.enable_grad():
                 y = task.outputs(call(model, x), x)
-                along = task.direction(y.detach(), generator)
-                looked_up = [out for own in reads.values() for _, out in own.pending]
-                scored = [out for own in scores.values() for out in own.pending]
-                gradients = torch.autograd.grad(
-                    (y * along).sum(), [*weights, *looked_up, *scored], allow_unused=True
-                )
-            _add(sums, known, gradients)
-            rest = iter(gradients[len(weights) :])
-            uses: list[_Reads | _Scores] = [*reads.values(), *scores.values()]
-            for use in uses:
-                use.take([next(rest) for _ in use.pending])
+                (y * task.direction(y.detach(), generator)).sum().backward()
             items += len(y)
     found = {name: own.statistics() for name, own in reads.items() if own.counts.any()}
     effects = {}
@@ -156,12 +142,31 @@ def _both(parts: Sequence[tuple[Statistics, Tensor]]) -> tuple[Statistics, Tenso
     return Statistics(gram, patches), _per_trace(total, gram)
 
 
-def _add(sums: Sequence[Tensor], known: Sequence[Site], gradients: Sequence[Any]) -> None:
-    """In place: squared gradients of each row."""
-    for site, total, gradient in zip(known, sums, gradients, strict=False):
-        if gradient is not None:
-            rows = as_matrix(gradient.to_dense(), site.channel_axis)
+@contextmanager
+def _squares_of(model: nn.Module, known: Sequence[Site], sums: Sequence[Tensor]) -> Iterator[None]:
+    """While it is open, every pass back adds the squared gradients of each row to the sums.
+
+    A gradient is gone as soon as it was read: those of all weights are as large as the network.
+    """
+    wanted: dict[int, list[tuple[Site, Tensor]]] = {}
+    for site, total in zip(known, sums, strict=True):
+        weight = getattr(model.get_submodule(site.owner), site.parameter)
+        wanted.setdefault(id(weight), []).append((site, total))
+
+    def take(weight: Tensor) -> None:
+        assert weight.grad is not None
+        for site, total in wanted.get(id(weight), ()):
+            rows = as_matrix(weight.grad.to_dense(), site.channel_axis)
             total += torch.linalg.vector_norm(rows, dim=1).double().square()
+        weight.grad = None
+
+    learning = [p for p in model.parameters() if p.requires_grad]
+    handles = [p.register_post_accumulate_grad_hook(take) for p in learning]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _per_trace(total: Tensor, gram: Tensor) -> Tensor:
@@ -181,7 +186,7 @@ def _with_unread_rows(total: Tensor, counts: Tensor) -> Tensor:
 
 @contextmanager
 def _reads_of(model: nn.Module, tables: Sequence[Site]) -> Iterator[dict[str, _Reads]]:
-    """While it is open, every forward pass leaves the tables' look-ups in `pending`."""
+    """While it is open, every pass forth and back is counted for the tables."""
     reads, handles = {}, []
     for site in tables:
         rows, width = site.shape
@@ -194,7 +199,7 @@ def _reads_of(model: nn.Module, tables: Sequence[Site]) -> Iterator[dict[str, _R
         def hook(_: Any, args: Any, kwargs: Any, y: Tensor, own: _Reads = own) -> None:
             indices = args[0] if args else kwargs["input"]
             if y.requires_grad:
-                own.pending.append((indices.detach().long(), y))
+                y.register_hook(partial(own.take, indices.detach().long()))
 
         module = model.get_submodule(site.owner)
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -209,14 +214,14 @@ def _reads_of(model: nn.Module, tables: Sequence[Site]) -> Iterator[dict[str, _R
 def _scores_of(
     model: nn.Module, heads: Mapping[str, Sequence[Site]]
 ) -> Iterator[dict[str, _Scores]]:
-    """While it is open, every forward pass leaves the outputs of the heads in `pending`."""
+    """While it is open, every pass forth and back is counted for the heads."""
     scores, handles = {}, []
     for site in (head for own in heads.values() for head in own if head.type == "Linear"):
         own = scores[site.name] = _Scores(torch.zeros(site.shape[0], dtype=torch.float64))
 
         def hook(_: Any, args: Any, y: Tensor, own: _Scores = own) -> None:
             if y.requires_grad:
-                own.pending.append(y)
+                y.register_hook(own.take)
 
         handles.append(model.get_submodule(site.owner).register_forward_hook(hook))
     try:

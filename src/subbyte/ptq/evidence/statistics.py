@@ -162,7 +162,7 @@ def _one_pass(
             found = [_product(name, chunk) for chunk in patches if chunk.shape[2]]
             last[:] = x, x._version, found
         for product, count in last[2]:
-            sums[name] = sums[name] + product if name in sums else product
+            sums[name] = sums[name].add_(product) if name in sums else product.clone()
             counts[name] = counts.get(name, 0) + count
 
     for x in batches:
@@ -173,19 +173,21 @@ def _one_pass(
 
 
 def _mean(total: Tensor, count: int) -> Statistics:
-    """Of wide layers in float32: their grams are most of what is held."""
-    mean = total / count
-    return Statistics(mean.float() if mean.shape[-1] >= _WIDE else mean, count)
+    return Statistics(total.div_(count), count)
 
 
 def _product(name: str, chunk: Tensor) -> tuple[Tensor, int]:
-    """x x' summed over the patches of a chunk, float64, and how many they are."""
+    """x x' summed over the patches of a chunk, and how many they are.
+
+    float64; of wide layers float32, as each chunk's is: their grams are most of what is held.
+    """
     if not chunk.isfinite().all():
         raise SubbyteError(
             f"the input of layer '{name}' has NaN or infinite values on the calibration "
             "images; check the images and the weights before it"
         )
-    return (chunk @ chunk.transpose(1, 2)).double(), chunk.shape[2]
+    product = chunk @ chunk.transpose(1, 2)
+    return product if product.shape[-1] >= _WIDE else product.double(), chunk.shape[2]
 
 
 Receiver = Callable[[str, Tensor, Iterator[Tensor]], None]

@@ -37,6 +37,7 @@ _LEAST_PEAK = 2.0**-16  # of |w| in a row: its scale may be a quarter of that
 _MOST_PEAK = FLOAT16_MAX / MOST
 _COMPENSATED = (1.0, 0.8, 0.88, 0.95, 1.06, 1.13)  # times the best plain scale
 _SEARCH_WORK = 2**32  # rows * width^2 above which one scale is compensated, not several
+_AT_ONCE = 2**22  # weights of a part of a matrix: a table of 28 million takes gigabytes at once
 
 
 def channel_grid(levels: int, channel_axis: int, domain: ScaleDomain = ScaleDomain.FLOAT16) -> Grid:
@@ -101,25 +102,27 @@ def gptq(
     times the one of `rtn`; a large layer tries the first only.
     """
     metric = damped(gram.double())
-    start = rtn(matrix, gram, grid)
-    best = _Best(matrix, metric, grid, start)
+    inverse = _ordered_factors(metric)
     if matrix.numel() * matrix.shape[1] > _SEARCH_WORK:
         factors = factors[:1]
-    tried = torch.stack([round_scale(start.scale * f, grid.scale_domain) for f in factors])
-    for scale, codes in zip(tried, _compensate(matrix, tried, grid, metric), strict=True):
-        best.offer(scale, codes)
-    for _ in range(sweeps):
-        scale = _refit(matrix, best.codes, best.scale, metric, grid)
-        best.offer(scale, best.codes)
-        best.offer(best.scale, _descend(matrix, best.codes, best.scale, metric, grid))
-    return QuantizedTensor(best.codes, best.scale, grid)
+    rows = len(matrix) if len(gram) > 1 else max(1, _AT_ONCE // matrix.shape[1])
+    found = []
+    for part in matrix.split(rows):
+        best = _Best(part, metric, grid, rtn(part, gram, grid))
+        _compensated(best, inverse, factors)
+        for _ in range(sweeps):
+            best.offer(_refit(part, best.codes, best.scale, metric, grid), best.codes)
+            best.offer(best.scale, _descend(part, best.codes, best.scale, metric, grid))
+        found.append(best)
+    codes, scale = torch.cat([x.codes for x in found]), torch.cat([x.scale for x in found])
+    return QuantizedTensor(codes, scale, grid)
 
 
 class _Best:
     """The best codes and scales of each row so far."""
 
     def __init__(self, matrix: Tensor, metric: Tensor, grid: Grid, start: QuantizedTensor) -> None:
-        self._matrix, self._metric, self._grid = matrix, metric, grid
+        self.matrix, self._metric, self.grid = matrix, metric, grid
         self.codes, self.scale = start.codes, start.scale
         self.error = self._error(start.codes, start.scale)
 
@@ -133,7 +136,17 @@ class _Best:
         self.error = torch.where(better, error, self.error)
 
     def _error(self, codes: Tensor, scale: Tensor) -> Tensor:
-        return row_errors(self._matrix - decode(codes, scale, self._grid), self._metric)
+        return row_errors(self.matrix - decode(codes, scale, self.grid), self._metric)
+
+
+def _compensated(best: _Best, inverse: tuple[Tensor, Tensor], factors: Sequence[float]) -> None:
+    """Offer the codes of GPTQ for each of the scales, `factors` times the one at the start."""
+    domain = best.grid.scale_domain
+    tried = torch.stack([round_scale(best.scale * f, domain) for f in factors])
+    for scale, codes in zip(
+        tried, _compensate(best.matrix, tried, best.grid, inverse), strict=True
+    ):
+        best.offer(scale, codes)
 
 
 def _ordered_factors(metric: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,13 +157,15 @@ def _ordered_factors(metric: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.linalg.cholesky(inverse, upper=True)
 
 
-def _compensate(matrix: Tensor, scales: Tensor, grid: Grid, metric: Tensor) -> Tensor:
+def _compensate(
+    matrix: Tensor, scales: Tensor, grid: Grid, inverse: tuple[Tensor, Tensor]
+) -> Tensor:
     """GPTQ for several scales at once: each column's error is spread over the columns still open.
 
-    matrix: [out, width]. scales: [tries, scales]. Returns codes [tries, out, width].
+    matrix: [out, width]. scales: [tries, scales]. inverse: `_ordered_factors` of the metric.
+    Returns codes [tries, out, width].
     """
-    order, upper = _ordered_factors(metric)
-    upper = upper.float()
+    order, upper = inverse[0], inverse[1].float()
     groups, width = order.shape
     per_group = len(matrix) // groups
     units = torch.stack([_units(scale, matrix.shape, grid) for scale in scales])
