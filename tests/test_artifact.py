@@ -422,5 +422,5 @@ def test_a_buffer_that_no_file_holds_is_not_left_without_values(tmp_path):
     sb.save(packed(Turned()), tmp_path / "net.safetensors")
     with torch.device("meta"):
         like = Turned()
-    with pytest.raises(SubbyteError, match="buffer 'angles'.*meta device.*in memory"):
+    with pytest.raises(SubbyteError, match=r"buffer 'angles'.*meta device.*in memory"):
         sb.load(tmp_path / "net.safetensors", model=like)

@@ -23,6 +23,7 @@ LAYERS = {
     nn.Conv3d: (lambda: nn.Conv3d(3, 4, 2), (2, 3, 4, 4, 4)),
     nn.ConvTranspose1d: (lambda: nn.ConvTranspose1d(3, 4, 3), (2, 3, 7)),
     nn.ConvTranspose2d: (lambda: nn.ConvTranspose2d(3, 4, 3, stride=2), (2, 3, 5, 5)),
+    nn.ConvTranspose3d: (lambda: nn.ConvTranspose3d(3, 4, 2, stride=2), (2, 3, 3, 4, 3)),
     nn.Embedding: (lambda: nn.Embedding(9, 4, padding_idx=0), None),
 }
 
@@ -327,6 +328,6 @@ def test_a_prefix_inside_is_explained(tmp_path):
 
 
 def test_a_name_with_brackets_is_matched_as_it_is():
-    net = nn.ModuleDict({"block[1]": nn.Linear(4, 4), "block[2]": nn.LSTM(4, 4)})
+    net = nn.ModuleDict({"block[1]": nn.Linear(4, 4), "block[2]": nn.GRUCell(4, 4)})
     recipe = sb.Recipe((sb.Rule("block[2]"), sb.Rule(method=LowRes())))
     assert [layer.name for layer in sb.prepare(net, recipe).quantized] == ["block[1]"]

@@ -507,7 +507,7 @@ class Odd(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.own, self.rnn = Conv1D(16, 16), nn.LSTM(16, 16, batch_first=True)
+        self.own, self.rnn = Conv1D(16, 16), nn.LSTMCell(16, 16)
         self.experts = nn.Parameter(torch.randn(4, 16, 16) / 4)
         self.norm, self.body = nn.LayerNorm(16), nn.Linear(16, 16)
         self.table = nn.Embedding(5, 16)
@@ -515,7 +515,7 @@ class Odd(nn.Module):
         self.head.weight = self.table.weight
 
     def forward(self, x):
-        y = self.rnn(self.own(x)[:, None])[0][:, 0]
+        y = self.rnn(self.own(x))[0]
         return self.head(self.norm(self.body(y) + torch.einsum("eij,nj->ni", self.experts, y)))
 
 
@@ -527,16 +527,16 @@ def test_every_parameter_is_accounted_for_and_the_number_is_of_the_whole(tmp_pat
     assert sum(p.n_values for p in found.values()) == sum(p.numel() for p in net.parameters())
     assert {p.name for p in found.values() if p.levels} == {"body.weight", "table.weight"}
     assert {name: p.reason for name, p in found.items() if name in (
-        "own.weight", "rnn.weight_hh_l0", "experts", "norm.weight", "body.bias",
+        "own.weight", "rnn.weight_hh", "experts", "norm.weight", "body.bias",
     )} == {
         "own.weight": "Conv1D is no layer that can be quantized",
-        "rnn.weight_hh_l0": "LSTM: there is no packed layer of this kind",
+        "rnn.weight_hh": "LSTMCell: there is no packed layer of this kind",
         "experts": "Odd is no layer that can be quantized",
         "norm.weight": "a bias, norm or other vector of LayerNorm",
         "body.bias": "a bias, norm or other vector of Linear",
     }  # fmt: skip
     notes = "\n".join(done.notes)
-    for name in ("own.weight", "rnn.weight_ih_l0", "experts"):
+    for name in ("own.weight", "rnn.weight_ih", "experts"):
         assert f"'{name}'" in notes
     assert "no less than" in notes
     n_bytes = sum(p.n_bytes for p in found.values())

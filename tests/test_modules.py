@@ -20,7 +20,15 @@ from subbyte.core.sites import CHANNEL_AXIS
 from subbyte.packing import radix
 
 LEVELS = [2, 3, 4, 5, 7, 8, 9, 15, 16, 17]
-KINDS = ["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"]
+KINDS = [
+    "linear",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+]
 FUNCTIONS = {k: getattr(F, k) for k in KINDS}
 CLASSES = {
     "linear": nn.Linear,
@@ -29,6 +37,7 @@ CLASSES = {
     "conv3d": nn.Conv3d,
     "conv_transpose1d": nn.ConvTranspose1d,
     "conv_transpose2d": nn.ConvTranspose2d,
+    "conv_transpose3d": nn.ConvTranspose3d,
 }
 
 
@@ -82,7 +91,7 @@ def reference(layer, weight, bias, x):
 def fan_in(layer):
     """Longest dot product of the layer."""
     w = layer.weight
-    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):
+    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         return w.shape[0] // layer.groups * w[0, 0].numel()
     return w[0].numel()
 

@@ -141,7 +141,7 @@ def test_what_cannot_be_quantized_stays_float_and_is_named(images):
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.rnn = nn.GRU(8, 8, batch_first=True)
+            self.rnn = nn.GRUCell(8, 8)
             self.head = nn.Linear(8, 3)
             self.twin = nn.Linear(8, 3)
             self.twin.weight = self.head.weight
@@ -149,13 +149,13 @@ def test_what_cannot_be_quantized_stays_float_and_is_named(images):
             self.never = nn.Linear(2, 2)
 
         def forward(self, x):
-            y = self.rnn(x)[0][:, -1]
+            y = self.rnn(x[:, -1])
             return self.last(y) + self.head(y).sum(1, keepdim=True)
 
     torch.manual_seed(0)
     result = quantize(Odd(), CoRa(levels=3, tune=0), calibration=[torch.randn(20, 4, 8)])
     notes = "\n".join(result.notes)
-    assert "'rnn.weight_ih_l0', 'rnn.weight_hh_l0' stay float (384 values): GRU: there is" in notes
+    assert "'rnn.weight_ih', 'rnn.weight_hh' stay float (384 values): GRUCell: there is" in notes
     assert "layer 'never' (Linear) has no input statistics" in notes
     assert [x.name for x in result.evidence.plan.layers] == ["head", "last", "never"]
     assert set(result.layers) == {"head", "last", "never"}

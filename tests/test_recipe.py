@@ -56,7 +56,7 @@ def test_a_layer_without_a_rule_is_named():
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.LSTM(4, 4), nn.GRUCell(4, 4), nn.Bilinear(2, 3, 4), nn.EmbeddingBag(5, 3)]
+    "layer", [nn.LSTMCell(4, 4), nn.GRUCell(4, 4), nn.Bilinear(2, 3, 4), nn.EmbeddingBag(5, 3)]
 )
 def test_a_layer_that_cannot_be_quantized_stays_float_unless_asked_for_by_name(layer):
     model = nn.ModuleDict({"body": nn.Linear(4, 4), "odd": layer})

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.kernels import Activation, finish
-from subbyte.modules import PACKED, PackedMultiheadAttention
+from subbyte.modules import PACKED, SEVERAL, PackedMultiheadAttention
 
 _FLOAT: dict[Any, Any] = {packed: kind for kind, packed in PACKED.items()}
-PACKED_TYPES: tuple[type[nn.Module], ...] = (*_FLOAT, PackedMultiheadAttention)
+PACKED_TYPES: tuple[type[nn.Module], ...] = (*_FLOAT, *SEVERAL.values())
 
 
 def float_twin(net: nn.Module) -> nn.Module:
@@ -30,6 +30,8 @@ def float_twin(net: nn.Module) -> nn.Module:
 def _float_layer(layer: Any) -> nn.Module:
     if isinstance(layer, PackedMultiheadAttention):
         return _attention(layer)
+    if type(layer) in SEVERAL.values():
+        return layer.float_layer()
     kind, weight = _FLOAT[type(layer)], layer.weight
     twin: Any
     with torch.device("meta"):
@@ -61,7 +63,7 @@ def _convolution(kind: Any, layer: Any, weight: Tensor) -> Any:
     names += ["output_padding"] if layer.transposed else []
     settings = {name: getattr(layer, name) for name in names}
     ends = (weight.shape[1] * layer.groups, weight.shape[0])
-    if kind in (nn.ConvTranspose1d, nn.ConvTranspose2d):
+    if kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
         ends = (weight.shape[0], weight.shape[1] * layer.groups)
     return kind(*ends, tuple(weight.shape[2:]), bias=layer.bias is not None, **settings)
 

@@ -19,14 +19,16 @@ N = TypeVar("N", bound=nn.Module)
 
 
 def copied(model: N, shared: Iterable[Tensor] = ()) -> N:
-    """A deep copy, also of a network that holds results of its last pass (old weight norm does).
+    """A deep copy, also of a network that holds results of its last pass, as old weight norm and
+    prepared recurrent layers do.
 
     shared: tensors that the copy has in common with the network, as nobody writes to them.
     """
     results: dict[int, Tensor] = {
         id(value): value.detach().clone()
         for module in model.modules()
-        for value in vars(module).values()
+        for held in vars(module).values()
+        for value in (held if isinstance(held, list) else [held])
         if isinstance(value, Tensor) and not value.is_leaf
     }
     memo: dict[int, object] = {**results, **{id(tensor): tensor for tensor in shared}}

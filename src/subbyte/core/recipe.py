@@ -26,16 +26,18 @@ class Rule:
 
     method: LowRes, SGM and the like for `prepare`, CoRa for `quantize`. names, types: exact names,
     or shell patterns (`*`, `?`, `[ab]`), e.g. "layer1.*" and "Conv*". A type is the torch.nn class:
-    Linear, Conv1d .. Conv3d, ConvTranspose1d/2d, Embedding, MultiheadAttention (its input
-    projections; its output projection is the Linear `<name>.out_proj`).
+    Linear, Conv1d .. Conv3d, ConvTranspose1d .. 3d, Embedding, LSTM, GRU, RNN, MultiheadAttention
+    (its input projections; its output projection is the Linear `<name>.out_proj`). A weight of a
+    layer that holds several goes by its own name (`lstm.weight_ih_l0`) and by the layer's (`lstm`).
     """
 
     names: str = "*"
     types: str = "*"
     method: Any = None
 
-    def matches(self, name: str, type_name: str) -> bool:
-        named = name == self.names or fnmatchcase(name, self.names)  # a name may hold brackets
+    def matches(self, names: tuple[str, ...], type_name: str) -> bool:
+        """names: of a layer, or of one of its weights and the layer. They may hold brackets."""
+        named = any(name == self.names or fnmatchcase(name, self.names) for name in names)
         return named and (type_name == self.types or fnmatchcase(type_name, self.types))
 
     @property
@@ -68,8 +70,8 @@ class Recipe:
             raise SubbyteError(
                 f"{type(model).__name__} has no layer that can be quantized{why[:200]}"
             )
-        names = [(site.name, site.type) for site in found]
-        self._check_rules(names + [(path, kind) for path, (kind, _) in others.items()])
+        names = [(site.names, site.type) for site in found]
+        self._check_rules(names + [((path,), kind) for path, (kind, _) in others.items()])
         for path, (kind, reason) in others.items():
             self._check_not_asked(path, kind, reason)
         tied = owners_of_tied_weights(model)
@@ -92,18 +94,18 @@ class Recipe:
 
     def _check_not_asked(self, name: str, type_name: str, reason: str) -> None:
         """Nobody asked by name or type for a method on what cannot be quantized."""
-        rule = self._first(name, type_name)
+        rule = self._first((name,), type_name)
         if rule is not None and rule.method is not None and not rule.is_catch_all:
             raise SubbyteError(
                 f"layer '{name}' ({type_name}) cannot be quantized, as {rule} asks: {reason}; add "
                 f"the rule Rule({name!r}, method=None) first, to keep it float"
             )
 
-    def _first(self, name: str, type_name: str) -> Rule | None:
-        return next((rule for rule in self.rules if rule.matches(name, type_name)), None)
+    def _first(self, names: tuple[str, ...], type_name: str) -> Rule | None:
+        return next((rule for rule in self.rules if rule.matches(names, type_name)), None)
 
     def _method(self, site: Site) -> Any:
-        rule = self._first(site.name, site.type)
+        rule = self._first(site.names, site.type)
         if rule is None:
             raise SubbyteError(
                 f"no rule matches layer '{site.name}' ({site.type}); add a rule for it, for "
@@ -111,12 +113,12 @@ class Recipe:
             )
         return rule.method
 
-    def _check_rules(self, layers: list[tuple[str, str]]) -> None:
-        """Every rule decides about some layer; layers: (name, type)."""
+    def _check_rules(self, layers: list[tuple[tuple[str, ...], str]]) -> None:
+        """Every rule decides about some layer; layers: (names, type)."""
         for number, rule in enumerate(self.rules, 1):
             hits = [layer for layer in layers if rule.matches(*layer)]
             if not hits:
-                names = ", ".join(name for name, _ in layers[:8])
+                names = ", ".join(own[0] for own, _ in layers[:8])
                 more = ", ..." if len(layers) > 8 else ""
                 raise SubbyteError(
                     f"rule {number}, {rule}, matches no layer; there are: {names}{more}"
@@ -124,8 +126,8 @@ class Recipe:
             decides = any(self._first(*layer) is rule for layer in hits)
             if not decides and not rule.is_catch_all:
                 raise SubbyteError(
-                    f"rule {number}, {rule}, never applies: an earlier rule takes '{hits[0][0]}' "
-                    "and all others; move it up or drop it"
+                    f"rule {number}, {rule}, never applies: an earlier rule takes "
+                    f"'{hits[0][0][0]}' and all others; move it up or drop it"
                 )
 
 

@@ -1,7 +1,7 @@
 """Which weights of a network can be quantized, and which module owns each.
 
-A site is one weight. Its name is the layer's name; the input projections of attention, which are
-bare parameters of `nn.MultiheadAttention`, get names of their own (`attn.in_proj`).
+A site is one weight. Its name is the layer's name; of layers that hold several weights, which are
+bare parameters there, each has a name of its own (`attn.in_proj`, `lstm.weight_ih_l0`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ CHANNEL_AXIS: dict[type[nn.Module], int] = {
     nn.Conv3d: 0,
     nn.ConvTranspose1d: 1,
     nn.ConvTranspose2d: 1,
+    nn.ConvTranspose3d: 1,
     nn.Embedding: 0,
     nn.MultiheadAttention: 0,
+    nn.LSTM: 0,
+    nn.GRU: 0,
+    nn.RNN: 0,
 }
 """The supported layers, and the dimension of their weight that counts output channels.
 
@@ -37,7 +41,7 @@ of equal index in all groups.
 SHARING = ("Embedding", "Linear")
 """Layers that may share one packed weight: [entries, features] and [out, in] mean the same."""
 
-_UNSUPPORTED = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.EmbeddingBag, nn.ConvTranspose3d)
+_UNSUPPORTED = (nn.RNNCellBase, nn.Bilinear, nn.EmbeddingBag)
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -55,6 +59,11 @@ class Site:
     @property
     def n_weights(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a rule may call it: its own name, and the layer's that holds it with others."""
+        return (self.name,) if self.owner in ("", self.name) else (self.name, self.owner)
 
 
 def supported_type(module: nn.Module) -> type[nn.Module] | None:
@@ -86,6 +95,8 @@ def _sites(model: nn.Module) -> Iterator[Site]:
 
 def weight_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the quantizable parameters that a supported module has."""
+    if isinstance(module, nn.RNNBase):
+        return tuple(name for name in module._flat_weights_names if name.startswith("weight_"))
     if not isinstance(module, nn.MultiheadAttention):
         return ("weight",)
     return tuple(name for name in _PROJECTIONS if _holds(module, name))
@@ -162,7 +173,8 @@ def _beyond(module: nn.Module, kind: type[nn.Module]) -> str | None:
     prepared = is_parametrized(module)  # what it was given since then is for packing to refuse
     if isinstance(module, nn.MultiheadAttention) or prepared:
         return None
-    more = sorted({*module._parameters, *module._buffers} - {"weight", "bias"})
+    known = {"weight", "bias", *getattr(module, "_flat_weights_names", ())}
+    more = sorted({*module._parameters, *module._buffers} - known)
     more += list(module._modules)
     return f"has a {more[0]} of its own" if more else None
 

@@ -25,9 +25,9 @@ from subbyte.graph.network import PROGRAM
 from subbyte.kernels import Activation
 from subbyte.modules import (
     PACKED,
+    SEVERAL,
     PackedConv2d,
     PackedLinear,
-    PackedMultiheadAttention,
     PackedWeight,
 )
 from subbyte.modules.absorb import Affine, as_affine
@@ -76,7 +76,7 @@ def fuse(net: nn.Module) -> nn.Module:
     return fused
 
 
-_WHOLE = (*PACKED.values(), PackedMultiheadAttention, Affine)
+_WHOLE = (*PACKED.values(), *SEVERAL.values(), Affine)
 
 
 class _Tracer(fx.Tracer):

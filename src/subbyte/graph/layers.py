@@ -93,6 +93,9 @@ LAYERS: dict[str, LayerKind] = {
     "ConvTranspose2d": LayerKind(
         nn.ConvTranspose2d, _TRANSPOSED, ("x",), _transposed_shape(F.conv_transpose2d)
     ),
+    "ConvTranspose3d": LayerKind(
+        nn.ConvTranspose3d, _TRANSPOSED, ("x",), _transposed_shape(F.conv_transpose3d)
+    ),
     "Embedding": LayerKind(
         nn.Embedding, ("num_embeddings", "embedding_dim", "padding_idx"), ("x",), _embedding_shape
     ),

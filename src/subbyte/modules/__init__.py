@@ -5,7 +5,7 @@ module.
 """
 
 from subbyte.modules.attention import PackedMultiheadAttention
-from subbyte.modules.build import PACKED, is_fused, pack
+from subbyte.modules.build import PACKED, SEVERAL, is_fused, pack
 from subbyte.modules.conv import PackedConv2d
 from subbyte.modules.embedding import PackedEmbedding
 from subbyte.modules.linear import PackedLinear
@@ -13,6 +13,7 @@ from subbyte.modules.weight import PackedWeight
 
 __all__ = [
     "PACKED",
+    "SEVERAL",
     "PackedConv2d",
     "PackedEmbedding",
     "PackedLinear",

@@ -28,9 +28,11 @@ from subbyte.modules.conv import (
     PackedConv3d,
     PackedConvTranspose1d,
     PackedConvTranspose2d,
+    PackedConvTranspose3d,
 )
 from subbyte.modules.embedding import PackedEmbedding
 from subbyte.modules.linear import PackedLinear
+from subbyte.modules.recurrent import PackedGRU, PackedLSTM, PackedRNN
 
 PACKED: dict[type[nn.Module], type[Any]] = {
     nn.Linear: PackedLinear,
@@ -39,8 +41,19 @@ PACKED: dict[type[nn.Module], type[Any]] = {
     nn.Conv3d: PackedConv3d,
     nn.ConvTranspose1d: PackedConvTranspose1d,
     nn.ConvTranspose2d: PackedConvTranspose2d,
+    nn.ConvTranspose3d: PackedConvTranspose3d,
     nn.Embedding: PackedEmbedding,
 }
+"""What stands for a layer with one weight; made of the layer and its QuantizedLayer."""
+
+SEVERAL: dict[type[nn.Module], type[Any]] = {
+    nn.MultiheadAttention: PackedMultiheadAttention,
+    nn.LSTM: PackedLSTM,
+    nn.GRU: PackedGRU,
+    nn.RNN: PackedRNN,
+}
+"""What stands for a layer with several weights; made of the layer and those that are quantized, by
+the last part of their names."""
 
 
 def pack(
@@ -207,11 +220,12 @@ def _by_owner(
 
 def _packed(module: nn.Module, layers: Mapping[str, QuantizedLayer]) -> nn.Module:
     """The packed counterpart of one module, whose children may be packed already."""
-    if isinstance(module, nn.MultiheadAttention):
-        packed: nn.Module = PackedMultiheadAttention(module, layers)
+    kind = supported_type(module)
+    assert kind is not None
+    packed: nn.Module
+    if kind in SEVERAL:
+        packed = SEVERAL[kind](module, layers)
     else:
-        kind = supported_type(module)
-        assert kind is not None
         packed = PACKED[kind](module, layers["weight"])
     return packed.train(module.training)
 

@@ -187,3 +187,9 @@ class PackedConvTranspose2d(_PackedConvTranspose):
     """`nn.ConvTranspose2d` with a packed weight [in, out / groups, kh, kw]."""
 
     function = staticmethod(F.conv_transpose2d)
+
+
+class PackedConvTranspose3d(_PackedConvTranspose):
+    """`nn.ConvTranspose3d` with a packed weight [in, out / groups, kd, kh, kw]."""
+
+    function = staticmethod(F.conv_transpose3d)

@@ -15,7 +15,9 @@ from subbyte.ptq.cora import CoRa, solve_layer
 from subbyte.ptq.plan.search import GROUPS, LEVELS, Layer, layer_bytes, search
 from subbyte.ptq.run import Run
 
-_CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d")
+_CONVOLUTIONS = (
+    "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d",
+)  # fmt: skip
 
 
 def chosen_plan(run: Run, known: Sequence[Layer]) -> Plan:

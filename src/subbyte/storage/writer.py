@@ -22,7 +22,7 @@ from subbyte.graph.network import PROGRAM
 from subbyte.graph.program import Program
 from subbyte.graph.trace import Example, traced
 from subbyte.models import Network, Preprocess
-from subbyte.modules import PackedMultiheadAttention, PackedWeight, is_fused
+from subbyte.modules import SEVERAL, PackedWeight, is_fused
 from subbyte.modules.absorb import Affine
 from subbyte.packing import radix
 from subbyte.storage.manifest import ADAPTER, FORMAT, VERSION, WORDS, ZSTD, fault_of
@@ -175,12 +175,12 @@ def _packed_layer(paths: list[str], modules: Mapping[str, nn.Module]) -> PackedL
     weight, owner = modules[path], modules[parents[0]]
     assert isinstance(weight, PackedWeight)
     keys = {f"{p}.{name}" for p in paths for name in weight.state_dict()}
-    if isinstance(owner, PackedMultiheadAttention):  # a projection; the bias is the attention's
-        return PackedLayer(path, "MultiheadAttention", weight, None, frozenset(keys))
+    type_name = type(owner).__name__.removeprefix("Packed")
+    if type(owner) in SEVERAL.values():  # one of its weights; biases are the owner's
+        return PackedLayer(path, type_name, weight, None, frozenset(keys))
     bias = getattr(owner, "bias", None)
     own = [parent for parent in parents if modules[parent] is owner]
     keys |= {join(parent, "bias") for parent in own} if bias is not None else set()
-    type_name = type(owner).__name__.removeprefix("Packed")
     others = tuple(p for p in parents if modules[p] is not owner)
     return PackedLayer(parents[0], type_name, weight, bias, frozenset(keys), others)
 

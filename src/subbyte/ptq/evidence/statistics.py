@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from subbyte.core.sites import Site
 from subbyte.errors import SubbyteError
+from subbyte.ptq.evidence.recurrent import weight_inputs
 from subbyte.tasks.base import Task, unpadded
 from subbyte.tasks.batches import Batch, call
 
@@ -40,7 +41,7 @@ _ENOUGH = 4  # vectors per input of a layer
 _MOST_ROUNDS = 8
 PATCHES = 2**17  # of a layer at least, where there are so many; more cost time and change little
 _PATCH_VALUES = 2**24  # float32 values of one chunk of patches
-MEASURED = ("Linear", "Conv1d", "Conv2d", "MultiheadAttention")
+MEASURED = ("Linear", "Conv1d", "Conv2d", "MultiheadAttention", "LSTM", "GRU", "RNN")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -213,10 +214,8 @@ def inputs_of(
     try:
         for owner, own in by_owner.items():
             module = model.get_submodule(owner)
-            make = _attention_hook if isinstance(module, nn.MultiheadAttention) else _layer_hook
-            handles.append(
-                module.register_forward_hook(make(own, receive, most, mask), with_kwargs=True)
-            )
+            hook = _hook_for(module)(own, receive, most, mask)
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
         for path, module in model.named_modules():
             inner = f"{path}.out_proj".lstrip(".")
             if isinstance(module, nn.MultiheadAttention) and inner in by_owner:
@@ -253,6 +252,27 @@ def inputs_seen(model: nn.Module, owners: Sequence[str]) -> Iterator[Seen]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _hook_for(module: nn.Module) -> Callable[..., Callable[..., None]]:
+    if isinstance(module, nn.RNNBase):
+        return _recurrent_hook
+    return _attention_hook if isinstance(module, nn.MultiheadAttention) else _layer_hook
+
+
+def _recurrent_hook(
+    own: list[Site], receive: Receiver, most: int, mask: Tensor | None
+) -> Callable[..., None]:
+    wanted = {site.parameter: site.name for site in own}
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
+        with torch.no_grad():
+            for parameter, x in weight_inputs(module, given["input"], given.get("hx")):
+                if parameter in wanted:
+                    receive(wanted[parameter], x, _rows(x, most, mask))
+
+    return hook
 
 
 def _layer_hook(
