@@ -12,7 +12,7 @@ from subbyte.ptq.evidence.statistics import input_statistics
 from subbyte.ptq.plan.search import Layer
 from subbyte.ptq.solvers import SOLVERS, weight_of
 from subbyte.ptq.steps import in_order
-from subbyte.ptq.steps.chain import Chain, blocks_of
+from subbyte.ptq.steps.chain import Chain, blocks_of, recomputed
 from subbyte.ptq.steps.in_order import solve_in_order
 from subbyte.tasks import Language, Regression
 from subbyte.tasks.batches import Inputs
@@ -175,6 +175,29 @@ def test_a_chain_stands_where_the_network_would():
         assert torch.equal(chain.hidden[1], seen[i][0])
         chain.pass_block(i)
         assert torch.equal(chain.hidden[1], seen[i][1])
+
+
+def test_blocks_that_are_run_again_give_the_same_gradients_and_keep_no_activations():
+    net, given = Deep().eval(), batches()
+    own, runs, kept = list(net.parameters()), [], []
+
+    def gradients():
+        held = []  # bytes of what the pass back needs
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: held.append(x.nbytes) or x, lambda x: x
+        ):
+            y = net(**given[0].kwargs)
+            y = y.logits if hasattr(y, "logits") else y
+            kept.append(sum(held))
+        return torch.autograd.grad(y.square().sum(), own, allow_unused=True)
+
+    net.blocks[2].register_forward_hook(lambda *_: runs.append(1))
+    plain = gradients()
+    with recomputed(net, blocks_of(net, given[0])):
+        again = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True) if a is not None)
+    assert kept[1] < 0.7 * kept[0]
+    assert not any("forward" in vars(module) for module in net.modules())
 
 
 def test_what_is_no_chain_is_not_taken_for_one():

@@ -14,6 +14,7 @@ from subbyte.ptq.evidence.sensitivity import sensitivity
 from subbyte.ptq.evidence.statistics import Statistics, input_statistics, rounds_needed
 from subbyte.ptq.plan.search import Layer
 from subbyte.ptq.run import Run
+from subbyte.ptq.steps.chain import recomputed
 from subbyte.tasks.batches import SCORED_TOKENS, Batch, in_batches, some_batches
 
 _EFFECT_BATCH = 16
@@ -37,9 +38,10 @@ def sensitivities(
     batches = in_batches(run.teaching, _EFFECT_BATCH, SCORED_TOKENS)
     batches = some_batches(batches, _EFFECT_TOKENS)
     watched = run.notes.over("effects of errors", batches)
-    return sensitivity(
-        run.teacher, list(run.sites.values()), statistics, watched, run.task, generator
-    )
+    with recomputed(run.teacher, run.blocks):
+        return sensitivity(
+            run.teacher, list(run.sites.values()), statistics, watched, run.task, generator
+        )
 
 
 def note_unmeasured(run: Run, statistics: Mapping[str, Statistics]) -> None:

@@ -47,7 +47,6 @@ from subbyte.ptq.plan.search import Layer
 from subbyte.ptq.planning import as_solved, chosen_plan, compensates, note_scales, solver_of
 from subbyte.ptq.published import PublishedCoRa, published_layers, search_ranks
 from subbyte.ptq.run import Run, start_run
-from subbyte.ptq.steps.chain import blocks_of
 from subbyte.ptq.steps.in_order import solve_in_order
 from subbyte.ptq.steps.norms import correct_norms, has_norms
 from subbyte.ptq.steps.tune import tune
@@ -60,7 +59,6 @@ from subbyte.tasks.batches import (
     values_an_example,
 )
 
-_LARGE = 2**24
 _IN_ORDER = 640  # examples for the passes in order; twice as many took twice as long for little
 _IN_ORDER_TOKENS = 2**14
 _NORM_VALUES = 2**25  # input values of the batch that corrects the norms
@@ -163,7 +161,7 @@ def _reclaimed(run: Run, generator: torch.Generator, seed: int) -> _Outcome:
     solve = solver_of(run, chosen)
     in_order = method.in_order and any(x.statistics for x in known) and compensates(run)
     steps: list[_Step] = []
-    at_once = in_order and _is_large_chain(run)
+    at_once = in_order and bool(run.blocks)
     if at_once:  # to solve all of it twice would be half of the time
         start = _in_order(run, known, solve, mosaics, Quantized(run.teacher, {}))
         run.notes.add("layers solved in order, a block at a time")
@@ -210,12 +208,6 @@ def _published(run: Run, generator: torch.Generator, searching: bool) -> _Outcom
     run.notes.tell(str(chosen))
     done = Quantized(copy.deepcopy(run.teacher), layers)
     return _Outcome(done, chosen, method.iterations if searching else 0)
-
-
-def _is_large_chain(run: Run) -> bool:
-    """Whether the network is a chain of blocks with more than _LARGE weights to quantize."""
-    large = sum(site.n_weights for site in run.sites.values()) > _LARGE
-    return large and bool(blocks_of(run.teacher, one_batch(run.examples[:2])))
 
 
 # ---------------------------------------------------------------- judged steps

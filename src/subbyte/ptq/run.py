@@ -22,7 +22,10 @@ from subbyte.ptq.judge import Judge, judging, teaching
 from subbyte.ptq.listen import Notes
 from subbyte.ptq.published import PublishedCoRa
 from subbyte.tasks import Task
-from subbyte.tasks.batches import Examples
+from subbyte.ptq.steps.chain import blocks_of
+from subbyte.tasks.batches import Examples, one_batch
+
+_LARGE = 2**24  # weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +33,8 @@ class Run:
     """What all steps work from.
 
     teacher: the float network. plan: which layers are quantized, by which method. sites: of these
-    layers, by name. examples, labels: the calibration.
+    layers, by name. examples, labels: the calibration. blocks: of a network that is a chain of
+    them (`steps.chain`) and large; empty for all others.
     """
 
     teacher: nn.Module
@@ -41,6 +45,7 @@ class Run:
     task: Task
     judge: Judge
     notes: Notes
+    blocks: tuple[str, ...] = ()
 
     @property
     def teaching(self) -> Examples:
@@ -79,7 +84,9 @@ def start_run(
     for note in (*given.notes, *((guess,) if guess else ()), *kept):
         notes.add(note)
     judge = Judge(twin, judging(given.examples), task)
-    return Run(twin, base, chosen, given.examples, given.labels, task, judge, notes)
+    large = sum(site.n_weights for site in chosen.values()) > _LARGE
+    blocks = blocks_of(twin, one_batch(given.examples[:2])) if large else ()
+    return Run(twin, base, chosen, given.examples, given.labels, task, judge, notes, blocks)
 
 
 def _check_methods(recipe: Recipe) -> None:

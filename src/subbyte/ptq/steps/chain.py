@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from subbyte.core.sites import join
 from subbyte.tasks.batches import Batch, call, leaves
@@ -144,6 +146,24 @@ def _parted(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[BlockCall
         if isinstance(x, Tensor) and x.is_floating_point():
             return BlockCall(args, {**kwargs, name: None}, name), x
     return None
+
+
+@contextmanager
+def recomputed(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+    """While it is open, a block keeps for the pass back what it was given and nothing else, and
+    runs again when that comes to it: of 30 blocks one holds its activations, not all."""
+    blocks = [vars(model.get_submodule(path)) for path in paths]
+    before = [own.get("forward") for own in blocks]
+    for path, own in zip(paths, blocks, strict=True):
+        forward = model.get_submodule(path).forward
+        own["forward"] = partial(checkpoint, forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for own, forward in zip(blocks, before, strict=True):
+            own.pop("forward")
+            if forward is not None:
+                own["forward"] = forward
 
 
 class Chain:
