@@ -21,8 +21,8 @@ from subbyte.ptq.entrance import checked_task, float_twin
 from subbyte.ptq.judge import Judge, judging, teaching
 from subbyte.ptq.listen import Notes
 from subbyte.ptq.published import PublishedCoRa
-from subbyte.tasks import Task
 from subbyte.ptq.steps.chain import blocks_of
+from subbyte.tasks import Task
 from subbyte.tasks.batches import Examples, one_batch
 
 _LARGE = 2**24  # weights

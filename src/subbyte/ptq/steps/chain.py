@@ -153,17 +153,17 @@ def recomputed(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
     """While it is open, a block keeps for the pass back what it was given and nothing else, and
     runs again when that comes to it: of 30 blocks one holds its activations, not all."""
     blocks = [vars(model.get_submodule(path)) for path in paths]
-    before = [own.get("forward") for own in blocks]
+    before: list[Any] = [own.get("forward") for own in blocks]
     for path, own in zip(paths, blocks, strict=True):
         forward = model.get_submodule(path).forward
         own["forward"] = partial(checkpoint, forward, use_reentrant=False)
     try:
         yield
     finally:
-        for own, forward in zip(blocks, before, strict=True):
+        for own, old in zip(blocks, before, strict=True):
             own.pop("forward")
-            if forward is not None:
-                own["forward"] = forward
+            if old is not None:
+                own["forward"] = old
 
 
 class Chain:
