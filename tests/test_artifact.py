@@ -39,6 +39,7 @@ def edit(path, change, tensors_too=None):
     manifest = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["subbyte"])
     found = storage.read(path)
     tensors = dict(found.tensors)
+    manifest.pop("sha256")  # else every change is damage
     change(manifest)
     if tensors_too:
         tensors_too(tensors)

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import math
+import random
 from dataclasses import asdict, replace
 
 import pytest
@@ -36,7 +37,7 @@ from subbyte.train import (
     train,
     update,
 )
-from subbyte.train.checkpoint import load_checkpoint
+from subbyte.train.checkpoint import load_checkpoint, sealed
 from subbyte.train.optim import build_optimizer, learning_rate
 from subbyte.train.progress import Live, Silent
 
@@ -435,9 +436,19 @@ def test_no_checkpoint_and_a_damaged_one(tmp_path):
     content = path.read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"text"):
         path.write_bytes(damaged)
+        with pytest.raises(SubbyteError, match=r"checkpoint\.pt: the checksum does not fit"):
+            load_checkpoint(path, config)
+        path.write_bytes(sealed(damaged))
         with pytest.raises(SubbyteError, match=r"checkpoint\.pt: not a readable checkpoint"):
             load_checkpoint(path, config)
+    draw = random.Random(0)
+    for place in (draw.randrange(len(content)) for _ in range(100)):
+        bit = 1 << draw.randrange(8)
+        path.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
+        with pytest.raises(SubbyteError, match=r"checkpoint\.pt: the checksum does not fit"):
+            load_checkpoint(path, config)
     torch.save({"version": 99}, path)
+    path.write_bytes(sealed(path.read_bytes()))
     with pytest.raises(SubbyteError, match="version 99"):
         load_checkpoint(path, config)
 
@@ -447,7 +458,9 @@ def test_a_checkpoint_runs_no_code(tmp_path):
         def __reduce__(self):
             return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
 
-    torch.save({"version": 1, "model": Payload()}, tmp_path / CHECKPOINT)
+    path = tmp_path / CHECKPOINT
+    torch.save({"version": 1, "model": Payload()}, path)
+    path.write_bytes(sealed(path.read_bytes()))
     with pytest.raises(SubbyteError, match="not a readable checkpoint"):
         load_checkpoint(tmp_path / CHECKPOINT, run_config(tmp_path))
     assert not (tmp_path / "ran").exists()

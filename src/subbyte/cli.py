@@ -16,6 +16,7 @@ from subbyte.commands.evaluate import evaluate
 from subbyte.commands.inspect import inspect
 from subbyte.commands.quantize import quantize
 from subbyte.commands.train import train
+from subbyte.commands.verify import verify
 from subbyte.errors import SubbyteError
 
 app = typer.Typer(
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Neural networks at 1 to 4 bits per weight: train them, convert them, run them.",
 )
-for command in (demo, train, quantize, evaluate, inspect, bench):
+for command in (demo, train, quantize, evaluate, inspect, verify, bench):
     app.command()(command)
 
 

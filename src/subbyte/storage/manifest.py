@@ -56,7 +56,8 @@ class Artifact:
     of the state, each with the name that it is stored under. program: opens the file without the
     network's class; preprocess: how images become its input. distance: of the float weights to
     their levels when they were rounded, in steps; None if the method does not say. shared: layers
-    that use the weight of another layer, each with that layer's name.
+    that use the weight of another layer, each with that layer's name. digests: checksums of
+    `names`, none in a file that was made before there were any.
     """
 
     network: dict[str, Any] | None
@@ -70,6 +71,12 @@ class Artifact:
     program: Program | None = None
     preprocess: dict[str, Any] | None = None
     shared: Mapping[str, str] = field(default_factory=dict)
+    digests: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor of the file, in the order of the manifest."""
+        return tuple(_stated(self.entries, self.state_names))
 
     @property
     def opens_alone(self) -> bool:
@@ -117,6 +124,7 @@ def parse(metadata: Mapping[str, str], tensors: dict[str, Tensor], n_bytes: int)
         distance = manifest.get("distance")
         distance = None if distance is None else float(distance)
         network = manifest["network"]
+        digests = tuple(str(value) for value in manifest.get("sha256", ()))
     except SubbyteError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -134,7 +142,7 @@ def parse(metadata: Mapping[str, str], tensors: dict[str, Tensor], n_bytes: int)
         raise SubbyteError(f"{fault}; the file is damaged, make or fetch it again")
     return Artifact(
         network, entries, tensors, state, n_bytes, affine, distance, ties, program, preprocess,
-        shared,
+        shared, digests,
     )  # fmt: skip
 
 
@@ -184,15 +192,19 @@ def _check_names(
     entries: Mapping[str, LayerEntry], state: tuple[str, ...], tensors: Mapping[str, Tensor]
 ) -> None:
     """The manifest accounts for every tensor, once."""
-    stated = list(state)
-    for name, entry in entries.items():
-        stated += [join(name, part) for part in entry.parts]
+    stated = _stated(entries, state)
     for name in stated:
         if name not in tensors:
             raise SubbyteError(f"tensor '{name}' is in the manifest but not in the file")
     extra = sorted(set(tensors) - set(stated))
     if extra or len(set(stated)) != len(stated):
         raise SubbyteError(f"the manifest does not account for every tensor once ({extra[:3]})")
+
+
+def _stated(entries: Mapping[str, LayerEntry], state: tuple[str, ...]) -> list[str]:
+    """Names of tensors: of each layer in turn, then the state."""
+    own = [join(name, part) for name, entry in entries.items() for part in entry.parts]
+    return [*own, *state]
 
 
 def _check_ties(ties: Mapping[str, str], state: tuple[str, ...]) -> None:

@@ -97,7 +97,9 @@ def _write(net: nn.Module, folder: Path, out: Path) -> int:
     return save(net, out / PACKED)  # last: a folder without it is no packed one
 
 
-def load_pretrained(folder: str | Path, *, precision: Precision = "int8") -> nn.Module:
+def load_pretrained(
+    folder: str | Path, *, precision: Precision = "int8", verify: bool = True
+) -> nn.Module:
     """The `transformers` model in a packed folder, its layers packed, in eval mode.
 
     `generate`, pipelines and `save_pretrained` of config and tokenizer work on it. Raises
@@ -110,7 +112,7 @@ def load_pretrained(folder: str | Path, *, precision: Precision = "int8") -> nn.
             f"--out {folder}`, or give the path of a packed file"
         )
     library = _transformers()
-    artifact = read(folder / PACKED)
+    artifact = read(folder / PACKED, verify=verify)
     kind = _class_of(library, folder)
     config = _asked(folder, library.AutoConfig.from_pretrained, str(folder))
     with _without_memory():

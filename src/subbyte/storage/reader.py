@@ -21,21 +21,26 @@ from subbyte.kernels import Precision
 from subbyte.models import Preprocess, build
 from subbyte.modules import pack
 from subbyte.modules.absorb import restore
+from subbyte.storage.digests import HEADER, check_header, check_tensors
 from subbyte.storage.manifest import Artifact, LayerEntry, parse
 from subbyte.storage.writer import packed_layers, tied_names
 
 
 def load(
-    path: str | Path, model: nn.Module | None = None, *, precision: Precision = "int8"
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    precision: Precision = "int8",
+    verify: bool = True,
 ) -> nn.Module:
     """The packed model in a file, in eval mode, on the CPU.
 
     A zoo network rebuilds itself from the manifest, and a file that was saved with an example opens
     by its program; for any other pass `model`, the float network (its weights do not matter; it
-    stays as it is). precision: of products, see `pack`. Raises
+    stays as it is). precision: of products, see `pack`. verify: by the file's checksums. Raises
     SubbyteError for a file that is missing, damaged, of a newer version, or of another network.
     """
-    artifact = read(path)
+    artifact = read(path, verify=verify)
     try:
         return assemble(artifact, model, precision=precision)
     except SubbyteError as error:
@@ -65,8 +70,9 @@ def assemble(
     return net
 
 
-def read(path: str | Path) -> Artifact:
-    """The file's manifest and tensors, checked. Raises SubbyteError naming file and fault."""
+def read(path: str | Path, *, verify: bool = True) -> Artifact:
+    """The file's manifest and tensors, checked; also by its checksums, if `verify` and if it has
+    any. Raises SubbyteError naming file and fault."""
     path = Path(path)
     if not path.is_file():
         what = "not a file" if path.exists() else "no such file"
@@ -81,7 +87,11 @@ def read(path: str | Path) -> Artifact:
             "make or fetch it again"
         ) from None
     try:
-        return parse(metadata, tensors, path.stat().st_size)
+        found = parse(metadata, tensors, path.stat().st_size)
+        if verify and (found.digests or HEADER in metadata):
+            check_header(path, metadata)
+            check_tensors(tensors, found.names, found.digests)
+        return found
     except SubbyteError as error:
         raise SubbyteError(f"{path}: {error}") from None
 

@@ -25,6 +25,7 @@ from subbyte.models import Network, Preprocess
 from subbyte.modules import SEVERAL, PackedWeight, is_fused
 from subbyte.modules.absorb import Affine
 from subbyte.packing import radix
+from subbyte.storage.digests import HEADER, digests_of, sealed, unsealed
 from subbyte.storage.manifest import ADAPTER, FORMAT, VERSION, WORDS, ZSTD, fault_of
 
 
@@ -77,7 +78,9 @@ def save(
     preprocess = getattr(net, "preprocess", None)
     if program is not None and isinstance(preprocess, Preprocess):
         manifest["preprocess"] = asdict(preprocess)
-    return write_safetensors({**tensors, **state}, {FORMAT: _compact(manifest)}, Path(path))
+    held = {**tensors, **state}
+    manifest["sha256"] = digests_of(held, held)
+    return write_safetensors(held, {FORMAT: _compact(manifest), **unsealed()}, Path(path))
 
 
 def _layers(
@@ -143,6 +146,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str], p
     """Write whole or not at all (temporary file, fsync, rename); returns the size in bytes."""
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     data = to_bytes(plain, metadata)
+    data = sealed(data) if HEADER in metadata else data
     write_atomically(path, data)
     return len(data)
 

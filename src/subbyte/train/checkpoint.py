@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -16,6 +17,7 @@ from subbyte.train.settings import RunConfig
 from subbyte.train.watch import Histograms
 
 _VERSION = 2
+_MARK = b"subbyte-sha256:"  # behind what torch.save wrote, with the checksum of that
 _FREE_KEYS = ("out", "compress", "batchnorm", "train.epochs", "train.threads")
 
 
@@ -88,7 +90,12 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     content["version"] = _VERSION
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, sealed(buffer.getvalue()))
+
+
+def sealed(data: bytes) -> bytes:
+    """The bytes with their checksum behind them; torch.load reads them as before."""
+    return data + _MARK + hashlib.sha256(data).digest()
 
 
 def load_checkpoint(path: Path, config: RunConfig) -> Checkpoint:
@@ -110,8 +117,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Its fields, unchecked against any run. Raises SubbyteError for what is no checkpoint."""
     if not path.is_file():
         raise SubbyteError(f"{path}: no checkpoint to resume; start the run without resume")
+    data = path.read_bytes()
+    end = max(0, len(data) - len(_MARK) - 32)
+    if sealed(data[:end]) != data:
+        raise SubbyteError(
+            f"{path}: the checksum does not fit, the checkpoint is damaged or of an older version; "
+            "take a copy, or delete it and start again"
+        )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(data[:end]), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make the unpickler raise almost anything
         raise SubbyteError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); delete it and start again"
