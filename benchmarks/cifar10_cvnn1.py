@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "results" / "cifar10-cvnn1.md"
 def trained(name: str, fresh: bool) -> RunResult:
     config = read_config(ROOT / "examples" / f"{name}.toml")
     resume = not fresh and (config.out / "checkpoint.pt").is_file()
-    return run(config, resume=resume)
+    return run(config, resume=resume, fresh=fresh)
 
 
 def figures(name: str, result: RunResult) -> dict[str, object]:

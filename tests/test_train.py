@@ -7,6 +7,7 @@ import io
 import json
 import math
 import random
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -18,6 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from subbyte import storage
+from subbyte.cli import main
 from subbyte.core.jsontext import to_json
 from subbyte.core.recipe import Recipe, Rule
 from subbyte.data import ImageSet
@@ -38,6 +40,7 @@ from subbyte.train import (
     update,
 )
 from subbyte.train.checkpoint import load_checkpoint, sealed
+from subbyte.train.folder import own_folder
 from subbyte.train.optim import build_optimizer, learning_rate
 from subbyte.train.progress import Live, Silent
 
@@ -298,7 +301,7 @@ def test_the_method_hooks_get_the_fraction_done(tmp_path, monkeypatch):
     punished = train(run_config(tmp_path, limit_batches=2)).model
     assert seen == {"penalty": [0, 0.25, 0.5, 0.75], "after": [0, 0.25, 0.5, 0.75]}
     monkeypatch.setattr(update, "penalty", lambda *_: 0.0)
-    assert not same(punished, train(run_config(tmp_path, limit_batches=2)).model)
+    assert not same(punished, train(run_config(tmp_path, limit_batches=2), fresh=True).model)
 
 
 # --- repeat and resume ---------------------------------------------------------------------------
@@ -315,9 +318,9 @@ def test_a_run_repeats_to_the_bit_and_leaves_the_callers_state(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == threads
     torch.manual_seed(6)
-    assert same(train(config).model, first.model)
+    assert same(train(config, fresh=True).model, first.model)
     other = replace(config, train=replace(config.train, seed=1))
-    assert not same(train(other).model, first.model)
+    assert not same(train(other, fresh=True).model, first.model)
 
 
 class Killed(Silent):
@@ -425,6 +428,80 @@ def test_epochs_may_grow_and_nothing_else_may_change(tmp_path):
     ]:
         with pytest.raises(SubbyteError, match=message + ".*(start again)"):
             load_checkpoint(tmp_path / CHECKPOINT, replace(longer, **change))
+
+
+def test_a_run_is_not_overwritten_unasked(tmp_path):
+    config = run_config(tmp_path)
+    one = replace(config, train=replace(config.train, epochs=1))
+    train(one)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with pytest.raises(SubbyteError, match=r"holds a run of 1 epochs; resume .* fresh .* 'out'"):
+        train(config)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert len(train(config, resume=True).history) == config.train.epochs
+    assert len(train(one, fresh=True).history) == 1
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    config = run_config(tmp_path / "on")
+    with own_folder(config.out), pytest.raises(SubbyteError, match="another run is training in"):
+        train(config)
+    train(replace(config, train=replace(config.train, epochs=1)))
+
+
+def test_metrics_are_whole_after_a_kill_between_them_and_the_checkpoint(tmp_path):
+    config = run_config(tmp_path)
+    train(config)
+    metrics = tmp_path / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole.splitlines()[0] + "\n")
+    train(config, resume=True)
+    assert metrics.read_text() == whole
+
+
+def test_another_number_of_threads_at_resume_is_said(tmp_path):
+    config = run_config(tmp_path)
+    short = replace(config.train, epochs=1, threads=1)
+    train(replace(config, train=short))
+    for threads, said in ((1, 0), (2, 1)):
+        notes = Notes()
+        longer = replace(config.train, epochs=1 + threads, threads=threads)
+        train(replace(config, train=longer), resume=True, progress=notes)
+        assert sum("began with 1 threads and goes on with 2" in text for text in notes.kept) == said
+
+
+class Notes(Silent):
+    def __init__(self):
+        self.kept = []
+
+    def note(self, text):
+        self.kept.append(text)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    class Pressed(Silent):
+        def step(self, *_):
+            if self.epoch == 2:
+                raise KeyboardInterrupt
+
+        def start(self, epoch, *_):
+            self.epoch = epoch
+
+    module = sys.modules["subbyte.train.run"]
+    monkeypatch.setattr(module, "console_progress", lambda **_: Pressed())
+    path = tmp_path / "small.toml"
+    path.write_text(
+        f"out = {str(tmp_path / 'on')!r}\n[model]\nname = 'digitsnet'\n[data]\nsource = 'digits'\n"
+        "[train]\nepochs = 3\nlr = 0.1\nlimit_batches = 2\n[method]\nname = 'lowres'\n"
+    )
+    monkeypatch.setattr("sys.argv", ["subbyte", "train", str(path)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130
+    said = capsys.readouterr().err
+    assert "1 epochs are kept" in said
+    assert "--resume goes on" in said
+    assert len(said.strip().splitlines()) == 1
 
 
 def test_no_checkpoint_and_a_damaged_one(tmp_path):
@@ -582,10 +659,11 @@ def test_digits_in_float_and_on_from_the_saved_weights(tmp_path):
     saved = load_file(result.file)
     assert all(torch.equal(continued[k], v) for k, v in saved.items() if k.endswith("weight"))
     with pytest.raises(SubbyteError, match=r"no weights file .*absent"):
-        train(replace(config, model=ModelConfig("digitsnet", weights="absent")))
+        train(replace(config, model=ModelConfig("digitsnet", weights="absent")), fresh=True)
     with pytest.raises(SubbyteError, match="absent"):
-        train(replace(config, train=replace(config.train, teacher="absent")))
-    taught = train(replace(config, train=replace(config.train, teacher=str(result.file))))
+        train(replace(config, train=replace(config.train, teacher="absent")), fresh=True)
+    taught = replace(config, train=replace(config.train, teacher=str(result.file)))
+    taught = train(taught, fresh=True)
     assert taught.history[-1].train_loss != result.history[-1].train_loss
 
 

@@ -97,6 +97,7 @@ PlanFile = Annotated[Path | None, Option(help="Take levels and ranks from this f
 SavePlan = Annotated[Path | None, Option(help="Write the plan to this file; --plan takes it.")]
 
 # ---- running
+Fresh = Annotated[bool, Option(help="Begin anew although the folder holds a run.")]
 Resume = Annotated[bool, Option(help="Go on from the checkpoint in the folder `out`.")]
 Set = Annotated[
     list[str] | None,

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from subbyte.commands import options as o
 from subbyte.commands.output import print_json
 from subbyte.errors import SubbyteError
 from subbyte.train import run
+from subbyte.train.checkpoint import read_checkpoint
 from subbyte.train.config import read_config
+from subbyte.train.loop import CHECKPOINT
 
 
 def train(
     config: o.Config,
     resume: o.Resume = False,
+    fresh: o.Fresh = False,
     set_: o.Set = None,
     json_: o.Json = False,
 ) -> None:
     """Train from a config; leaves the packed network, metrics, curves and a checkpoint in `out`."""
-    result = run(read_config(config, _overrides(set_ or [])), resume=resume, quiet=json_)
+    if resume and fresh:
+        raise SubbyteError("--resume goes on with a run, --fresh begins anew; give one of them")
+    wanted = read_config(config, _overrides(set_ or []))
+    try:
+        result = run(wanted, resume=resume, fresh=fresh, quiet=json_)
+    except KeyboardInterrupt:
+        print(_stopped(wanted.out / CHECKPOINT), file=sys.stderr)
+        raise SystemExit(130) from None
     if json_:
         print_json(
             {
@@ -34,6 +46,15 @@ def train(
         f"{result.file}: {result.n_bytes:,} bytes, top-1 {result.saved.top1:.2f} % of "
         f"{result.saved.n:,} images (read back from the file; in training "
         f"{result.trained.top1:.2f} %)"
+    )
+
+
+def _stopped(checkpoint: Path) -> str:
+    if not checkpoint.is_file():
+        return "stopped before the first epoch was done; nothing is kept"
+    epoch = read_checkpoint(checkpoint)["epoch"]
+    return (
+        f"stopped; {epoch} epochs are kept in {checkpoint}. The same command with --resume goes on"
     )
 
 

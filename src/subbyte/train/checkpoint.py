@@ -16,7 +16,7 @@ from subbyte.errors import SubbyteError
 from subbyte.train.settings import RunConfig
 from subbyte.train.watch import Histograms
 
-_VERSION = 2
+_VERSION = 3
 _MARK = b"subbyte-sha256:"  # behind what torch.save wrote, with the checksum of that
 _FREE_KEYS = ("out", "compress", "batchnorm", "train.epochs", "train.threads")
 
@@ -50,6 +50,7 @@ class Checkpoint:
     """epoch: how many are done. ema: None when the run averages nothing.
 
     histograms: of the quantized layers' float weights, before the first epoch and after each.
+    threads: of the CPU, on which the last bits of every sum depend.
     """
 
     model: dict[str, Any]
@@ -59,6 +60,7 @@ class Checkpoint:
     history: tuple[EpochRecord, ...]
     histograms: tuple[Histograms, ...]
     fingerprint: dict[str, str]
+    threads: int
 
 
 def fingerprint(config: RunConfig) -> dict[str, str]:

@@ -31,6 +31,7 @@ from subbyte.train.checkpoint import (
     save_checkpoint,
 )
 from subbyte.train.evaluate import Evaluation, evaluate
+from subbyte.train.folder import own_folder, refuse_run
 from subbyte.train.optim import learning_rate, set_learning_rate
 from subbyte.train.progress import Progress, Silent
 from subbyte.train.settings import LoopConfig, RunConfig
@@ -40,6 +41,10 @@ from subbyte.train.watch import Histograms, codes_of, histograms, watch
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
+_OTHER_THREADS = (
+    "note: the run began with {} threads and goes on with {}: its weights will differ in the last "
+    "bits from those of a run that was not stopped"
+)
 
 
 @dataclass(frozen=True)
@@ -74,15 +79,27 @@ class _Tally:
 
 
 def train(
-    config: RunConfig, *, resume: bool = False, progress: Progress | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    fresh: bool = False,
+    progress: Progress | None = None,
 ) -> TrainResult:
     """Builds, prepares and trains; leaves `checkpoint.pt` and `metrics.jsonl` in `config.out`.
 
-    resume: continue from the checkpoint there. Raises SubbyteError for a configuration, network
-    and data that do not fit, and when the loss is no longer finite.
+    resume: continue from the checkpoint there. fresh: begin anew although there is one. Raises
+    SubbyteError for a configuration, network and data that do not fit, for a folder that holds a
+    run already or that another process is training in, and when the loss is no longer finite.
     """
     progress = progress or Silent()
-    checkpoint = load_checkpoint(config.out / CHECKPOINT, config) if resume else None
+    with own_folder(config.out):
+        if not resume and not fresh:
+            refuse_run(config.out / CHECKPOINT)
+        checkpoint = load_checkpoint(config.out / CHECKPOINT, config) if resume else None
+        return _train(config, checkpoint, progress)
+
+
+def _train(config: RunConfig, checkpoint: Checkpoint | None, progress: Progress) -> TrainResult:
     with _scope(config.train):
         torch.manual_seed(config.train.seed)
         setup = set_up(config)
@@ -90,10 +107,12 @@ def train(
             progress.note(str(setup.plan))
         if emulates_bf16(setup.model, config.train):
             progress.note("this CPU has no bf16 instructions: float32 will be much faster here")
-        config.out.mkdir(parents=True, exist_ok=True)
         state = start(setup.model, config.train, setup.teacher)
         if checkpoint is not None:
             _restore(state, checkpoint)
+            _write_metrics(state, config)  # a kill may have come between checkpoint and metrics
+            if checkpoint.threads != torch.get_num_threads():
+                progress.note(_OTHER_THREADS.format(checkpoint.threads, torch.get_num_threads()))
         else:
             state.histograms = (histograms(state.best),)
         state.codes = codes_of(state.best)
@@ -211,8 +230,13 @@ def _save(state: State, config: RunConfig) -> None:
         history=state.history,
         histograms=state.histograms,
         fingerprint=fingerprint(config),
+        threads=torch.get_num_threads(),
     )
     save_checkpoint(checkpoint, config.out / CHECKPOINT)
+    _write_metrics(state, config)
+
+
+def _write_metrics(state: State, config: RunConfig) -> None:
     text = "".join(to_json(asdict(record)) + "\n" for record in state.history)
     write_atomically(config.out / METRICS, text.encode())
 

@@ -43,13 +43,16 @@ class RunResult:
     history: tuple[EpochRecord, ...]
 
 
-def run(config: RunConfig, *, resume: bool = False, quiet: bool = False) -> RunResult:
+def run(
+    config: RunConfig, *, resume: bool = False, fresh: bool = False, quiet: bool = False
+) -> RunResult:
     """Leaves the network, `curves.png`, `metrics.jsonl` and the checkpoint in `config.out`.
 
+    resume, fresh: what to do with a run that is there, see `train`.
     A method with soft weights leaves `modes.png` too, and a note if they end far from their levels.
     """
     progress = console_progress(quiet=quiet)
-    result = train(config, resume=resume, progress=progress)
+    result = train(config, resume=resume, fresh=fresh, progress=progress)
     file, net = _save(result, config)
     last = result.history[-1]
     far = None if last.rounded_top1 is None else far_from_levels(last.distance or 0.0)
