@@ -66,8 +66,18 @@ class Listing:
     generated: dict[str, str] = field(default_factory=dict)  # kernels made by name -> text
     probes: list[tuple[int, str, View]] = field(default_factory=list)  # (steps before, name, value)
     stored: dict[str, str] = field(default_factory=dict)  # layer -> how its weights are stored
-    n_bytes: int = 0  # of constant arrays
+    sizes: list[tuple[str, int]] = field(default_factory=list)  # of arrays: (C type, elements)
     _known: dict[Any, str] = field(default_factory=dict)
+
+    @property
+    def number_bytes(self) -> int:
+        return {"float": 4, "int32_t": 4, "int64_t": 8}[self.number]
+
+    @property
+    def n_bytes(self) -> int:
+        """Of constant arrays."""
+        own = {"number": self.number_bytes, "word": self.word_bits // 8}
+        return sum(n * {**_SIZES, **own}[ctype] for ctype, n in self.sizes)
 
     def buffer(self, kind: str, size: int, name: str = "") -> int:
         self.buffers.append(Buffer(kind, size, name))
@@ -90,7 +100,7 @@ class Listing:
         key = ctype, values.dtype.str, values.tobytes()
         if key not in self._known:
             self._known[key] = self._named(hint)
-            self.n_bytes += values.size * _SIZES.get(ctype, self.word_bits // 8)
+            self.sizes.append((ctype, values.size))
             self.arrays[self._known[key]] = _definition(ctype, self._known[key], values)
         return self._known[key]
 
@@ -107,8 +117,9 @@ class Listing:
         return name if ctype == "int" else f"&{name}"
 
     def constant(self, value: Tensor, hint: str) -> View:
-        """A float tensor that does not depend on inputs."""
-        data = value.detach().float().contiguous().numpy()
+        """A tensor that does not depend on inputs: floats, or whole numbers of a fixed-point network."""
+        value = value.detach().contiguous()
+        data = value.float().numpy() if value.is_floating_point() else value.long().numpy()
         name = self.array("number", data.reshape(-1), hint)
         return View(self.buffer(CONSTANT, data.size, name), tuple(value.shape))
 
@@ -125,7 +136,7 @@ class Listing:
         return next(n for n in (stem, *(f"{stem}_{k}" for k in range(10**6))) if n not in taken)
 
 
-_SIZES = {"number": 4, "float": 4, "int32_t": 4, "uint16_t": 2, "int8_t": 1}
+_SIZES = {"float": 4, "int32_t": 4, "uint16_t": 2, "int8_t": 1}
 
 
 def _definition(ctype: str, name: str, values: NDArray[Any]) -> str:

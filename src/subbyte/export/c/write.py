@@ -5,53 +5,89 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
+from subbyte.core.follow import BATCHNORMS
+from subbyte.core.grids import ScaleDomain
 from subbyte.errors import SubbyteError
 from subbyte.export.base import Built, Exporter, Request, Source
 from subbyte.export.c.arena import plan
+from subbyte.export.c.integers import lower_integers
 from subbyte.export.c.listing import Listing, View
 from subbyte.export.c.lower import lower
 from subbyte.export.c.text import Signature, header, outputs_in_place, source
 from subbyte.export.c.values import Values, values_of
 from subbyte.export.c.words import best_width
 from subbyte.graph.fuse import fuse
-from subbyte.graph.trace import traced
+from subbyte.graph.network import PROGRAM
 from subbyte.modules import PackedWeight
 
-FORMS = ("auto", "float", "int16", "int8")
+INTEGERS = {"int16": (8, 16), "int8": (4, 8)}  # form -> bits behind the point, and in all
+Macros = tuple[tuple[str, int], ...]
+FORMS = ("auto", "float", *INTEGERS)
 _RESERVED = ("main", "x", "y", "arena", "number", "word", "wide")
 
 
 def build(request: Request) -> Built:
     """net.c and net.h. Raises SubbyteError for what C source does not hold, naming it."""
-    found = request.read()
-    return float_files(request.name, found)
+    if request.form in INTEGERS:
+        return integer_files(request, *INTEGERS[request.form])
+    if request.form == "auto" and is_fixed_point(request.net):
+        return integer_files(request, *INTEGERS["int16"])
+    return float_files(request)
 
 
-def float_files(name: str, found: Source) -> Built:
+def is_fixed_point(net: nn.Module) -> bool:
+    """Whether all packed weights are whole numbers times powers of two, and no BatchNorm is left."""
+    packed = [m for m in net.modules() if isinstance(m, PackedWeight)]
+    norms = any(isinstance(m, BATCHNORMS) for m in net.modules())
+    return bool(packed) and not norms and all(_is_whole(m) for m in packed)
+
+
+def _is_whole(packed: PackedWeight) -> bool:
+    whole = all(level.is_integer() for level in packed.grid.levels)
+    return whole and packed.grid.scale_domain is ScaleDomain.POWER_OF_TWO and packed.up is None
+
+
+def float_files(request: Request) -> Built:
     """Activations in float32; weights are decoded where they are used."""
-    values = values_of(fused(found))
-    listing = Listing("float", width_of(found.net))
+    values = values_of(read_fused(request))
+    listing = Listing("float", width_of(request.net))
     outputs = lower(values, listing)
     about = ("activations are float32",)
-    return finished(name, values, listing, outputs, ("float", about, ()))
+    return finished(request.name, values, listing, outputs, ("float", about, ()))
 
 
-def fused(found: Source) -> Source:
-    """The network with norms, sums and activations inside its products, where it can be traced."""
+def integer_files(request: Request, fraction: int, bits: int) -> Built:
+    """Activations are whole numbers times 2^-fraction, of `bits` where layers read them."""
+    values = values_of(request.read())
+    listing = Listing("int32_t", width_of(request.net))
+    state, outputs = lower_integers(values, listing, fraction, bits)
+    behind = [state.fact(view).fraction for view in outputs]
+    about = (
+        f"integers alone: inputs are round(x * 2^{fraction}), saturated to {bits} bits;",
+        f"outputs are whole numbers times {', '.join(f'2^{-n}' for n in behind)}",
+        *state.notes,
+    )
+    macros = [("INPUT_FRACTION", fraction), ("INPUT_BITS", bits)]
+    macros += [(f"Y{k if len(behind) > 1 else ''}_FRACTION", n) for k, n in enumerate(behind)]
+    form = f"int{bits}, {fraction} bits behind the point"
+    return finished(request.name, values, listing, outputs, (form, about, tuple(macros)))
+
+
+def read_fused(request: Request) -> Source:
+    """With norms, sums and activations inside the products, where the network can be traced so."""
+    program = getattr(request.net, "meta", {}).get(PROGRAM)
+    example = request.example
+    if example is None and program is not None:
+        whole = request.read()
+        given = zip(program.inputs, whole.example, strict=True)
+        example = {i.name: x for i, x in given}
     try:
-        net = fuse(found.net)
-        given = zip(found.program.inputs, found.example, strict=True)
-        program, constants = traced(net, {i.name: x for i, x in given})
+        return replace(request, net=fuse(request.net), example=example).read()
     except SubbyteError:
-        return found
-    held: dict[str, Any] = {**dict(net.named_parameters(remove_duplicate=False))}
-    held |= {**dict(net.named_buffers(remove_duplicate=False)), **constants}
-    state = {name: held[name].detach() for name in sorted(program.state_names)}
-    return replace(found, program=program, net=net, state=state)
+        return request.read()
 
 
 def width_of(net: nn.Module) -> int:
@@ -61,13 +97,13 @@ def width_of(net: nn.Module) -> int:
 
 
 def finished(
-    name: str, values: Values, listing: Listing, outputs: Sequence[View], of: Any
+    name: str, values: Values, listing: Listing, outputs: Sequence[View], of: tuple[str, tuple[str, ...], Macros]
 ) -> Built:
     """The two files of a listing. of: (form, lines about it, macros)."""
     form, about, macros = of
     names = outputs_in_place(listing, outputs)
     placed = plan(listing.buffers, listing.steps, ())
-    size = _number_bytes(listing)
+    size = listing.number_bytes
     signature = Signature(
         identifier(name), _inputs(values, listing),
         tuple(zip(names, (v.size for v in outputs), strict=True)), listing.number,
@@ -79,12 +115,8 @@ def finished(
         ".c": source(signature, listing, placed, f"{name}.h").encode(),
         ".h": header(signature, placed.size * size, listing.n_bytes).encode(),
     }
-    notes = (f"arena {placed.size * size:,} bytes, constants {listing.n_bytes:,} bytes; batch 1",)
+    notes = (*about, f"arena {placed.size * size:,} bytes, constants {listing.n_bytes:,} bytes; batch 1",)
     return Built(files, form, tuple(listing.stored.items()), notes)
-
-
-def _number_bytes(listing: Listing) -> int:
-    return {"float": 4, "int32_t": 4, "int64_t": 8}[listing.number]
 
 
 def _inputs(values: Values, listing: Listing) -> tuple[tuple[str, str, int], ...]:
