@@ -13,6 +13,7 @@ from subbyte.errors import SubbyteError
 from subbyte.export.c import layers
 from subbyte.export.c.layers import Frame, Product
 from subbyte.export.c.listing import INPUT, Listing, View
+from subbyte.export.c.moves import strided
 from subbyte.export.c.operators import FLOAT, Call
 from subbyte.export.c.values import Values, argument
 from subbyte.graph.operators import ITEM
@@ -40,7 +41,8 @@ def lower(values: Values, listing: Listing) -> list[View]:
         before = len(listing.steps)
         views[node.out] = _node(listing, node, values, views)
         check_types(listing, node, values, before)
-        probe(listing, node.out, views[node.out])
+        made = views[node.out]
+        probe(listing, node.out, made[0] if node.op == LAYER and isinstance(made, list) else made)
     return outputs_of(values, listing, views)
 
 
@@ -129,20 +131,28 @@ def _layer(listing: Listing, node: Node, layer: nn.Module, args: dict[str, Any],
     if isinstance(layer, PackedEmbedding):
         return layers.embedding(listing, x, name, layer.packed)
     if isinstance(layer, PackedLinear):
-        return layers.linear(listing, x, _product(name, layer, args))
+        return layers.linear(listing, x, _product(listing, name, layer, args, value))
     if isinstance(layer, PackedConv1d | PackedConv2d):
         frame = frame_of(name, layer, layer.pads)
-        return layers.conv(listing, x, _product(name, layer, args), frame, value.shape)
+        return layers.conv(listing, x, _product(listing, name, layer, args, value), frame, value.shape)
     if isinstance(layer, PackedConvTranspose1d | PackedConvTranspose2d):
         frame = frame_of(name, layer, layer.padding)
-        return layers.conv_transpose(listing, x, _product(name, layer, args), frame, value.shape)
+        return layers.conv_transpose(listing, x, _product(listing, name, layer, args, value), frame, value.shape)
     kind = type(layer).__name__.removeprefix("Packed")
     raise SubbyteError(f"layer '{name}' is a {kind}, which C source has no kernel for")
 
 
-def _product(name: str, layer: Any, args: dict[str, Any]) -> Product:
-    activation = getattr(layer, "activation", "none")
-    return Product(name, layer.packed, layer.bias, args.get("plus"), activation)
+def _product(listing: Listing, name: str, layer: Any, args: dict[str, Any], value: Tensor) -> Product:
+    plus = _spread(listing, args.get("plus"), value.shape)
+    return Product(name, layer.packed, layer.bias, plus, getattr(layer, "activation", "none"))
+
+
+def _spread(listing: Listing, plus: Any, shape: Sequence[int]) -> View | None:
+    """What a fused layer adds, in the shape of its result."""
+    if plus is None:
+        return None
+    view: View = listing.constant(plus, "plus") if isinstance(plus, Tensor) else plus
+    return strided(listing, view, torch.empty(view.shape, device="meta").expand(tuple(shape)))
 
 
 def frame_of(name: str, layer: Any, pads: Sequence[int]) -> Frame:

@@ -42,12 +42,15 @@ def plain_weight(listing: Listing, name: str, weight: Tensor) -> Weight:
 
 def factor_of(listing: Listing, name: str, values: Tensor, scale: Tensor | None) -> Weight:
     """A factor of an adapter [rows, width] as it is stored, with a scale per row."""
+    if values.dtype == torch.float32:  # of a fused layer
+        whole = values if scale is None else values * scale.float()[:, None]
+        return plain_weight(listing, name, whole)
     kind, ctype = ("half", "uint16_t") if values.dtype == torch.float16 else ("byte", "int8_t")
-    data = values.detach().contiguous().numpy()
-    words = listing.array(ctype, data.view(np.uint16 if kind == "half" else np.int8).reshape(-1), name)
+    data = values.detach().contiguous().numpy().view(np.uint16 if kind == "half" else np.int8)
     scales = "0"
     if scale is not None:
         scales = listing.array("float", scale.float().numpy().reshape(-1), f"{name}.scale")
+    words = listing.array(ctype, data.reshape(-1), name)
     return Weight(kind, listing.struct(kind, (words, scales, values.shape[1]), name))
 
 

@@ -77,7 +77,12 @@ def integer_files(request: Request, fraction: int, bits: int) -> Built:
 
 
 def read_fused(request: Request) -> Source:
-    """With norms, sums and activations inside the products, where the network can be traced so."""
+    """With norms, sums and activations inside the products, where the network can be traced so.
+
+    Not with adapters: a norm in their factors would widen these from 16 bits to 32.
+    """
+    if any(isinstance(m, PackedWeight) and m.up is not None for m in request.net.modules()):
+        return request.read()
     program = getattr(request.net, "meta", {}).get(PROGRAM)
     example = request.example
     if example is None and program is not None:
