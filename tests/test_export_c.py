@@ -1,5 +1,7 @@
 """C source: compiled, sanitized, run, and each value compared with float64 under a derived bound."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from subbyte.export.c.moves import MOVES
 from subbyte.export.c.values import argument, run_node
 from subbyte.export.c.words import WIDTHS, best_width, from_words, to_words
 from subbyte.export.c.write import identifier, read_fused
+from subbyte.graph.integer import integer_network
 from subbyte.models import NETWORKS, build
 from subbyte.modules import PACKED, PackedMultiheadAttention
 
@@ -382,25 +385,28 @@ def random_layer(module, grid, generator, rank=0):
     return QuantizedLayer(tensor, module.bias, adapter)
 
 
-GRIDS = {
-    "two levels": (uniform(2), 0),
-    "three per channel, float16": (uniform(3, PerChannel(0), ScaleDomain.FLOAT16), 2),
-    "seventeen, powers of two": (uniform(17, PerChannel(0), ScaleDomain.POWER_OF_TWO), 0),
-    "sixteen in groups": (uniform(16, PerGroup(4)), 3),
-    "uneven": (Grid((-3.0, -0.1, 0.0, 0.25, 1.0, 9.5), PerGroup(8)), 0),
-    "two hundred": (uniform(200), 0),
-}
+GRIDS = [  # (grid, rank of the adapter: odd ones are int8)
+    (uniform(2), 0),
+    (uniform(3, PerChannel(0), ScaleDomain.FLOAT16), 2),
+    (uniform(17, PerChannel(0), ScaleDomain.POWER_OF_TWO), 0),
+    (uniform(16, PerGroup(4)), 3),
+    (Grid((-3.0, -0.1, 0.0, 0.25, 1.0, 9.5), PerGroup(8)), 0),
+    (uniform(200), 0),
+]
 
 
 @needs_gcc
-@pytest.mark.parametrize("name", GRIDS)
-def test_layers_of_every_grid(name, tmp_path):
+@pytest.mark.parametrize("turn", [0, 1, pytest.param(2, marks=pytest.mark.slow),
+                                  pytest.param(3, marks=pytest.mark.slow)])  # fmt: skip
+def test_layers_of_every_grid(turn, tmp_path):
     torch.manual_seed(0)
-    grid, rank = GRIDS[name]
     generator = torch.Generator().manual_seed(1)
     net = Layers()
     made = {}
-    for path, module in net.named_modules():
+    for at, (path, module) in enumerate(net.named_modules()):
+        grid, rank = GRIDS[(at + turn) % len(GRIDS)]
+        if turn == 0 and rank:  # with adapters nothing is fused
+            grid, rank = GRIDS[0]
         if isinstance(module, nn.ConvTranspose2d):
             own = grid if not isinstance(grid.granularity, PerGroup) else uniform(5)
             own = Grid(own.levels, PerChannel(1), own.scale_domain)
@@ -426,8 +432,8 @@ class Operators(nn.Module):
                  F.avg_pool2d(y, 2, count_include_pad=False, padding=1), F.adaptive_avg_pool2d(y, (3, 4))]
         z = self.line(x)
         each = [F.elu(z), F.leaky_relu(z, 0.1), F.hardsigmoid(z), F.mish(z), F.softplus(z), z.sigmoid(),
-                F.gelu(z, approximate="tanh"), z.abs().sqrt(), z.square(), z.exp(), -z, 1 - z, z / 3,
-                z.clamp(-0.5, 0.25), torch.maximum(z, x), torch.sin(z), F.relu6(9 * z)]
+                F.gelu(z, approximate="tanh"), z.abs().sqrt(), z.pow(2), z.exp(), -z, 1 - z, z / 3,
+                z.clamp(-0.5, 0.25), torch.maximum(z, x), torch.sin(z), F.hardtanh(9 * z, 0, 6)]
         a, b = z.chunk(2, -1)
         rest = [F.scaled_dot_product_attention(x, z, y, is_causal=True), x @ z.transpose(2, 3), a * b,
                 z.roll(1, 3), z.flip(2), F.pixel_shuffle(z, 2), z.softmax(1), z.amax(2), z.sum((2, 3)),
@@ -445,3 +451,148 @@ def test_operators(tmp_path):
     net = sb.pack(sb.freeze(net), precision="float32").eval()
     _, checked = check_values(net, torch.randn(2, 4, 6, 6), tmp_path)
     assert checked >= 30
+
+
+# ---------------------------------------------------------------- integers
+
+
+class Whole(nn.Module):
+    """A residual network whose every operation runs in integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.na = nn.Conv2d(1, 6, 3, padding=1, stride=2), nn.BatchNorm2d(6)
+        self.b, self.nb = nn.Conv2d(6, 6, 3, padding=1, groups=3), nn.BatchNorm2d(6)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x):
+        y = F.relu(self.na(self.a(x)))
+        z = torch.cat([F.relu(self.nb(self.b(y)) + y), y], 1)
+        z = F.max_pool2d(z, 3, 2, 1)
+        return self.head(torch.cat([F.adaptive_avg_pool2d(z, 1).flatten(1), z.mean((2, 3))], 1))
+
+
+def fixed(net, bits, batchnorm):
+    sb.prepare(norms_at_random(net), sb.SGM(bits=bits))
+    return sb.pack(sb.freeze(net), batchnorm=batchnorm).eval()
+
+
+def check_integers(program, net, x, fraction, bits):
+    """Equal to the run of `integer_network`, every bit."""
+    run, top = integer_network(net, fraction=fraction, bits=bits), 2 ** (bits - 1)
+    text = (program.folder / f"{program.name}.h").read_text()
+    behind = int(re.search(r"_Y_FRACTION (-?\d+)", text).group(1))
+    kind = {"int32_t": np.int32, "int64_t": np.int64}[program.outputs[0][0]]
+    given = np.clip(np.floor(np.ldexp(x.double().numpy(), fraction) + 0.5), -top, top - 1)
+    wanted = run(x.double()).numpy()
+    found = np.stack([program.run(one.astype(kind))[0] for one in given])
+    assert (np.ldexp(found.astype(np.float64), -behind) == wanted.reshape(found.shape)).all()
+    assert len(np.unique(wanted)) > 3
+
+
+@needs_gcc
+@pytest.mark.parametrize("batchnorm", ["power_of_two", "absorb"])
+@pytest.mark.parametrize("form, fraction, bits", [("int16", 8, 16), ("int8", 4, 8)])
+def test_lenet5_in_integers_is_equal_to_the_bit(batchnorm, form, fraction, bits, tmp_path):
+    torch.manual_seed(0)
+    net = fixed(build("lenet5"), 2, batchnorm)
+    x = 3 * torch.randn(3, 1, 28, 28)
+    done = sb.export(net, tmp_path / "lenet5.c", example=x, form=form)
+    check_integers(compiled(done.path), net, x, fraction, bits)
+
+
+@needs_gcc
+@pytest.mark.parametrize("batchnorm, bits", [("power_of_two", 2), ("absorb", 3), ("power_of_two", 4)])
+def test_sums_pools_and_groups_in_integers(batchnorm, bits, tmp_path):
+    torch.manual_seed(bits)
+    net = fixed(Whole(), bits, batchnorm)
+    x = 2 * torch.randn(20, 1, 6, 8)
+    done = sb.export(net, tmp_path / "net.c", example=x)  # auto: all layers are fixed point
+    assert done.form == "int16, 8 bits behind the point"
+    check_integers(compiled(done.path), net, x, 8, 16)
+
+
+def test_what_has_no_run_in_integers_is_named(tmp_path):
+    x = torch.randn(2, 1, 6, 8)
+    with pytest.raises(SubbyteError, match=r"layer 'a'.*SGM.*fixed_point\(2\)"):
+        sb.export(packed(Whole()), tmp_path / "net.c", example=x, form="int8")
+    with pytest.raises(SubbyteError, match=r"'na' is a BatchNorm.*power_of_two"):
+        sb.export(fixed(Whole(), 2, "keep"), tmp_path / "net.c", example=x, form="int16")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- another machine, and refusals
+
+
+@needs_arm
+@pytest.mark.parametrize("form", ["float", "int8"])
+def test_a_32_bit_arm_computes_the_same(form, tmp_path):
+    torch.manual_seed(0)
+    net = fixed(build("digitsnet"), 2, "power_of_two")
+    net.precision = "float32"
+    x = torch.randn(2, 1, 8, 8)
+    done = sb.export(net, tmp_path / "digitsnet.c", example=x, form=form)
+    run = (ARM, "-L", "/usr/arm-linux-gnueabihf")
+    program = compiled(done.path, (*STRICT, "-O2", "-mthumb"), ARM_GCC, run)
+    if form == "int8":
+        check_integers(program, net, x, 4, 8)
+        return
+    here = compiled(done.path).run(x[:1].numpy())[0]
+    assert abs(program.run(x[:1].numpy())[0] - here).max() <= 1e-5 * abs(here).max()
+
+
+class Refused(nn.Module):
+    def __init__(self, layer, operation):
+        super().__init__()
+        self.layer, self.operation = layer, operation
+
+    def forward(self, x):
+        return self.operation(self.layer(x))
+
+
+REFUSED = [
+    (nn.Conv3d(2, 2, 1), (2, 2, 3, 3, 3), lambda x: x, r"layer 'layer' is a Conv3d"),
+    (nn.Conv2d(2, 2, 1), (2, 2, 3, 3), lambda x: x.cumsum(2), r"operator 'CumSum' \(\w+\)"),
+    (nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), (2, 2, 4, 4), lambda x: x, r"'layer' pads .*reflect"),
+]
+
+
+@pytest.mark.parametrize("layer, shape, operation, message", REFUSED, ids=["conv3d", "cumsum", "mode"])
+def test_what_c_cannot_hold_is_named(layer, shape, operation, message, tmp_path):
+    net = Refused(layer, operation)
+    sb.prepare(net, sb.LowRes(levels=3))
+    with pytest.raises(SubbyteError, match=message) as caught:
+        sb.export(sb.pack(sb.freeze(net)), tmp_path / "net.c", example=torch.randn(shape))
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scales_along_another_dimension_are_refused(tmp_path):
+    net = nn.Sequential(nn.Linear(4, 3))
+    made = {"0": random_layer(net[0], uniform(3, PerChannel(1)), torch.Generator())}
+    with pytest.raises(SubbyteError, match=r"layer '0' has a scale per .*PerChannel\(0\)"):
+        sb.export(sb.pack(sb.Quantized(net, made)), tmp_path / "net.c", example=torch.randn(2, 4))
+
+
+def test_names_and_numbers_of_c():
+    assert identifier("my-net.v2") == "my_net_v2"
+    assert identifier("2net") == "net_2net"
+    assert identifier("while") == "while_network"
+    assert literal(1.0) == "1.0f"
+    assert literal(1e-45) == "1.40129846e-45f"
+    assert literal(float("-inf")) == "-INFINITY"
+    assert np.float32(literal(0.1)[:-1]) == np.float32(0.1)
+
+
+@needs_gcc
+def test_a_saved_file_needs_no_example(tmp_path):
+    torch.manual_seed(0)
+    net, x = packed(build("digitsnet")), torch.randn(2, 1, 8, 8)
+    sb.save(net, tmp_path / "net.safetensors", example=x)
+    again = sb.load(tmp_path / "net.safetensors", precision="float32")
+    (tmp_path / "a").mkdir()
+    sb.export(again, tmp_path / "a" / "net.c")
+    text = (tmp_path / "a" / "net.h").read_text()
+    assert re.search(r"arena: [\d,]+ bytes", text)
+    found = compiled(tmp_path / "a" / "net.c").run(x[:1].numpy())[0]
+    assert abs(found - net(x)[0].detach().numpy()).max() <= 1e-5 * abs(found).max()

@@ -14,14 +14,15 @@ from torch import nn
 from subbyte.core.atomic import check_writable, write_atomically
 from subbyte.core.ready import unwrapped
 from subbyte.errors import SubbyteError
-from subbyte.export import c, onnx, openvino
+from subbyte.export import c, gguf, onnx, openvino, pt2
 from subbyte.export.base import FORMS, Built, Check, Exported, Exporter, Request
 from subbyte.graph.trace import Example
 
 __all__ = ["EXPORTERS", "FORMS", "Built", "Check", "Exported", "Exporter", "Request", "export"]
 
 EXPORTERS: dict[str, Exporter] = {
-    exporter.suffix: exporter for exporter in (onnx.EXPORTER, openvino.EXPORTER, c.EXPORTER)
+    exporter.suffix: exporter
+    for exporter in (onnx.EXPORTER, openvino.EXPORTER, gguf.EXPORTER, c.EXPORTER, pt2.EXPORTER)
 }
 
 

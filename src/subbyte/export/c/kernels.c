@@ -154,8 +154,8 @@ static number finish(number v, int activation)
 
 //! window
 typedef struct {
-    int channels, in_h, in_w, out_channels, out_h, out_w, groups;
-    int kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, top, left;
+    int16_t channels, in_h, in_w, out_channels, out_h, out_w, groups;
+    int16_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, top, left;
 } window;
 
 //! first_inside

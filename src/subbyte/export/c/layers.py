@@ -111,6 +111,8 @@ def window(listing: Listing, x: View, y: View, frame: Frame) -> str:
         channels, in_h, in_w, out, out_h, out_w, frame.groups, *frame.kernel, *frame.stride,
         *frame.dilation, *frame.pads,
     )  # fmt: skip
+    if max(fields) >= 2**15:
+        raise SubbyteError(f"a window over {x.shape} has a size of {max(fields)}; C source holds up to 32767")
     return listing.struct("window", fields, "window")
 
 
