@@ -24,12 +24,26 @@ def build(request: Request) -> Built:
     source = request.read()
     plain = request.form == "plain"
     net = decoded(source.net) if plain else source.net
-    exported = _exported(net, tuple(_doubled(x) for x in source.example))
+    args = tuple(_doubled(x) for x in source.example)
+    exported = _exported(net, args)
     buffer = io.BytesIO()
     torch.export.save(exported, buffer)
     packed = [n for n, m in source.net.named_modules() if isinstance(m, PackedWeight)]
     kinds = tuple((n.removesuffix(".packed"), "float32" if plain else "packed") for n in packed)
-    return Built({".pt2": buffer.getvalue()}, "plain" if plain else "packed", kinds, (PLAIN_NOTE if plain else PACKED_NOTE,))
+    notes = (PLAIN_NOTE if plain else PACKED_NOTE, *fixed_batch(exported, args))
+    return Built({".pt2": buffer.getvalue()}, "plain" if plain else "packed", kinds, notes)
+
+
+def fixed_batch(exported: Any, args: tuple[Tensor, ...]) -> tuple[str, ...]:
+    """A note if torch.export made the batch a constant, as packed look-up tables do."""
+    more = tuple(torch.cat([x, x[:1]]) if x.ndim else x for x in args)
+    try:
+        with torch.no_grad():
+            exported.module()(*more)
+    except (AssertionError, RuntimeError):  # its guards
+        n = next(x.shape[0] for x in args if x.ndim)
+        return (f"torch.export fixes the batch at {n}; give an example of the batch that is to run",)
+    return ()
 
 
 def _doubled(x: Tensor) -> Tensor:

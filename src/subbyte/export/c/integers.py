@@ -32,6 +32,8 @@ from subbyte.modules import PackedConv2d, PackedLinear
 from subbyte.modules.absorb import Affine
 
 EXACT = 2**53  # float64 holds whole numbers to here, and so does integer.py
+WIDEST = 62  # bits, sign included, with room for a rounding
+EXCESS = "values of more than 53 bits, if there are any, are exact here and rounded in float64"
 _MONOTONE = ("Relu", "MaxPool2d", "MaxPool1d", "Reshape", "ReshapeCopy", "Flatten", "Identity")
 _MOVED = tuple(moves.MOVES)
 
@@ -67,11 +69,14 @@ class Integers:
 
     def note(self, view: View, fact: Fixed, name: str) -> View:
         """Remember what a value is. Raises SubbyteError for one that 64 bits cannot hold."""
-        if fact.bound >= EXACT:
+        bits = fact.bound.bit_length() + 1
+        if bits > WIDEST:
             raise SubbyteError(
-                f"'{name}' comes to whole numbers of {fact.bound.bit_length()} bits, over 53; use "
-                "fewer bits for activations, or pack(..., batchnorm='power_of_two')"
+                f"'{name}' may come to whole numbers of {bits} bits, over {WIDEST}; use fewer bits "
+                "for activations, or pack(..., batchnorm='power_of_two')"
             )
+        if fact.bound >= EXACT and EXCESS not in self.notes:
+            self.notes.append(EXCESS)
         self.facts[view.buffer] = fact
         self.largest = max(self.largest, fact.bound)
         return view
@@ -216,8 +221,8 @@ def _affine(state: Integers, node: Node, layer: Affine, x: View) -> View:
     scale = [int(v) << (fraction - before.fraction + int(k)) if v else 0 for v, k in zip(m, e, strict=True)]
     shift = [math.floor(math.ldexp(v, fraction)) for v in layer.shift.tolist()]
     bound = max(abs(s) * before.bound + abs(t) for s, t in zip(scale, shift, strict=True))
-    if bound << max(0, behind - fraction) >= EXACT:
-        state.notes.append(f"layer '{node.layer}': float64 rounds a shift that integers hold")
+    if bound << max(0, behind - fraction) >= EXACT and EXCESS not in state.notes:
+        state.notes.append(EXCESS)
     y = state.listing.new(x.shape)
     arrays = [state.listing.constant(torch.tensor(v), f"{node.layer}.{n}") for v, n in ((scale, "scale"), (shift, "shift"))]
     args = (x, y, *arrays, str(x.shape[1]), str(x.size // x.shape[1]))

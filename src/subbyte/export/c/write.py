@@ -35,7 +35,7 @@ def build(request: Request) -> Built:
         return integer_files(request, *INTEGERS[request.form])
     if request.form == "auto" and is_fixed_point(request.net):
         return integer_files(request, *INTEGERS["int16"])
-    return float_files(request)
+    return float_files(request.name, read_fused(request))
 
 
 def is_fixed_point(net: nn.Module) -> bool:
@@ -50,13 +50,13 @@ def _is_whole(packed: PackedWeight) -> bool:
     return whole and packed.grid.scale_domain is ScaleDomain.POWER_OF_TWO and packed.up is None
 
 
-def float_files(request: Request) -> Built:
+def float_files(name: str, found: Source) -> Built:
     """Activations in float32; weights are decoded where they are used."""
-    values = values_of(read_fused(request))
-    listing = Listing("float", width_of(request.net))
+    values = values_of(found)
+    listing = Listing("float", width_of(found.net))
     outputs = lower(values, listing)
     about = ("activations are float32",)
-    return finished(request.name, values, listing, outputs, ("float", about, ()))
+    return finished(name, values, listing, outputs, ("float", about, ()))
 
 
 def integer_files(request: Request, fraction: int, bits: int) -> Built:
