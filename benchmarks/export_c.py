@@ -2,10 +2,10 @@
 
 python benchmarks/export_c.py
 
-The networks are those of MLPerf Tiny: ResNet-8 for images of 32x32 and DS-CNN for keywords. The int8
-form is the same network with 255 levels: one byte per weight, the same scales, biases and kernels.
-Bytes are what `size` says of the object file, compiled with -Os: .text with .rodata. `arrays` leaves
-the code out. Appends a JSON line per network and compiler to benchmarks/results/export_c.jsonl.
+The networks are those of MLPerf Tiny: ResNet-8 for images of 32x32 and DS-CNN for keywords. The
+int8 form is the same network with 255 levels: one byte per weight, the same scales, biases and
+kernels. Bytes are what `size` says of the object file, compiled with -Os: .text with .rodata.
+`arrays` leaves the code out. Appends a JSON line per network and compiler to benchmarks/results/export_c.jsonl.
 """
 
 import json
@@ -63,11 +63,16 @@ class DSCNN(nn.Module):
 
     def __init__(self, width=64, blocks=4):
         super().__init__()
-        layers = [nn.Conv2d(1, width, (10, 4), 2, (5, 1), bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        layers = [
+            nn.Conv2d(1, width, (10, 4), 2, (5, 1), bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
         for _ in range(blocks):
             layers += [nn.Conv2d(width, width, 3, 1, 1, groups=width, bias=False),
                        nn.BatchNorm2d(width), nn.ReLU(),
-                       nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]  # fmt: skip
+                       nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width),
+                       nn.ReLU()]  # fmt: skip
         self.features, self.head = nn.Sequential(*layers), nn.Linear(width, 12)
 
     def forward(self, x):
@@ -87,7 +92,9 @@ def exported(network, levels, folder):
     n_weights = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     sb.prepare(net, sb.LowRes(levels=levels))
     path = folder / f"{network.__name__.lower()}_{levels}.c"
-    done = sb.export(sb.pack(sb.freeze(net)), path, example=torch.randn(network.example), form="float")
+    done = sb.export(
+        sb.pack(sb.freeze(net)), path, example=torch.randn(network.example), form="float"
+    )
     return path, n_weights, done
 
 
@@ -105,7 +112,7 @@ def sections(path, compiler):
 def line(network, target, folder):
     rows = {}
     for levels in (3, 255):
-        path, n_weights, done = exported(network, levels, folder)
+        path, n_weights, _done = exported(network, levels, folder)
         arena = int(re.search(r"ARENA_BYTES (\d+)", path.with_suffix(".h").read_text()).group(1))
         rows[levels] = sections(path, COMPILERS[target])
     flash = {k: sum(v.values()) for k, v in rows.items()}

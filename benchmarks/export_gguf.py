@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import gguf
-import numpy as np
 import torch
 from torch import nn
 
@@ -56,7 +55,11 @@ def compare(net, path):
             found = gguf.quants.dequantize(stored.data, stored.tensor_type)
             n = heads.get(name.rsplit(".", 1)[1])
             if n:
-                found = found.reshape(n, len(found) // n // 2, 2, -1).swapaxes(1, 2).reshape(found.shape)
+                found = (
+                    found.reshape(n, len(found) // n // 2, 2, -1)
+                    .swapaxes(1, 2)
+                    .reshape(found.shape)
+                )
             wanted = module.weight.numpy()
             equal, total = equal + int((found == wanted).sum()), total + wanted.size
     fields = reader.fields

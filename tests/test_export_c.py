@@ -1,4 +1,4 @@
-"""C source: compiled, sanitized, run, and each value compared with float64 under a derived bound."""
+"""C source: compiled, sanitized, run; each value compared with float64 under a derived bound."""
 
 import re
 
@@ -27,9 +27,7 @@ from subbyte.models import NETWORKS, build
 from subbyte.modules import PACKED, PackedMultiheadAttention
 
 needs_gcc = pytest.mark.skipif(missing(GCC) is not None, reason=str(missing(GCC)))
-needs_arm = pytest.mark.skipif(
-    missing(ARM_GCC, ARM) is not None, reason=str(missing(ARM_GCC, ARM))
-)
+needs_arm = pytest.mark.skipif(missing(ARM_GCC, ARM) is not None, reason=str(missing(ARM_GCC, ARM)))
 
 
 # ---------------------------------------------------------------- words
@@ -135,16 +133,24 @@ def product_bound(layer, args, y):
 
 
 def attention_bound(layer, args, y):
-    """Of self-attention: errors of the projections go through the scores, and through the mixing."""
+    """Of self-attention: errors of the projections go through the scores, and the mixing."""
     x = args["query"]
     w, bias = layer.in_proj_weight.double(), layer.in_proj_bias.double()
     size, heads = F.linear(x.abs(), w.abs(), bias.abs()), layer.num_heads
-    split = lambda t: t.chunk(3, -1)
-    shape = lambda t: t.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def split(t):
+        return t.chunk(3, -1)
+
+    def shape(t):
+        return t.unflatten(-1, (heads, -1)).transpose(1, 2)
+
     q, k, v = map(shape, split(F.linear(x, w, bias)))
     eq, ek, ev = (shape(t) * gamma(x.shape[-1] + 8) for t in split(size))
     d, keys = q.shape[-1], k.shape[-2]
-    up = lambda a, b: a @ b.transpose(-1, -2)
+
+    def up(a, b):
+        return a @ b.transpose(-1, -2)
+
     es = up(eq, k.abs()) + up(q.abs() + eq, ek) + gamma(d + 4) * up(q.abs() + eq, k.abs() + ek)
     scores = up(q, k) * d**-0.5
     if args.get("attn_mask") is not None:
@@ -168,7 +174,17 @@ LINEAR = ("Linear", "Conv2d", "MatMul", "ReduceMean", "ReduceSum", "AveragePool2
 def other_bound(node, args, y, source):
     """Of operators that hold no packed weight."""
     tensors = [a for a in args.values() if isinstance(a, torch.Tensor)]
-    if node.op in (*MOVES, "Item", "Relu", "Clip", "MaxPool1d", "MaxPool2d", "ReduceMax", "Concat", "Stack"):
+    if node.op in (
+        *MOVES,
+        "Item",
+        "Relu",
+        "Clip",
+        "MaxPool1d",
+        "MaxPool2d",
+        "ReduceMax",
+        "Concat",
+        "Stack",
+    ):
         return torch.zeros_like(y)
     if node.op in LINEAR:  # sums of products: of their sizes
         sizes = {k: a.abs() if isinstance(a, torch.Tensor) else a for k, a in args.items()}
@@ -188,7 +204,9 @@ def other_bound(node, args, y, source):
     if node.op == "Attention":
         q, k, v = (args[n].abs() for n in "QKV")
         sizes = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        relative = torch.expm1(2 * gamma(q.shape[-1] + 8) * sizes.amax()) + 64 * U * (1 + sizes.amax())
+        relative = torch.expm1(2 * gamma(q.shape[-1] + 8) * sizes.amax()) + 64 * U * (
+            1 + sizes.amax()
+        )
         return relative * v.amax(-2, keepdim=True)
     if node.op == "Sin":
         return 4 * U * (1 + args["x"].abs())
@@ -234,7 +252,10 @@ def check_values(net, x, tmp_path, flags=None, name="net"):
     program = compiled(tmp_path / f"{name}.c", *([flags] if flags else []), probes=True)
     given = [t[:1].int().numpy() if not t.is_floating_point() else t[:1].numpy() for t in inputs]
     outputs, probes = program.run(*given), program.probes()
-    of = {i.name: t[:1].double() if t.is_floating_point() else t[:1] for i, t in zip(source.program.inputs, inputs, strict=True)}
+    of = {
+        i.name: t[:1].double() if t.is_floating_point() else t[:1]
+        for i, t in zip(source.program.inputs, inputs, strict=True)
+    }
     double = {k: t.double() if t.is_floating_point() else t for k, t in source.state.items()}
     source = type(source)(source.program, source.net.double(), double, source.example)
     checked = 0
@@ -249,7 +270,9 @@ def check_values(net, x, tmp_path, flags=None, name="net"):
             found = torch.from_numpy(probes[node.out]).double().reshape(y.shape)
             bound = bound_of(node, source, args, y)
             error = (found - y).abs()
-            assert (error <= bound).all(), f"{node.op} {node.layer} {node.out}: {error.max():.2e} over {bound.max():.2e}"
+            assert (error <= bound).all(), (
+                f"{node.op} {node.layer} {node.out}: {error.max():.2e} over {bound.max():.2e}"
+            )
             of[node.out] = (found, None) if isinstance(of[node.out], tuple) else found
             checked += 1
     wanted = source.net.float()(*inputs)
@@ -313,7 +336,7 @@ def test_a_u_net(tmp_path):
 
 
 class Sequence(nn.Module):
-    """A transformer encoder over tokens, with a mask, and a one-dimensional convolution before it."""
+    """A transformer encoder over tokens, with a mask, and a Conv1d before it."""
 
     def __init__(self):
         super().__init__()
@@ -370,12 +393,17 @@ def random_layer(module, grid, generator, rank=0):
     codes = torch.randint(0, grid.n_levels, shape, generator=generator).to(torch.uint8)
     from subbyte.core.functional import n_groups, round_scale
 
-    scale = round_scale(torch.rand(n_groups(shape, grid), generator=generator) + 0.1, grid.scale_domain)
+    scale = round_scale(
+        torch.rand(n_groups(shape, grid), generator=generator) + 0.1, grid.scale_domain
+    )
     tensor = QuantizedTensor(codes, scale, grid)
     if not rank:
         return QuantizedLayer(tensor, module.bias)
     groups = getattr(module, "groups", 1)
-    up, down = (torch.randn(s, generator=generator) for s in ((shape[0], rank), (groups * rank, codes[0].numel())))
+    up, down = (
+        torch.randn(s, generator=generator)
+        for s in ((shape[0], rank), (groups * rank, codes[0].numel()))
+    )
     if rank % 2:
         up, down = (p.mul(40).clamp(-127, 127).to(torch.int8) for p in (up, down))
     else:
@@ -422,22 +450,58 @@ class Operators(nn.Module):
     def __init__(self):
         super().__init__()
         self.line, self.plain = nn.Linear(6, 6), nn.Conv2d(4, 4, 3, padding=1, groups=2)
-        self.shape, self.slope = nn.Parameter(torch.randn(1, 4, 1, 6)), nn.Parameter(torch.rand(4, 1, 1))
+        self.shape, self.slope = (
+            nn.Parameter(torch.randn(1, 4, 1, 6)),
+            nn.Parameter(torch.rand(4, 1, 1)),
+        )
 
     def forward(self, x):
         y = self.plain(x) * self.slope + self.shape
-        pools = [F.max_pool2d(y, 3, 2, 1), F.avg_pool2d(y, (2, 3), (2, 1), (1, 1), ceil_mode=True),
-                 F.avg_pool2d(y, 2, count_include_pad=False, padding=1), F.adaptive_avg_pool2d(y, (3, 4))]
+        pools = [
+            F.max_pool2d(y, 3, 2, 1),
+            F.avg_pool2d(y, (2, 3), (2, 1), (1, 1), ceil_mode=True),
+            F.avg_pool2d(y, 2, count_include_pad=False, padding=1),
+            F.adaptive_avg_pool2d(y, (3, 4)),
+        ]
         z = self.line(x)
-        each = [F.elu(z), F.leaky_relu(z, 0.1), F.hardsigmoid(z), F.mish(z), F.softplus(z), z.sigmoid(),
-                F.gelu(z, approximate="tanh"), z.abs().sqrt(), z.pow(2), z.exp(), -z, 1 - z, z / 3,
-                z.clamp(-0.5, 0.25), torch.maximum(z, x), torch.sin(z), F.hardtanh(9 * z, 0, 6)]
+        each = [
+            F.elu(z),
+            F.leaky_relu(z, 0.1),
+            F.hardsigmoid(z),
+            F.mish(z),
+            F.softplus(z),
+            z.sigmoid(),
+            F.gelu(z, approximate="tanh"),
+            z.abs().sqrt(),
+            z.pow(2),
+            z.exp(),
+            -z,
+            1 - z,
+            z / 3,
+            z.clamp(-0.5, 0.25),
+            torch.maximum(z, x),
+            torch.sin(z),
+            F.hardtanh(9 * z, 0, 6),
+        ]
         a, b = z.chunk(2, -1)
-        rest = [F.scaled_dot_product_attention(x, z, y, is_causal=True), x @ z.transpose(2, 3), a * b,
-                z.roll(1, 3), z.flip(2), F.pixel_shuffle(z, 2), z.softmax(1), z.amax(2), z.sum((2, 3)),
-                F.pad(z, (1, 2), value=0.5), z.repeat(1, 2, 1, 1), torch.stack([a, b], 2),
-                F.rms_norm(z, (6,), self.slope.flatten()[:1].expand(6)), F.interpolate(z, (7, 9)),
-                z.unfold(2, 3, 2), z.permute(2, 0, 3, 1)[1]]
+        rest = [
+            F.scaled_dot_product_attention(x, z, y, is_causal=True),
+            x @ z.transpose(2, 3),
+            a * b,
+            z.roll(1, 3),
+            z.flip(2),
+            F.pixel_shuffle(z, 2),
+            z.softmax(1),
+            z.amax(2),
+            z.sum((2, 3)),
+            F.pad(z, (1, 2), value=0.5),
+            z.repeat(1, 2, 1, 1),
+            torch.stack([a, b], 2),
+            F.rms_norm(z, (6,), self.slope.flatten()[:1].expand(6)),
+            F.interpolate(z, (7, 9)),
+            z.unfold(2, 3, 2),
+            z.permute(2, 0, 3, 1)[1],
+        ]
         return pools + each + rest
 
 
@@ -445,7 +509,9 @@ class Operators(nn.Module):
 def test_operators(tmp_path):
     torch.manual_seed(0)
     net = Operators()
-    sb.prepare(net, sb.Recipe((sb.Rule(names="plain", method=None), sb.Rule(method=sb.LowRes(levels=3)))))
+    sb.prepare(
+        net, sb.Recipe((sb.Rule(names="plain", method=None), sb.Rule(method=sb.LowRes(levels=3))))
+    )
     net = sb.pack(sb.freeze(net), precision="float32").eval()
     _, checked = check_values(net, torch.randn(2, 4, 6, 6), tmp_path)
     assert checked >= 30
@@ -490,7 +556,7 @@ def check_integers(program, net, x, fraction, bits):
 
 @needs_gcc
 @pytest.mark.parametrize(
-    "batchnorm, form, fraction, bits",
+    ("batchnorm", "form", "fraction", "bits"),
     [("power_of_two", "int16", 8, 16), ("power_of_two", "int8", 4, 8), ("absorb", "int8", 4, 8)],
 )
 def test_lenet5_in_integers_is_equal_to_the_bit(batchnorm, form, fraction, bits, tmp_path):
@@ -502,7 +568,9 @@ def test_lenet5_in_integers_is_equal_to_the_bit(batchnorm, form, fraction, bits,
 
 
 @needs_gcc
-@pytest.mark.parametrize("batchnorm, bits", [("power_of_two", 2), ("absorb", 3), ("power_of_two", 4)])
+@pytest.mark.parametrize(
+    ("batchnorm", "bits"), [("power_of_two", 2), ("absorb", 3), ("power_of_two", 4)]
+)
 def test_sums_pools_and_groups_in_integers(batchnorm, bits, tmp_path):
     torch.manual_seed(bits)
     net = fixed(Whole(), bits, batchnorm)
@@ -554,11 +622,18 @@ class Refused(nn.Module):
 REFUSED = [
     (nn.Conv3d(2, 2, 1), (2, 2, 3, 3, 3), lambda x: x, r"layer 'layer' is a Conv3d"),
     (nn.Conv2d(2, 2, 1), (2, 2, 3, 3), lambda x: x.cumsum(2), r"operator 'CumSum' \(\w+\)"),
-    (nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), (2, 2, 4, 4), lambda x: x, r"'layer' pads .*reflect"),
+    (
+        nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"),
+        (2, 2, 4, 4),
+        lambda x: x,
+        r"'layer' pads .*reflect",
+    ),
 ]
 
 
-@pytest.mark.parametrize("layer, shape, operation, message", REFUSED, ids=["conv3d", "cumsum", "mode"])
+@pytest.mark.parametrize(
+    ("layer", "shape", "operation", "message"), REFUSED, ids=["conv3d", "cumsum", "mode"]
+)
 def test_what_c_cannot_hold_is_named(layer, shape, operation, message, tmp_path):
     net = Refused(layer, operation)
     sb.prepare(net, sb.LowRes(levels=3))
@@ -572,7 +647,9 @@ def test_scales_along_another_dimension_are_refused(tmp_path):
     net = nn.Sequential(nn.Conv2d(4, 3, 1))
     made = {"0": random_layer(net[0], uniform(3, PerChannel(1)), torch.Generator())}
     with pytest.raises(SubbyteError, match=r"layer '0' has a scale per .*PerChannel\(0\)"):
-        sb.export(sb.pack(sb.Quantized(net, made)), tmp_path / "net.c", example=torch.randn(2, 4, 3, 3))
+        sb.export(
+            sb.pack(sb.Quantized(net, made)), tmp_path / "net.c", example=torch.randn(2, 4, 3, 3)
+        )
 
 
 def test_names_and_numbers_of_c():

@@ -10,6 +10,7 @@ from torch import nn
 
 import subbyte as sb
 from subbyte import SubbyteError
+from subbyte.core.functional import n_groups, round_scale
 from subbyte.core.grids import (
     Grid,
     PerChannel,
@@ -19,7 +20,6 @@ from subbyte.core.grids import (
     fixed_point,
     uniform,
 )
-from subbyte.core.functional import n_groups, round_scale
 from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor
 from subbyte.export.gguf_tokens import pre_tokenizer, tokens_of
 from subbyte.storage.pretrained import save_pretrained
@@ -28,6 +28,7 @@ gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 
 from subbyte.export.gguf import FAST, SMALL, blocks  # noqa: E402
 
+BY_CHANNEL = PerChannel(0)
 HALF, TWO = ScaleDomain.FLOAT16, ScaleDomain.POWER_OF_TWO
 
 
@@ -43,7 +44,7 @@ def weight(grid, shape=(6, 512), rank=0):
     return sb.pack(sb.Quantized(net, {"0": made}))[0].packed
 
 
-def whole(top, sharing=PerChannel(0), domain=HALF):
+def whole(top, sharing=BY_CHANNEL, domain=HALF):
     return Grid(tuple(float(i) for i in range(-top, top + 1)), sharing, domain)
 
 
@@ -63,7 +64,7 @@ FITS = [
 ]
 
 
-@pytest.mark.parametrize("grid, small, fast", FITS, ids=str)
+@pytest.mark.parametrize(("grid", "small", "fast"), FITS, ids=str)
 def test_blocks_read_back_to_the_last_bit(grid, small, fast):
     packed = weight(grid)
     wanted = packed.matrix().decoded().numpy()
@@ -77,15 +78,25 @@ def test_blocks_read_back_to_the_last_bit(grid, small, fast):
 
 
 REFUSED = [
-    (weight, (uniform(3, PerChannel(0)), (6, 512)), r"float16 does not hold.*-1 to 1.*256.*'float16'"),
+    (
+        weight,
+        (uniform(3, PerChannel(0)), (6, 512)),
+        r"float16 does not hold.*-1 to 1.*256.*'float16'",
+    ),
     (weight, (uniform(15, PerGroup(16), HALF), (6, 512)), r"more than one scale.*-7 to 7"),
-    (weight, (Grid((-1.0, 0.0, 0.7, 1.0), PerChannel(0), HALF), (6, 512)), r"not whole numbers.*-2 to 2"),
+    (
+        weight,
+        (Grid((-1.0, 0.0, 0.7, 1.0), PerChannel(0), HALF), (6, 512)),
+        r"not whole numbers.*-2 to 2",
+    ),
     (weight, (uniform(3, PerChannel(0), HALF), (6, 40)), r"rows of 40 .*keep the layer in float"),
     (weight, (uniform(3, PerChannel(0), HALF), (6, 512), 2), r"adapter.*max_rank=0"),
 ]
 
 
-@pytest.mark.parametrize("make, given, message", REFUSED, ids=["float32", "groups", "uneven", "rows", "adapter"])
+@pytest.mark.parametrize(
+    ("make", "given", "message"), REFUSED, ids=["float32", "groups", "uneven", "rows", "adapter"]
+)
 def test_what_does_not_fit_names_the_grid_that_does(make, given, message):
     with pytest.raises(SubbyteError, match=f"layer 'model.x'.*{message}") as caught:
         blocks("model.x", make(*given), SMALL)
@@ -105,14 +116,17 @@ def test_what_is_no_llama_is_refused(tmp_path):
 
 def test_tokens_and_pre_tokenizers():
     data = {"model": {"vocab": {"a": 0, "b": 2}}, "added_tokens": [
-        {"id": 1, "content": "<s>", "special": True}, {"id": 2, "content": "b", "special": False}]}  # fmt: skip
+        {"id": 1, "content": "<s>", "special": True},
+        {"id": 2, "content": "b", "special": False},
+    ]}  # fmt: skip
     assert tokens_of(data, 5) == (["a", "<s>", "b", "[PAD3]", "[PAD4]"], [1, 3, 4, 5, 5])
     digits = {"type": "Digits", "individual_digits": True}
     steps = [digits, {"type": "ByteLevel"}]
     assert pre_tokenizer({"type": "Sequence", "pretokenizers": steps}) == ("smollm", [])
     assert pre_tokenizer({"type": "ByteLevel"}) == ("gpt-2", [])
     name, notes = pre_tokenizer({"type": "Whitespace"})
-    assert name == "default" and "Whitespace" in notes[0]
+    assert name == "default"
+    assert "Whitespace" in notes[0]
 
 
 # ---------------------------------------------------------------- whole models of transformers
@@ -132,12 +146,19 @@ def folder_of(path, **settings):
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    steps = [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
+    )
     tokenizer.train_from_iterator(["hello small world of 123 words, hello"] * 9, trainer)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    )
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(fast) + 2, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
@@ -174,18 +195,30 @@ def test_a_llama_is_read_back(tmp_path, tied):
     reader = gguf.GGUFReader(tmp_path / "net.gguf")
     tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
     assert ("output.weight" in tensors) is not tied
-    for name, heads in (("attn_q", 4), ("attn_k", 2), ("attn_v", 0), ("attn_output", 0), ("ffn_down", 0)):
-        ours = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-                "attn_output": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}[name]  # fmt: skip
+    for name, heads in (
+        ("attn_q", 4),
+        ("attn_k", 2),
+        ("attn_v", 0),
+        ("attn_output", 0),
+        ("ffn_down", 0),
+    ):
+        ours = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+                "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}[name]  # fmt: skip
         found = tensors[f"blk.1.{name}.weight"]
         found = halves_from_neighbours(found, heads) if heads else found
         wanted = net.get_submodule(f"model.layers.1.{ours}").weight.numpy()
         assert np.array_equal(found, wanted), name
     assert np.array_equal(tensors["output_norm.weight"], net.model.norm.weight.detach().numpy())
-    assert np.array_equal(tensors["token_embd.weight"], net.model.embed_tokens.weight.detach().numpy())
+    assert np.array_equal(
+        tensors["token_embd.weight"], net.model.embed_tokens.weight.detach().numpy()
+    )
     fields = {k: f.contents() for k, f in reader.fields.items()}
-    for key, value in {"embedding_length": 256, "block_count": 2, "feed_forward_length": 512, "attention.head_count": 4,
-                       "attention.head_count_kv": 2, "rope.freq_base": 5000.0, "rope.dimension_count": 64}.items():  # fmt: skip
+    settings = {
+        "embedding_length": 256, "block_count": 2, "feed_forward_length": 512,
+        "attention.head_count": 4, "attention.head_count_kv": 2, "rope.freq_base": 5000.0,
+        "rope.dimension_count": 64,
+    }  # fmt: skip
+    for key, value in settings.items():
         assert fields[f"llama.{key}"] == value
     assert fields["tokenizer.ggml.pre"] == "smollm"
     vocabulary = {text: number for number, text in enumerate(fields["tokenizer.ggml.tokens"])}

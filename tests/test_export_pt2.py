@@ -26,7 +26,13 @@ assert ("subbyte" in sys.modules) == {needs}
 def in_a_fresh_process(path, cases, packed):
     torch.save(cases, path.with_suffix(".pt"))
     first = "import subbyte" if packed else ""
-    command = [sys.executable, "-c", OPEN.format(first=first, needs=packed), path.with_suffix(".pt"), path]
+    command = [
+        sys.executable,
+        "-c",
+        OPEN.format(first=first, needs=packed),
+        path.with_suffix(".pt"),
+        path,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -83,4 +89,5 @@ def test_what_was_fused_into_a_layer_is_decoded_too():
     plain = decoded(net)
     assert not [m for m in plain.modules() if "Packed" in type(m).__name__]
     assert torch.allclose(plain(x), net(x), atol=1e-6)
-    assert (plain(x) >= 0).all() and (plain(x) == 0).any()
+    assert (plain(x) >= 0).all()
+    assert (plain(x) == 0).any()

@@ -1,8 +1,8 @@
 """GGUF: Llama-form language models of `transformers` for llama.cpp.
 
 A packed weight becomes a type of ggml only where that type holds it to the last bit: rows of blocks
-of 32 or 256 whole numbers, each block with one float16 scale. What does not fit is refused, with the
-grid that would. Names and order of keys and tensors are those of llama.cpp's converter, rows of the
+of 32 or 256 whole numbers, each block with one float16 scale. What does not fit is refused, with
+the grid that would. Names and order of keys and tensors are those of llama.cpp's converter, rows of the
 query and key projections in its order too.
 """
 
@@ -33,7 +33,7 @@ LLAMA = ("llama", "mistral")
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A type of ggml. block: weights with one float16 scale. lowest, highest: whole numbers in it."""
+    """A type of ggml. block: weights with one float16 scale. lowest, highest: of their numbers."""
 
     name: str
     block: int
@@ -50,7 +50,7 @@ FAST = SMALL[1:]
 
 
 def build(request: Request) -> Built:
-    """One .gguf. Raises SubbyteError for a network of another form, and for grids that do not fit."""
+    """One .gguf. Raises SubbyteError for networks of another form, and grids that do not fit."""
     net: Any = request.net
     config = _config(net)
     kinds = FAST if request.form == "fast" else SMALL
@@ -73,7 +73,7 @@ class Stored:
 
 def _config(net: Any) -> Any:
     """The settings. Raises SubbyteError for what is no Llama of `transformers`."""
-    config = getattr(net, "config", None)
+    config: Any = getattr(net, "config", None)
     kind = getattr(config, "model_type", type(net).__name__)
     if kind not in LLAMA or not hasattr(net, "lm_head"):
         raise SubbyteError(
@@ -82,9 +82,13 @@ def _config(net: Any) -> Any:
         )
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if rope.get("rope_type", "default") != "default":
-        raise SubbyteError(f"rope_type '{rope['rope_type']}' is not held by .gguf files here, 'default' is")
+        raise SubbyteError(
+            f"rope_type '{rope['rope_type']}' is not held by .gguf files here, 'default' is"
+        )
     if config.hidden_act != "silu":
-        raise SubbyteError(f"hidden_act '{config.hidden_act}' is not a Llama's in .gguf files, 'silu' is")
+        raise SubbyteError(
+            f"hidden_act '{config.hidden_act}' is not a Llama's in .gguf files, 'silu' is"
+        )
     return config
 
 
@@ -147,13 +151,18 @@ def _order(layer: str, config: Any, rows: int) -> Any:
 # ---------------------------------------------------------------- blocks
 
 
-def blocks(name: str, packed: PackedWeight, kinds: Sequence[Kind]) -> tuple[Kind, NDArray[np.uint8]]:
+def blocks(
+    name: str, packed: PackedWeight, kinds: Sequence[Kind]
+) -> tuple[Kind, NDArray[np.uint8]]:
     """The smallest type that holds a weight [rows, width] to the last bit, and its bytes [rows, n].
 
     Raises SubbyteError that names the layer and the nearest grid that fits.
     """
     if packed.up is not None:
-        raise SubbyteError(f"layer '{name}' has an adapter, which .gguf files do not hold; quantize it without one (max_rank=0)")
+        raise SubbyteError(
+            f"layer '{name}' has an adapter, which .gguf files do not hold; quantize it without one "
+            "(max_rank=0)"
+        )
     whole, unit = whole_levels(packed.grid)
     reasons = []
     for kind in kinds:
@@ -161,7 +170,10 @@ def blocks(name: str, packed: PackedWeight, kinds: Sequence[Kind]) -> tuple[Kind
         if not isinstance(found, str):
             return kind, found
         reasons.append(f"{kind.name}: {found}")
-    raise SubbyteError(f"layer '{name}' does not fit a .gguf file to the last bit ({'; '.join(reasons)}); {nearest(packed)}")
+    raise SubbyteError(
+        f"layer '{name}' does not fit a .gguf file to the last bit ({'; '.join(reasons)}); "
+        f"{nearest(packed)}"
+    )
 
 
 def whole_levels(grid: Grid) -> tuple[NDArray[np.int64] | None, float]:
@@ -170,7 +182,9 @@ def whole_levels(grid: Grid) -> tuple[NDArray[np.int64] | None, float]:
     gap = float(np.diff(levels).min())
     for unit in (gap, gap / 2):
         whole = np.round(levels / unit)
-        if np.abs(whole).max() <= 255 and np.allclose(levels, whole * unit, rtol=1e-12, atol=1e-12 * gap):
+        if np.abs(whole).max() <= 255 and np.allclose(
+            levels, whole * unit, rtol=1e-12, atol=1e-12 * gap
+        ):
             return whole.astype(np.int64), unit
     return None, gap
 
@@ -212,8 +226,8 @@ def nearest(packed: PackedWeight) -> str:
     top = odd // 2
     block = 256 if odd == 3 and width % 256 == 0 else 32
     return (
-        f"the nearest grid that fits has the whole levels -{top} to {top}, scales per channel or per "
-        f"group of a multiple of {block}, and scale_domain 'float16' (or 'power_of_two')"
+        f"the nearest grid that fits has the whole levels -{top} to {top}, scales per channel or "
+        f"per group of a multiple of {block}, and scale_domain 'float16' (or 'power_of_two')"
     )
 
 

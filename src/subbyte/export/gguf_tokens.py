@@ -1,4 +1,4 @@
-"""The tokenizer of a language model as keys of a GGUF file, as llama.cpp's converter lays it out."""
+"""The tokenizer of a language model as keys of a GGUF file, as llama.cpp's converter has them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def add_tokenizer(writer: Any, config: Any) -> list[str]:
     tokens, types = tokens_of(data, config.vocab_size)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]])
+    writer.add_token_merges(
+        [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]]
+    )
     _add_special(writer, settings, {t: i for i, t in enumerate(tokens)}, config)
     return notes
 
@@ -54,9 +56,13 @@ def pre_tokenizer(data: Any) -> tuple[str, list[str]]:
         return "smollm", []
     if kinds == ["ByteLevel"]:
         return "gpt-2", []
-    if kinds == ["Split", "ByteLevel"] and r"\p{N}{1,3}" in json.dumps(steps[0]).replace("\\\\", "\\"):
+    if kinds == ["Split", "ByteLevel"] and r"\p{N}{1,3}" in json.dumps(steps[0]).replace(
+        "\\\\", "\\"
+    ):
         return "llama-bpe", []
-    return "default", [f"the pre-tokenizer {kinds} has no name in llama.cpp here; 'default' is written"]
+    return "default", [
+        f"the pre-tokenizer {kinds} has no name in llama.cpp here; 'default' is written"
+    ]
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -64,7 +70,9 @@ def _settings(folder: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
-def _add_special(writer: Any, settings: Mapping[str, Any], numbers: Mapping[str, int], config: Any) -> None:
+def _add_special(
+    writer: Any, settings: Mapping[str, Any], numbers: Mapping[str, int], config: Any
+) -> None:
     for name in _SPECIAL:
         number = _number(settings.get(f"{name}_token"), numbers)
         if number is None:

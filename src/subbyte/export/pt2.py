@@ -42,7 +42,9 @@ def fixed_batch(exported: Any, args: tuple[Tensor, ...]) -> tuple[str, ...]:
             exported.module()(*more)
     except (AssertionError, RuntimeError):  # its guards
         n = next(x.shape[0] for x in args if x.ndim)
-        return (f"torch.export fixes the batch at {n}; give an example of the batch that is to run",)
+        return (
+            f"torch.export fixes the batch at {n}; give an example of the batch that is to run",
+        )
     return ()
 
 
@@ -59,7 +61,9 @@ def _exported(net: nn.Module, args: tuple[Tensor, ...]) -> Any:
         return torch.export.export(net, args, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # whatever the network's forward does with traced tensors
         first = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise SubbyteError(f"{type(net).__name__} cannot be exported: {first.strip()[:300]}") from None
+        raise SubbyteError(
+            f"{type(net).__name__} cannot be exported: {first.strip()[:300]}"
+        ) from None
 
 
 def decoded(net: nn.Module) -> nn.Module:
@@ -87,7 +91,11 @@ class _Then(nn.Module):
     def forward(self, input: Tensor, plus: Tensor | None = None) -> Tensor:
         y: Tensor = self.layer(input)
         y = y if plus is None else y + plus
-        return y if self.activation == "none" else y.clamp(0, 6 if self.activation == "relu6" else None)
+        return (
+            y
+            if self.activation == "none"
+            else y.clamp(0, 6 if self.activation == "relu6" else None)
+        )
 
 
 def _plain(path: str, module: Any) -> nn.Module:

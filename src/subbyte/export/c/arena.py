@@ -47,7 +47,7 @@ def _lifetimes(
 def _in_place(
     buffers: Sequence[Buffer], steps: Sequence[Step], lives: dict[int, tuple[int, int]]
 ) -> dict[int, int]:
-    """Buffer -> the one whose place it shares: what a step reads for the last time, it may write."""
+    """Buffer -> the one whose place it shares: what a step reads last, it may write."""
     leader = {b: b for b in lives}
     for at, step in enumerate(steps):
         out = step.out.buffer

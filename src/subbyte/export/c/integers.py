@@ -1,8 +1,9 @@
 """From a program to a listing in integers alone: what `graph.integer` computes, equal to the bit.
 
-Every value is whole numbers times 2^-fraction, with one fraction per value. A packed layer rounds its
-input to `fraction` bits behind the point (half up), saturates it to `bits`, and sums code * x. A norm
-that `pack` has absorbed is x * scale + shift with whole scales. What is between layers stays exact.
+Every value is whole numbers times 2^-fraction, with one fraction per value. A packed layer rounds
+its input to `fraction` bits behind the point (half up), saturates it to `bits`, and sums code * x.
+A norm that `pack` has absorbed is x * scale + shift with whole scales. What is between layers stays
+exact.
 Bounds of all values are known here, so that no sum can overflow.
 """
 
@@ -93,22 +94,32 @@ class Integers:
     def _round(self, x: View, before: Fixed) -> View:
         shift = before.fraction - self.fraction
         if not -30 <= shift <= 52:
-            raise SubbyteError(f"a value has {before.fraction} bits behind the point, too far from {self.fraction}")
-        self.largest = max(self.largest, before.bound + 2 ** max(0, shift - 1), self.top << max(0, -shift))
+            raise SubbyteError(
+                f"a value has {before.fraction} bits behind the point, too far from {self.fraction}"
+            )
+        self.largest = max(
+            self.largest, before.bound + 2 ** max(0, shift - 1), self.top << max(0, -shift)
+        )
         y = self.listing.new(x.shape)
         self.listing.step("round_to", (x, y, str(shift), str(self.top), str(x.size)), y)
         return self.note(y, Fixed(self.fraction, self.top, rounded=True), "an input")
 
 
-def lower_integers(values: Values, listing: Listing, fraction: int, bits: int) -> tuple[Integers, list[View]]:
+def lower_integers(
+    values: Values, listing: Listing, fraction: int, bits: int
+) -> tuple[Integers, list[View]]:
     """Fills the listing; returns what is known, and the outputs. Raises SubbyteError, naming it."""
     if not 2 <= bits <= 32 or not -64 <= fraction <= 64:
-        raise SubbyteError(f"bits={bits}, fraction={fraction}; use 2 to 32 bits, -64 to 64 behind the point")
+        raise SubbyteError(
+            f"bits={bits}, fraction={fraction}; use 2 to 32 bits, -64 to 64 behind the point"
+        )
     state = Integers(listing, values, fraction, bits)
     views: dict[str, Any] = inputs_of(values, listing)
     for name, view in views.items():
         if not values.of[name].is_floating_point():
-            raise SubbyteError(f"input '{name}' is whole numbers; the integer form takes fixed point")
+            raise SubbyteError(
+                f"input '{name}' is whole numbers; the integer form takes fixed point"
+            )
         state.note(view, Fixed(fraction, state.top, rounded=True), name)
     for node in values.source.program.nodes:
         if node.out not in values.fixed:
@@ -129,7 +140,9 @@ def _node(state: Integers, node: Node, views: Mapping[str, Any]) -> Any:
     if node.op in _MOVED:
         return _moved(state, call)
     if node.op not in _KNOWN:
-        raise SubbyteError(f"operator '{node.op}' ({node.out}) has no run in integers; use form='float'")
+        raise SubbyteError(
+            f"operator '{node.op}' ({node.out}) has no run in integers; use form='float'"
+        )
     return _KNOWN[node.op](state, call)
 
 
@@ -156,14 +169,18 @@ def _layer(state: Integers, node: Node, args: dict[str, Any]) -> View:
         )
     if not isinstance(layer, PackedLinear | PackedConv2d):
         kind = type(layer).__name__.removeprefix("Packed")
-        raise SubbyteError(f"layer '{node.layer}' ({kind}) has no run in integers; use form='float'")
+        raise SubbyteError(
+            f"layer '{node.layer}' ({kind}) has no run in integers; use form='float'"
+        )
     return _product(state, node, layer, args)
 
 
 def _product(state: Integers, node: Node, layer: Any, args: dict[str, Any]) -> View:
     weight = fixed_weight(node.layer, layer)
     if "plus" in args or layer.activation != "none" or layer.packed.up is not None:
-        raise SubbyteError(f"layer '{node.layer}' has an adapter or was fused; integers take it without")
+        raise SubbyteError(
+            f"layer '{node.layer}' has an adapter or was fused; integers take it without"
+        )
     x = state.rounded(args["x"])
     fraction = state.fraction - weight.exponent
     bias = whole_bias(layer.bias, fraction)
@@ -218,14 +235,20 @@ def _affine(state: Integers, node: Node, layer: Affine, x: View) -> View:
         fraction = max(fraction, state.fraction + 1)
     else:
         fraction = max(fraction, behind)
-    scale = [int(v) << (fraction - before.fraction + int(k)) if v else 0 for v, k in zip(m, e, strict=True)]
+    scale = [
+        int(v) << (fraction - before.fraction + int(k)) if v else 0
+        for v, k in zip(m, e, strict=True)
+    ]
     shift = [math.floor(math.ldexp(v, fraction)) for v in layer.shift.tolist()]
     bound = max(abs(s) * before.bound + abs(t) for s, t in zip(scale, shift, strict=True))
     if bound << max(0, behind - fraction) >= EXACT and EXCESS not in state.notes:
         state.notes.append(EXCESS)
     y = state.listing.new(x.shape)
-    arrays = [state.listing.constant(torch.tensor(v), f"{node.layer}.{n}") for v, n in ((scale, "scale"), (shift, "shift"))]
-    args = (x, y, *arrays, str(x.shape[1]), str(x.size // x.shape[1]))
+    arrays = [
+        state.listing.constant(torch.tensor(v), f"{node.layer}.{n}")
+        for v, n in ((scale, "scale"), (shift, "shift"))
+    ]
+    args: tuple[str | View, ...] = (x, y, *arrays, str(x.shape[1]), str(x.size // x.shape[1]))
     state.listing.step("affine_integer", args, y, (x,))
     return state.note(y, Fixed(fraction, bound), node.layer)
 
@@ -251,7 +274,11 @@ def _is_rounded_next(values: Values, name: str) -> bool:
     if name in names(values.source.program.output):
         return False
     readers = [n for n in values.source.program.nodes if name in names(dict(n.args))]
-    return all(_rounds(values, n) or (n.op in _MONOTONE and _is_rounded_next(values, n.out)) for n in readers if n.out not in values.fixed)
+    return all(
+        _rounds(values, n) or (n.op in _MONOTONE and _is_rounded_next(values, n.out))
+        for n in readers
+        if n.out not in values.fixed
+    )
 
 
 def _rounds(values: Values, node: Node) -> bool:
@@ -293,7 +320,11 @@ def _equal_parts(call: Call, x: View, shape: Any) -> Frame:
     (channels, h, w), (_, rows, columns) = layers.planes(x), layers.planes(View(0, tuple(shape)))
     kernel = (h // max(1, rows), w // max(1, columns))
     given = {"kernel_shape": kernel, "strides": kernel, "pads": 0}
-    asked = {k: layers.pair(call.args[k], kernel[0]) if k != "pads" else call.args[k] for k in given if call.args.get(k)}
+    asked = {
+        k: layers.pair(call.args[k], kernel[0]) if k != "pads" else call.args[k]
+        for k in given
+        if call.args.get(k)
+    }
     axes = [a % len(x.shape) for a in call.args.get("axes") or (2, 3)]
     plain = all(given[k] == v for k, v in asked.items()) and axes == [2, 3]
     if channels != shape[1] or h % max(1, rows) or w % max(1, columns) or not plain:
@@ -303,7 +334,11 @@ def _equal_parts(call: Call, x: View, shape: Any) -> Frame:
 
 def _add(state: Integers, call: Call) -> View:
     a, b = call.view("a"), call.view("b")
-    if a.shape != b.shape or call.number("alpha", 1) != 1 or not {a.buffer, b.buffer} <= set(state.facts):
+    if (
+        a.shape != b.shape
+        or call.number("alpha", 1) != 1
+        or not {a.buffer, b.buffer} <= set(state.facts)
+    ):
         raise call.refusal("adds values of two shapes, or a constant, in integers")
     a, b = _same_fraction(state, [a, b])
     y = call.listing.new(call.shape)

@@ -112,7 +112,9 @@ def window(listing: Listing, x: View, y: View, frame: Frame) -> str:
         *frame.dilation, *frame.pads,
     )  # fmt: skip
     if max(fields) >= 2**15:
-        raise SubbyteError(f"a window over {x.shape} has a size of {max(fields)}; C source holds up to 32767")
+        raise SubbyteError(
+            f"a window over {x.shape} has a size of {max(fields)}; C source holds up to 32767"
+        )
     return listing.struct("window", fields, "window")
 
 
@@ -238,7 +240,9 @@ def multihead(listing: Listing, name: str, layer: PackedMultiheadAttention, args
     """`nn.MultiheadAttention` of one example; args: views, and the mask as a tensor or None."""
     query, key, value, mask = args
     if layer.bias_k is not None or layer.add_zero_attn:
-        raise SubbyteError(f"layer '{name}' extends keys (bias_k, add_zero_attn), C source does not")
+        raise SubbyteError(
+            f"layer '{name}' extends keys (bias_k, add_zero_attn), C source does not"
+        )
     width, n = layer.embed_dim, layer.num_heads
     queries, keys = query.size // width, key.size // key.shape[-1]
     if layer.joint and query == key == value:
@@ -257,9 +261,7 @@ def multihead(listing: Listing, name: str, layer: PackedMultiheadAttention, args
     return linear_module(listing, mixed, f"{name}.out_proj", layer.out_proj)
 
 
-def _separate(
-    listing: Listing, name: str, layer: Any, inputs: Sequence[View]
-) -> list[View]:
+def _separate(listing: Listing, name: str, layer: Any, inputs: Sequence[View]) -> list[View]:
     if layer.joint:
         raise SubbyteError(
             f"layer '{name}' projects query, key and value by one weight, and they are not one "
@@ -281,7 +283,9 @@ def _projected(listing: Listing, name: str, layer: Any, part: str, x: View) -> V
 
 def linear_module(listing: Listing, x: View, name: str, layer: Any) -> View:
     """A Linear, packed or float."""
-    weight = layer.packed if isinstance(getattr(layer, "packed", None), PackedWeight) else layer.weight
+    weight = (
+        layer.packed if isinstance(getattr(layer, "packed", None), PackedWeight) else layer.weight
+    )
     return linear(listing, x, Product(name, weight, layer.bias))
 
 

@@ -34,7 +34,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """kind: INPUT, CONSTANT or ARENA. size: elements. name: the pointer in C, not of an ARENA one."""
+    """kind: INPUT, CONSTANT or ARENA. size: elements. name: the pointer in C, unless ARENA."""
 
     kind: str
     size: int
@@ -117,7 +117,7 @@ class Listing:
         return name if ctype == "int" else f"&{name}"
 
     def constant(self, value: Tensor, hint: str) -> View:
-        """A tensor that does not depend on inputs: floats, or whole numbers of a fixed-point network."""
+        """A tensor that does not depend on inputs: floats, or whole numbers of fixed point."""
         value = value.detach().contiguous()
         data = value.float().numpy() if value.is_floating_point() else value.long().numpy()
         name = self.array("number", data.reshape(-1), hint)

@@ -18,6 +18,7 @@ from subbyte.export.c.operators import FLOAT, Call
 from subbyte.export.c.values import Values, argument
 from subbyte.graph.operators import ITEM
 from subbyte.graph.program import LAYER, Node
+from subbyte.modules.absorb import Affine
 from subbyte.modules.attention import PackedMultiheadAttention
 from subbyte.modules.conv import (
     PackedConv1d,
@@ -27,7 +28,6 @@ from subbyte.modules.conv import (
 )
 from subbyte.modules.embedding import PackedEmbedding
 from subbyte.modules.linear import PackedLinear
-from subbyte.modules.absorb import Affine
 
 INDEX_KERNELS = ("packed_embedding", "plain_embedding")
 
@@ -53,7 +53,9 @@ def inputs_of(values: Values, listing: Listing) -> dict[str, Any]:
     for at, given in enumerate(inputs):
         x: Tensor = values.of[given.name]
         if not x.is_floating_point() and x.dtype not in (torch.int64, torch.int32):
-            raise SubbyteError(f"input '{given.name}' is {given.dtype}; C source takes floats and whole numbers")
+            raise SubbyteError(
+                f"input '{given.name}' is {given.dtype}; C source takes floats and whole numbers"
+            )
         name = "x" if len(inputs) == 1 else f"x{at}"
         found[given.name] = View(listing.buffer(INPUT, x.numel(), name), tuple(x.shape))
     return found
@@ -73,10 +75,14 @@ def check_types(listing: Listing, node: Node, values: Values, before: int) -> No
         if not values.of[given.name].is_floating_point()
     }
     for step in listing.steps[before:]:
-        reads = {listing.buffers[v.buffer].name for v in step.reads if listing.buffers[v.buffer].kind == INPUT}
+        reads = {
+            listing.buffers[v.buffer].name
+            for v in step.reads
+            if listing.buffers[v.buffer].kind == INPUT
+        }
         if reads & whole and step.kernel not in INDEX_KERNELS:
             raise SubbyteError(
-                f"operator '{node.op}' ({node.out}) computes with whole numbers from the input, which "
+                f"operator '{node.op}' ({node.out}) computes with whole numbers of the input, which "
                 "C source does not hold; it looks them up in tables alone"
             )
 
@@ -134,15 +140,21 @@ def _layer(listing: Listing, node: Node, layer: nn.Module, args: dict[str, Any],
         return layers.linear(listing, x, _product(listing, name, layer, args, value))
     if isinstance(layer, PackedConv1d | PackedConv2d):
         frame = frame_of(name, layer, layer.pads)
-        return layers.conv(listing, x, _product(listing, name, layer, args, value), frame, value.shape)
+        return layers.conv(
+            listing, x, _product(listing, name, layer, args, value), frame, value.shape
+        )
     if isinstance(layer, PackedConvTranspose1d | PackedConvTranspose2d):
         frame = frame_of(name, layer, layer.padding)
-        return layers.conv_transpose(listing, x, _product(listing, name, layer, args, value), frame, value.shape)
+        return layers.conv_transpose(
+            listing, x, _product(listing, name, layer, args, value), frame, value.shape
+        )
     kind = type(layer).__name__.removeprefix("Packed")
     raise SubbyteError(f"layer '{name}' is a {kind}, which C source has no kernel for")
 
 
-def _product(listing: Listing, name: str, layer: Any, args: dict[str, Any], value: Tensor) -> Product:
+def _product(
+    listing: Listing, name: str, layer: Any, args: dict[str, Any], value: Tensor
+) -> Product:
     plus = _spread(listing, args.get("plus"), value.shape)
     return Product(name, layer.packed, layer.bias, plus, getattr(layer, "activation", "none"))
 
@@ -159,7 +171,7 @@ def frame_of(name: str, layer: Any, pads: Sequence[int]) -> Frame:
     """The window of a convolution. pads: left, right, top and bottom, or of height and width."""
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         raise SubbyteError(
-            f"layer '{name}' pads with padding_mode='{layer.padding_mode}'; C source pads with zeros"
+            f"layer '{name}' pads with padding_mode='{layer.padding_mode}'; C source has 'zeros'"
         )
     lone = len(layer.packed.shape) == 3
     sizes = [layer.packed.shape[2:], layer.stride, layer.dilation]
@@ -185,5 +197,3 @@ def _multihead(
         mask = ~mask  # True is what nn.MultiheadAttention leaves out, and attention takes
     given = (*(args[key] for key in ("query", "key", "value")), mask)
     return [layers.multihead(listing, name, layer, given), None]
-
-

@@ -14,8 +14,8 @@ from subbyte.export.c.pointwise import contiguous, padded
 from subbyte.export.c.values import run_operator
 
 _SAME = ("Identity", "Contiguous", "Alias", "Dropout", "Cast", "CastCopy", "CastLike")
-_VIEWS = ("Reshape", "ReshapeCopy", "Flatten", "Unflatten", "Transpose", "SwapAxes", "MoveAxis", "T",
-          "Squeeze", "SqueezeAxes", "Unsqueeze", "Expand", "Slice", "Select", "Split", "SplitSizes",
+_VIEWS = ("Reshape", "ReshapeCopy", "Flatten", "Unflatten", "Transpose", "SwapAxes", "MoveAxis",
+          "T", "Squeeze", "SqueezeAxes", "Unsqueeze", "Expand", "Slice", "Select", "Split", "SplitSizes",
           "Chunk", "Unbind", "Unfold")  # fmt: skip
 _PICKS = ("Tile", "Repeat", "Roll", "Flip", "Index", "IndexSelect", "Pad", "ResizeNearest",
           "ResizeNearest1d")  # fmt: skip
@@ -141,9 +141,9 @@ def _pad(call: Any) -> View:
 
 
 MOVES: dict[str, Callable[[Any], Any]] = {
-    **{name: _same for name in _SAME},
-    **{name: _view for name in _VIEWS},
-    **{name: _pick for name in _PICKS},
+    **dict.fromkeys(_SAME, _same),
+    **dict.fromkeys(_VIEWS, _view),
+    **dict.fromkeys(_PICKS, _pick),
     "ResizeNearest": _resize,
     "ResizeNearest1d": _resize,
     "PixelShuffle": _pixel_shuffle,

@@ -52,7 +52,9 @@ class Call:
         return tuple(self.value.shape)
 
     def refusal(self, why: str) -> SubbyteError:
-        return SubbyteError(f"operator '{self.node.op}' ({self.node.out}) {why}, which C source does not hold")
+        return SubbyteError(
+            f"operator '{self.node.op}' ({self.node.out}) {why}, which C source does not hold"
+        )
 
     def _hint(self, name: str) -> str:
         found = self.node.args.get(name)
@@ -93,7 +95,9 @@ def _binary(call: Call) -> View:
     if b is not None and op in ("Add", "Sub", "Mul", "Div"):
         number = alpha * b * (-1 if op == "Sub" else 1)
         kind = {"Mul": "TimesNumber", "Div": "OverNumber"}.get(op, "PlusNumber")
-        return pointwise.unary(listing, kind, call.view("a"), [b if op in ("Mul", "Div") else number])
+        return pointwise.unary(
+            listing, kind, call.view("a"), [b if op in ("Mul", "Div") else number]
+        )
     if a is not None and op in ("Add", "Mul") and alpha == 1:
         kind = "PlusNumber" if op == "Add" else "TimesNumber"
         return pointwise.unary(listing, kind, call.view("b"), [a])
@@ -140,9 +144,17 @@ def _frame(call: Call, weight: Tensor) -> Frame:
     pads = call.args.get("pads", 0)
     lone = weight.ndim == 3
     if isinstance(pads, str):
-        spans = [d * (k - 1) // 2 if pads == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        spans = [
+            d * (k - 1) // 2 if pads == "same" else 0 for d, k in zip(dilation, kernel, strict=True)
+        ]
         pads = spans[1:] if lone else spans
-    return Frame(kernel, stride, dilation, pair(pads or [0], 0) if lone else _both(pads, 0), int(call.args.get("group") or 1))
+    return Frame(
+        kernel,
+        stride,
+        dilation,
+        pair(pads or [0], 0) if lone else _both(pads, 0),
+        int(call.args.get("group") or 1),
+    )
 
 
 def _pair(call: Call, name: str) -> tuple[int, int]:
@@ -177,7 +189,12 @@ def _pool_frame(call: Call) -> Frame:
     one = (lambda v, d: pair(v, d)) if lone else _both
     kernel = one(call.args["kernel_shape"], 1)
     stride = one(call.args.get("strides") or call.args["kernel_shape"], 1)
-    return Frame(kernel, stride, one(call.args.get("dilations") or [1], 1), one(call.args.get("pads") or [0], 0))
+    return Frame(
+        kernel,
+        stride,
+        one(call.args.get("dilations") or [1], 1),
+        one(call.args.get("pads") or [0], 0),
+    )
 
 
 def _max_pool(call: Call) -> View:
@@ -208,7 +225,9 @@ def _layer_norm(call: Call) -> View:
     x, y = call.view("x"), call.listing.new(call.shape)
     weight, bias = (_maybe(call, name) for name in ("weight", "bias"))
     epsilon = pointwise.literal(call.number("epsilon", 1e-5))
-    return call.listing.step("layer_norm", (x, y, weight, bias, epsilon, str(x.size // n), str(n)), y, (x,))
+    return call.listing.step(
+        "layer_norm", (x, y, weight, bias, epsilon, str(x.size // n), str(n)), y, (x,)
+    )
 
 
 def _rms_norm(call: Call) -> View:
@@ -233,7 +252,9 @@ def _batch_norm(call: Call) -> View:
     scale, bias = call.tensor("scale"), call.tensor("bias")
     gain = (var + call.number("epsilon", 1e-5)).rsqrt() * (1 if scale is None else scale.double())
     shift = (0 if bias is None else bias.double()) - mean * gain
-    return layers.affine_step(call.listing, call.view("x"), call.node.out, (gain.float(), shift.float()))
+    return layers.affine_step(
+        call.listing, call.view("x"), call.node.out, (gain.float(), shift.float())
+    )
 
 
 def _maybe(call: Call, name: str) -> str | View:
@@ -249,7 +270,11 @@ def _along(call: Call, x: View, axes: Sequence[int]) -> tuple[int, int, int] | N
     if found != list(range(found[0], found[-1] + 1)):
         return None
     size = torch.Size(x.shape)
-    return size[: found[0]].numel(), size[found[0] : found[-1] + 1].numel(), size[found[-1] + 1 :].numel()
+    return (
+        size[: found[0]].numel(),
+        size[found[0] : found[-1] + 1].numel(),
+        size[found[-1] + 1 :].numel(),
+    )
 
 
 def _softmax(call: Call) -> View:
@@ -257,10 +282,17 @@ def _softmax(call: Call) -> View:
     sizes = _along(call, x, [int(call.args["axis"])])
     assert sizes is not None
     logarithm = str(int(call.node.op == "LogSoftmax"))
-    return call.listing.step("softmax", (x, y, call.listing.struct("int", sizes, "sizes"), logarithm), y, (x,))
+    return call.listing.step(
+        "softmax", (x, y, call.listing.struct("int", sizes, "sizes"), logarithm), y, (x,)
+    )
 
 
-_REDUCE = {"ReduceMean": "reduce_mean", "ReduceMeanAll": "reduce_mean", "ReduceSum": "reduce_sum", "ReduceMax": "reduce_max"}
+_REDUCE = {
+    "ReduceMean": "reduce_mean",
+    "ReduceMeanAll": "reduce_mean",
+    "ReduceSum": "reduce_sum",
+    "ReduceMax": "reduce_max",
+}
 
 
 def _reduce(call: Call) -> View:
@@ -269,7 +301,9 @@ def _reduce(call: Call) -> View:
     sizes = _along(call, x, axes)
     if sizes is None:
         raise call.refusal(f"is over axes {axes}, which do not lie together")
-    return call.listing.step(_REDUCE[call.node.op], (x, y, call.listing.struct("int", sizes, "sizes")), y)
+    return call.listing.step(
+        _REDUCE[call.node.op], (x, y, call.listing.struct("int", sizes, "sizes")), y
+    )
 
 
 # ---------------------------------------------------------------- attention and matrices
@@ -278,8 +312,13 @@ def _reduce(call: Call) -> View:
 def _attention(call: Call) -> View:
     views = [call.view(n) for n in ("Q", "K", "V")]
     (n, queries, width), (n_keys, keys, _), (_, _, value_width) = map(_matrices, views)
-    steps = tuple((w, m * w) for m, w in ((queries, width), (keys, width), (keys, value_width), (queries, value_width)))
-    heads = Heads(n, n_keys, width, value_width, queries, keys, steps, bool(call.args.get("is_causal")))
+    steps = tuple(
+        (w, m * w)
+        for m, w in ((queries, width), (keys, width), (keys, value_width), (queries, value_width))
+    )
+    heads = Heads(
+        n, n_keys, width, value_width, queries, keys, steps, bool(call.args.get("is_causal"))
+    )
     mask = layers.mask_of(call.listing, call.tensor("mask"), n, (queries, keys))
     scale = pointwise.literal(call.number("scale", width**-0.5))
     return layers.attention(call.listing, views, call.shape, heads, mask, scale)
@@ -305,7 +344,10 @@ def _mat_mul(call: Call) -> View:
 
 def _concat(call: Call) -> View:
     axis = int(call.args.get("axis", 0) or 0)
-    views = [call.listing.constant(v, call.node.out) if isinstance(v, Tensor) else v for v in call.args["inputs"]]
+    views = [
+        call.listing.constant(v, call.node.out) if isinstance(v, Tensor) else v
+        for v in call.args["inputs"]
+    ]
     y = call.listing.new(call.shape)
     if call.node.op == "Stack":
         axis %= len(call.shape)
@@ -321,16 +363,16 @@ def _concat(call: Call) -> View:
 Lower = Callable[[Call], Lowered]
 FLOAT: dict[str, Lower] = {
     **{name: _unary for name in pointwise.UNARY if name not in ("Pow", "Square")},
-    **{name: _binary for name in (*pointwise.BINARY, "MulScalar", "AddScalar")},
-    **{name: _reduce for name in _REDUCE},
-    **{name: _conv for name in ("Conv1d", "Conv2d", "Conv1dSame", "Conv2dSame")},
-    **{name: _conv_transpose for name in ("ConvTranspose1d", "ConvTranspose2d")},
-    **{name: _max_pool for name in ("MaxPool1d", "MaxPool2d")},
-    **{name: _average_pool for name in ("AveragePool1d", "AveragePool2d")},
-    **{name: _adaptive_pool for name in ("AdaptiveAveragePool1d", "AdaptiveAveragePool2d")},
-    **{name: _softmax for name in ("Softmax", "LogSoftmax")},
-    **{name: _mat_mul for name in ("MatMul", "BatchMatMul", "MatMul2d")},
-    **{name: _concat for name in ("Concat", "Stack")},
+    **dict.fromkeys((*pointwise.BINARY, "MulScalar", "AddScalar"), _binary),
+    **dict.fromkeys(_REDUCE, _reduce),
+    **dict.fromkeys(("Conv1d", "Conv2d", "Conv1dSame", "Conv2dSame"), _conv),
+    **dict.fromkeys(("ConvTranspose1d", "ConvTranspose2d"), _conv_transpose),
+    **dict.fromkeys(("MaxPool1d", "MaxPool2d"), _max_pool),
+    **dict.fromkeys(("AveragePool1d", "AveragePool2d"), _average_pool),
+    **dict.fromkeys(("AdaptiveAveragePool1d", "AdaptiveAveragePool2d"), _adaptive_pool),
+    **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
+    **dict.fromkeys(("MatMul", "BatchMatMul", "MatMul2d"), _mat_mul),
+    **dict.fromkeys(("Concat", "Stack"), _concat),
     **MOVES,
     "Clamp": lambda call: _clamp(call),
     "SubFrom": _from_number,

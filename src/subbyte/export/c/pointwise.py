@@ -84,9 +84,10 @@ def binary(listing: Listing, op: str, a: View, b: View, shape: Sequence[int]) ->
 
 
 def _binary_text(name: str, expression: str) -> str:
+    value = expression.format(a="i", b="i")
     return (
         f"static void {name}(const float *a, const float *b, float *y, size_t n)\n{{\n"
-        f"    size_t i;\n    for (i = 0; i < n; i++) y[i] = {expression.format(a='i', b='i')};\n}}\n"
+        f"    size_t i;\n    for (i = 0; i < n; i++) y[i] = {value};\n}}\n"
     )
 
 

@@ -35,7 +35,8 @@ class Signature:
     @property
     def prototype(self) -> str:
         given = [f"const {ctype} *{name}" for name, ctype, _ in self.inputs]
-        return f"void {self.name}({', '.join(given + [f'{self.number} *{n}' for n, _ in self.outputs])})"
+        back = [f"{self.number} *{name}" for name, _ in self.outputs]
+        return f"void {self.name}({', '.join(given + back)})"
 
 
 def header(signature: Signature, arena_bytes: int, constant_bytes: int) -> str:
@@ -81,7 +82,11 @@ def _head(signature: Signature, listing: Listing, header_name: str, math: str) -
 
 def _comment(lines: Iterable[str]) -> str:
     """Lines as a comment of C; a name may hold anything, so what would end it is taken out."""
-    return "/* " + "\n   ".join(line.replace("*/", "* /").replace("/*", "/ *") for line in lines) + " */"
+    return (
+        "/* "
+        + "\n   ".join(line.replace("*/", "* /").replace("/*", "/ *") for line in lines)
+        + " */"
+    )
 
 
 def _body(signature: Signature, listing: Listing, placed: Placed) -> str:
@@ -104,7 +109,9 @@ def _call(listing: Listing, placed: Placed, step: Step) -> str:
 
 def pointer(listing: Listing, placed: Placed, view: View) -> str:
     buffer = listing.buffers[view.buffer]
-    base, offset = ("arena", placed.offsets[view.buffer]) if buffer.kind == ARENA else (buffer.name, 0)
+    base, offset = (
+        ("arena", placed.offsets[view.buffer]) if buffer.kind == ARENA else (buffer.name, 0)
+    )
     at = offset + view.offset
     return f"{base} + {at}" if at else base
 
@@ -147,7 +154,7 @@ def input_type(listing: Listing, is_float: bool) -> str:
 
 
 def outputs_in_place(listing: Listing, outputs: Sequence[View]) -> list[str]:
-    """Gives the outputs their names; those that no step can write straight are copied at the end."""
+    """Gives the outputs their names; what no step can write straight is copied at the end."""
     names = ["y"] if len(outputs) == 1 else [f"y{at}" for at in range(len(outputs))]
     for name, view in zip(names, outputs, strict=True):
         buffer = listing.buffers[view.buffer]
@@ -157,7 +164,9 @@ def outputs_in_place(listing: Listing, outputs: Sequence[View]) -> list[str]:
         else:
             out = View(listing.buffer(OUTPUT, view.size, name), view.shape)
             places = (*(1,) * 5, view.size, *(0,) * 5, 1, *(0,) * 5, 1)
-            listing.step("copy", (view, out, listing.struct("int", places, "places"), str(view.size)), out)
+            listing.step(
+                "copy", (view, out, listing.struct("int", places, "places"), str(view.size)), out
+            )
     return names
 
 

@@ -1,4 +1,4 @@
-"""A program run once on one example: the shape of every value, and which do not depend on inputs."""
+"""A program run once on one example: shapes of values, and which do not depend on inputs."""
 
 from __future__ import annotations
 

@@ -29,7 +29,9 @@ def weight_of(listing: Listing, name: str, weight: PackedWeight | Tensor) -> Wei
     """A weight with its output channels first, [out, ...]; transposed convolutions too."""
     if isinstance(weight, Tensor):
         return plain_weight(listing, name, weight)
-    return Weight("packed", listing.once(("packed", id(weight)), lambda: _packed(listing, name, weight)))
+    return Weight(
+        "packed", listing.once(("packed", id(weight)), lambda: _packed(listing, name, weight))
+    )
 
 
 def plain_weight(listing: Listing, name: str, weight: Tensor) -> Weight:
@@ -94,7 +96,12 @@ def transposed_weight(listing: Listing, name: str, packed: PackedWeight, groups:
             f"layer '{name}' is a transposed convolution with {what}; C source holds one with a "
             "scale per tensor, or per output channel (PerChannel(1)), and without an adapter"
         )
-    return Weight("packed", listing.once(("transposed", id(packed)), lambda: _transposed(listing, name, packed, groups)))
+    return Weight(
+        "packed",
+        listing.once(
+            ("transposed", id(packed)), lambda: _transposed(listing, name, packed, groups)
+        ),
+    )
 
 
 def _transposed(listing: Listing, name: str, packed: PackedWeight, groups: int) -> str:

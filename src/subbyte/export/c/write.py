@@ -39,7 +39,7 @@ def build(request: Request) -> Built:
 
 
 def is_fixed_point(net: nn.Module) -> bool:
-    """Whether all packed weights are whole numbers times powers of two, and no BatchNorm is left."""
+    """Whether all packed weights are whole numbers times powers of two, and no BatchNorm is there."""
     packed = [m for m in net.modules() if isinstance(m, PackedWeight)]
     norms = any(isinstance(m, BATCHNORMS) for m in net.modules())
     return bool(packed) and not norms and all(_is_whole(m) for m in packed)
@@ -102,7 +102,11 @@ def width_of(net: nn.Module) -> int:
 
 
 def finished(
-    name: str, values: Values, listing: Listing, outputs: Sequence[View], of: tuple[str, tuple[str, ...], Macros]
+    name: str,
+    values: Values,
+    listing: Listing,
+    outputs: Sequence[View],
+    of: tuple[str, tuple[str, ...], Macros],
 ) -> Built:
     """The two files of a listing. of: (form, lines about it, macros)."""
     form, about, macros = of
@@ -112,7 +116,8 @@ def finished(
     signature = Signature(
         identifier(name), _inputs(values, listing),
         tuple(zip(names, (v.size for v in outputs), strict=True)), listing.number,
-        (*_about(name, values, outputs), *about, f"arena: {placed.size * size:,} bytes of memory, static",
+        (*_about(name, values, outputs), *about,
+         f"arena: {placed.size * size:,} bytes of memory, static",
          f"constants: {listing.n_bytes:,} bytes"),
         macros,
     )  # fmt: skip
@@ -120,7 +125,10 @@ def finished(
         ".c": source(signature, listing, placed, f"{name}.h").encode(),
         ".h": header(signature, placed.size * size, listing.n_bytes).encode(),
     }
-    notes = (*about, f"arena {placed.size * size:,} bytes, constants {listing.n_bytes:,} bytes; batch 1",)
+    notes = (
+        *about,
+        f"arena {placed.size * size:,} bytes, constants {listing.n_bytes:,} bytes; batch 1",
+    )
     return Built(files, form, tuple(listing.stored.items()), notes)
 
 
@@ -137,7 +145,10 @@ def _about(name: str, values: Values, outputs: Sequence[View]) -> list[str]:
         f"{i.name} {list(values.of[i.name].shape)}" for i in values.source.program.inputs
     )
     back = ", ".join(str(list(v.shape)) for v in outputs)
-    return [f"{name}: a network by subbyte, C99, one example per call.", f"takes {given}, gives {back}, in C order"]
+    return [
+        f"{name}: a network by subbyte, C99, one example per call.",
+        f"takes {given}, gives {back}, in C order",
+    ]
 
 
 def identifier(name: str) -> str:
@@ -149,9 +160,42 @@ def identifier(name: str) -> str:
 
 
 _KEYWORDS = frozenset(
-    "auto break case char const continue default do double else enum extern float for goto if inline "
-    "int long register restrict return short signed sizeof static struct switch typedef union "
-    "unsigned void volatile while".split()
+    [
+        "auto",
+        "break",
+        "case",
+        "char",
+        "const",
+        "continue",
+        "default",
+        "do",
+        "double",
+        "else",
+        "enum",
+        "extern",
+        "float",
+        "for",
+        "goto",
+        "if",
+        "inline",
+        "int",
+        "long",
+        "register",
+        "restrict",
+        "return",
+        "short",
+        "signed",
+        "sizeof",
+        "static",
+        "struct",
+        "switch",
+        "typedef",
+        "union",
+        "unsigned",
+        "void",
+        "volatile",
+        "while",
+    ]
 )
 
 EXPORTER = Exporter(".c", "C source", FORMS, build)
