@@ -4,8 +4,10 @@ python benchmarks/export_c.py
 
 The networks are those of MLPerf Tiny: ResNet-8 for images of 32x32 and DS-CNN for keywords. The
 int8 form is the same network with 255 levels: one byte per weight, the same scales, biases and
-kernels. Bytes are what `size` says of the object file, compiled with -Os: .text with .rodata.
-`arrays` leaves the code out. Appends a JSON line per network and compiler to benchmarks/results/export_c.jsonl.
+kernels; form small has its scales and biases in float16. Bytes are what `size` says of the object
+file, compiled with -Os: .text with .rodata.
+`arrays` leaves the code out. Appends a JSON line per network, form and compiler to
+benchmarks/results/export_c.jsonl.
 """
 
 import json
@@ -79,7 +81,7 @@ class DSCNN(nn.Module):
         return self.head(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
 
 
-def exported(network, levels, folder):
+def exported(network, levels, folder, form):
     """The exported .c of a network with random weights, and how many these are."""
     torch.manual_seed(0)
     net = network()
@@ -92,10 +94,8 @@ def exported(network, levels, folder):
     n_weights = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     sb.prepare(net, sb.LowRes(levels=levels))
     path = folder / f"{network.__name__.lower()}_{levels}.c"
-    done = sb.export(
-        sb.pack(sb.freeze(net)), path, example=torch.randn(network.example), form="float"
-    )
-    return path, n_weights, done
+    sb.export(sb.pack(sb.freeze(net)), path, example=torch.randn(network.example), form=form)
+    return path, n_weights
 
 
 def sections(path, compiler):
@@ -109,15 +109,16 @@ def sections(path, compiler):
     return found
 
 
-def line(network, target, folder):
+def line(network, target, folder, form):
     rows = {}
     for levels in (3, 255):
-        path, n_weights, _done = exported(network, levels, folder)
+        own = form if levels == 3 else "float"
+        path, n_weights = exported(network, levels, folder, own)
         arena = int(re.search(r"ARENA_BYTES (\d+)", path.with_suffix(".h").read_text()).group(1))
         rows[levels] = sections(path, COMPILERS[target])
     flash = {k: sum(v.values()) for k, v in rows.items()}
     return {
-        "network": network.__name__, "target": target, "weights": n_weights, "arena_bytes": arena,
+        "network": network.__name__, "form": form, "target": target, "weights": n_weights, "arena_bytes": arena,
         "text": rows[3]["text"], "rodata": rows[3]["rodata"], "int8_text": rows[255]["text"],
         "int8_rodata": rows[255]["rodata"], "flash": round(flash[3] / flash[255], 3),
         "arrays": round(rows[3]["rodata"] / rows[255]["rodata"], 3),
@@ -131,9 +132,10 @@ def main():
             for target, compiler in COMPILERS.items():
                 if shutil.which(compiler[0]) is None:
                     continue
-                found = line(network, target, Path(folder))
-                print(json.dumps(found))
-                out.write(json.dumps(found) + "\n")
+                for form in ("float", "small"):
+                    found = line(network, target, Path(folder), form)
+                    print(json.dumps(found))
+                    out.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

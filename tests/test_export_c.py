@@ -663,6 +663,32 @@ def test_names_and_numbers_of_c():
 
 
 @needs_gcc
+def test_form_small_rounds_scales_and_biases_to_float16(tmp_path):
+    torch.manual_seed(0)
+    net, x = packed(build("digitsnet")), torch.randn(2, 1, 8, 8)
+    sizes = [
+        sb.export(net, tmp_path / f"{form}.c", example=x, form=form).notes
+        for form in ("float", "small")
+    ]
+    whole, half = (
+        int(re.search(r"constants ([\d,]+)", n[-1]).group(1).replace(",", "")) for n in sizes
+    )
+    channels = sum(m.weight.shape[0] for m in net.modules() if hasattr(m, "packed"))
+    assert 2 * channels <= whole - half <= 4 * channels
+    found = compiled(tmp_path / "small.c").run(x[:1].numpy())[0]
+    wanted = net(x)[0].detach().numpy()
+    error = abs(found - wanted).max() / abs(wanted).max()
+    assert 2**-20 < error < 2**-11 * 20  # ten layers, each within 2^-11 twice
+
+
+def test_form_small_refuses_what_float16_does_not_hold(tmp_path):
+    net, x = packed(build("digitsnet")), torch.randn(2, 1, 8, 8)
+    net.features[0].packed.scale.mul_(1e7)
+    with pytest.raises(SubbyteError, match=r"'features.0.*scales' holds .*float16.*form='float'"):
+        sb.export(net, tmp_path / "net.c", example=x, form="small")
+
+
+@needs_gcc
 def test_a_saved_file_needs_no_example(tmp_path):
     torch.manual_seed(0)
     net, x = packed(Whole()), torch.randn(2, 1, 6, 8)

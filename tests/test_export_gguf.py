@@ -203,7 +203,8 @@ def test_a_llama_is_read_back(tmp_path, tied):
         ("ffn_down", 0),
     ):
         ours = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-                "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}[name]  # fmt: skip
+                "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+                "ffn_down": "mlp.down_proj"}[name]  # fmt: skip
         found = tensors[f"blk.1.{name}.weight"]
         found = halves_from_neighbours(found, heads) if heads else found
         wanted = net.get_submodule(f"model.layers.1.{ours}").weight.numpy()

@@ -2,8 +2,8 @@
 
 A packed weight becomes a type of ggml only where that type holds it to the last bit: rows of blocks
 of 32 or 256 whole numbers, each block with one float16 scale. What does not fit is refused, with
-the grid that would. Names and order of keys and tensors are those of llama.cpp's converter, rows of the
-query and key projections in its order too.
+the grid that would. Names of keys and tensors are those of llama.cpp's converter, and so is the
+order of rows of the query and key projections.
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ def blocks(
     """
     if packed.up is not None:
         raise SubbyteError(
-            f"layer '{name}' has an adapter, which .gguf files do not hold; quantize it without one "
-            "(max_rank=0)"
+            f"layer '{name}' has an adapter, which .gguf files do not hold; quantize it without "
+            "one (max_rank=0)"
         )
     whole, unit = whole_levels(packed.grid)
     reasons = []

@@ -2,10 +2,22 @@
    the sections that a network uses. `number` is float, or the integer of a fixed-point network;
    KIND is how a weight is stored: packed, plain, half or byte. */
 
+//! half_value
+/* IEEE 754 binary16. */
+static float half_value(uint16_t bits) {
+  const int exponent = (bits >> 10) & 31;
+  const int digits = bits & 1023;
+  float v = (float)(exponent ? digits + 1024 : digits) * (1.0f / 16777216.0f);
+  int i;
+  for (i = 1; i < exponent; i++) v *= 2.0f;
+  return bits >> 15 ? -v : v;
+}
+
 //! packed
 typedef struct {
   const word* words; /* digits of base n, the first one highest, as fractions of a word */
-  const number *levels, *scales;
+  const number* levels;
+  const stored* scales;
   uint32_t width, group; /* weights in a row; of these with one scale, 0: all rows have one */
   uint16_t n, digits;
 } packed;
@@ -13,7 +25,7 @@ typedef struct {
 typedef struct {
   const packed* of;
   const word* next;
-  const number* scales;
+  const stored* scales;
   number scale;
   uint32_t row, same; /* weights left in the row, beyond those of this scale; with this scale */
   word now;
@@ -40,7 +52,7 @@ static number packed_next(packed_stream* s) {
     if (!s->row) s->row = w->width;
     s->same = w->group && w->group < s->row ? w->group : s->row;
     s->row -= s->same;
-    s->scale = *s->scales;
+    s->scale = STORED(*s->scales);
     if (w->group) s->scales++;
   }
   if (!s->left) {
@@ -81,15 +93,6 @@ typedef struct {
 static half_stream half_open(const half* w, size_t row) {
   half_stream s = {w, row * w->width};
   return s;
-}
-
-static float half_value(uint16_t bits) {
-  const int exponent = (bits >> 10) & 31;
-  const int digits = bits & 1023;
-  float v = (float)(exponent ? digits + 1024 : digits) * (1.0f / 16777216.0f);
-  int i;
-  for (i = 1; i < exponent; i++) v *= 2.0f;
-  return bits >> 15 ? -v : v;
 }
 
 static float half_next(half_stream* s) {
@@ -169,14 +172,14 @@ static void KIND_tap(const number* x, number* y, number weight, const window* w,
   }
 }
 
-static void KIND_conv(const number* x, number* y, const number* bias, const number* plus,
+static void KIND_conv(const number* x, number* y, const stored* bias, const number* plus,
                       const KIND* weight, const window* w, int activation) {
   const int n = w->out_h * w->out_w, per_group = w->channels / w->groups;
   KIND_stream s = KIND_open(weight, 0);
   int o, c, ky, kx, i;
   for (o = 0; o < w->out_channels; o++, y += n) {
     const int group = o / (w->out_channels / w->groups);
-    start(y, bias ? bias[o] : 0, plus ? plus + o * n : 0, (size_t)n);
+    start(y, bias ? STORED(bias[o]) : 0, plus ? plus + o * n : 0, (size_t)n);
     for (c = 0; c < per_group; c++)
       for (ky = 0; ky < w->kernel_h; ky++)
         for (kx = 0; kx < w->kernel_w; kx++) {
@@ -203,14 +206,14 @@ static void KIND_spread(const number* x, number* y, number weight, const window*
     }
 }
 
-static void KIND_conv_transpose(const number* x, number* y, const number* bias, const KIND* weight,
+static void KIND_conv_transpose(const number* x, number* y, const stored* bias, const KIND* weight,
                                 const window* w) {
   const int n = w->out_h * w->out_w, per_group = w->channels / w->groups;
   KIND_stream s = KIND_open(weight, 0);
   int o, c, ky, kx;
   for (o = 0; o < w->out_channels; o++, y += n) {
     const int group = o / (w->out_channels / w->groups);
-    start(y, bias ? bias[o] : 0, 0, (size_t)n);
+    start(y, bias ? STORED(bias[o]) : 0, 0, (size_t)n);
     for (c = 0; c < per_group; c++)
       for (ky = 0; ky < w->kernel_h; ky++)
         for (kx = 0; kx < w->kernel_w; kx++) {
@@ -226,7 +229,7 @@ static void KIND_conv_transpose(const number* x, number* y, const number* bias, 
    are decoded at a time. */
 enum { KIND_AT_ONCE = 32 };
 
-static void KIND_linear(const number* x, number* y, const number* bias, const number* plus,
+static void KIND_linear(const number* x, number* y, const stored* bias, const number* plus,
                         const KIND* weight, const int* sizes, int activation) {
   const int rows = sizes[0], in = sizes[1], out = sizes[2];
   KIND_stream s = KIND_open(weight, 0);
@@ -234,7 +237,7 @@ static void KIND_linear(const number* x, number* y, const number* bias, const nu
   int o, i, r, k;
   for (o = 0; o < out; o++) {
     for (r = 0; r < rows; r++)
-      y[r * out + o] = (bias ? bias[o] : 0) + (plus ? plus[r * out + o] : 0);
+      y[r * out + o] = (bias ? STORED(bias[o]) : 0) + (plus ? plus[r * out + o] : 0);
     for (i = 0; i < in; i += KIND_AT_ONCE) {
       const int n = in - i < KIND_AT_ONCE ? in - i : KIND_AT_ONCE;
       for (k = 0; k < n; k++) some[k] = KIND_next(&s);

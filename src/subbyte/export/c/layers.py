@@ -53,8 +53,13 @@ def pair(value: Any, lone: int = 1) -> tuple[int, int]:
     return (lone, int(values[0])) if len(values) == 1 else (int(values[0]), int(values[1]))
 
 
-def optional(listing: Listing, value: Tensor | None, name: str) -> str | View:
-    return "0" if value is None else listing.constant(value, name)
+def bias_of(listing: Listing, product: Product) -> str:
+    """An array, or no pointer; whole numbers for a fixed-point network."""
+    bias = product.bias
+    if bias is None:
+        return "0"
+    data = bias.detach().float().numpy() if bias.is_floating_point() else bias.numpy()
+    return listing.kept(data, f"{product.name}.bias")
 
 
 # ---------------------------------------------------------------- Linear
@@ -78,7 +83,7 @@ def _linear_step(
     weight, plus = what
     sizes = (y.size // y.shape[-1], x.shape[-1], y.shape[-1])
     args = (
-        x, y, optional(listing, product.bias, f"{product.name}.bias"), plus or "0", weight.pointer,
+        x, y, bias_of(listing, product), plus or "0", weight.pointer,
         listing.struct("int", sizes, "sizes"), ACTIVATIONS[product.activation],
     )  # fmt: skip
     over = () if plus is None else (plus,)
@@ -136,7 +141,7 @@ def conv(listing: Listing, x: View, product: Product, frame: Frame, shape: Seque
 def _conv_step(listing: Listing, x: View, y: View, what: Any, product: Product) -> View:
     weight, plus, frame = what
     args = (
-        x, y, optional(listing, product.bias, f"{product.name}.bias"), plus or "0", weight.pointer,
+        x, y, bias_of(listing, product), plus or "0", weight.pointer,
         window(listing, x, y, frame), ACTIVATIONS[product.activation],
     )  # fmt: skip
     over = () if plus is None else (plus,)
@@ -165,7 +170,7 @@ def conv_transpose(
     else:
         kind = transposed_weight(listing, product.name, weight, frame.groups)
     y = listing.new(shape)
-    bias = optional(listing, product.bias, f"{product.name}.bias")
+    bias = bias_of(listing, product)
     args = (x, y, bias, kind.pointer, window(listing, x, y, frame))
     return listing.step(f"{kind.kind}_conv_transpose", args, y)
 

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from subbyte.errors import SubbyteError
+
 INPUT, CONSTANT, ARENA = "input", "constant", "arena"
 
 
@@ -60,6 +62,7 @@ class Listing:
 
     number: str = "float"
     word_bits: int = 16
+    halves: bool = False  # scales and biases of products are float16
     buffers: list[Buffer] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     arrays: dict[str, str] = field(default_factory=dict)  # name -> definition
@@ -77,6 +80,7 @@ class Listing:
     def n_bytes(self) -> int:
         """Of constant arrays."""
         own = {"number": self.number_bytes, "word": self.word_bits // 8}
+        own["stored"] = 2 if self.halves else self.number_bytes
         return sum(n * {**_SIZES, **own}[ctype] for ctype, n in self.sizes)
 
     def buffer(self, kind: str, size: int, name: str = "") -> int:
@@ -103,6 +107,19 @@ class Listing:
             self.sizes.append((ctype, values.size))
             self.arrays[self._known[key]] = _definition(ctype, self._known[key], values)
         return self._known[key]
+
+    def kept(self, values: NDArray[Any], hint: str) -> str:
+        """Scales or biases, float16 if `halves`. Raises SubbyteError where that is far off."""
+        if not self.halves:
+            return self.array("stored", values, hint)
+        with np.errstate(over="ignore"):
+            short = values.astype(np.float16)
+        if not np.allclose(short.astype(np.float64), values, rtol=2**-10, atol=2**-24):
+            raise SubbyteError(
+                f"'{hint}' holds {np.abs(values).max():.3g}, which float16 does not; use "
+                "form='float'"
+            )
+        return self.array("stored", short.view(np.uint16), hint)
 
     def struct(self, ctype: str, fields: Sequence[int | str], hint: str) -> str:
         """A pointer to a constant struct, or the array of a list of int."""

@@ -82,7 +82,7 @@ def check_types(listing: Listing, node: Node, values: Values, before: int) -> No
         }
         if reads & whole and step.kernel not in INDEX_KERNELS:
             raise SubbyteError(
-                f"operator '{node.op}' ({node.out}) computes with whole numbers of the input, which "
+                f"operator '{node.op}' ({node.out}) computes with whole numbers it is given, which "
                 "C source does not hold; it looks them up in tables alone"
             )
 

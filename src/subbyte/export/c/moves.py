@@ -15,8 +15,8 @@ from subbyte.export.c.values import run_operator
 
 _SAME = ("Identity", "Contiguous", "Alias", "Dropout", "Cast", "CastCopy", "CastLike")
 _VIEWS = ("Reshape", "ReshapeCopy", "Flatten", "Unflatten", "Transpose", "SwapAxes", "MoveAxis",
-          "T", "Squeeze", "SqueezeAxes", "Unsqueeze", "Expand", "Slice", "Select", "Split", "SplitSizes",
-          "Chunk", "Unbind", "Unfold")  # fmt: skip
+          "T", "Squeeze", "SqueezeAxes", "Unsqueeze", "Expand", "Slice", "Select", "Split",
+          "SplitSizes", "Chunk", "Unbind", "Unfold")  # fmt: skip
 _PICKS = ("Tile", "Repeat", "Roll", "Flip", "Index", "IndexSelect", "Pad", "ResizeNearest",
           "ResizeNearest1d")  # fmt: skip
 

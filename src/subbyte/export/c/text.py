@@ -76,8 +76,15 @@ def _head(signature: Signature, listing: Listing, header_name: str, math: str) -
         "#if INT_MAX < 2147483647\n#error an int of 32 bits is needed\n#endif\n\n"
         f"/* Define it to follow the run: called with the name, place and size of each value. */\n"
         f"#ifndef {p}_PROBE\n#define {p}_PROBE(name, values, count) ((void)0)\n#endif\n\n"
-        f"typedef {listing.number} number;\n{words}"
+        f"typedef {listing.number} number;\n{_stored(listing)}{words}"
     )
+
+
+def _stored(listing: Listing) -> str:
+    """How scales and biases lie in the file, and how one is read."""
+    if listing.halves:
+        return "typedef uint16_t stored; /* float16 */\n#define STORED(v) half_value(v)\n"
+    return "typedef number stored;\n#define STORED(v) (v)\n"
 
 
 def _comment(lines: Iterable[str]) -> str:
@@ -136,12 +143,19 @@ def _kernels(listing: Listing) -> str:
     """The text of all kernels that steps call, and of what these call."""
     known = {**_sections(), **listing.generated}
     needed: set[str] = set()
-    waiting = {step.kernel for step in listing.steps}
+    waiting = {step.kernel for step in listing.steps} | (
+        {"half_value"} if _reads(listing) else set()
+    )
     while waiting:
         name = waiting.pop()
         needed.add(name)
         waiting |= _mentioned(known[name], known) - needed
     return "\n".join(text for name, text in known.items() if name in needed)
+
+
+def _reads(listing: Listing) -> bool:
+    """Whether scales or biases are stored as float16."""
+    return listing.halves and any(ctype == "stored" for ctype, _ in listing.sizes)
 
 
 def _mentioned(text: str, known: Mapping[str, Any]) -> set[str]:

@@ -66,7 +66,7 @@ def _stored(listing: Listing, name: str, codes: Any, grid: Grid, values: tuple[A
     n, bits, width = grid.n_levels, listing.word_bits, codes[0].size
     words = listing.array("word", to_words(codes.reshape(-1), n, bits), f"{name}.words")
     levels = listing.array("number", values[0], f"levels{n}")
-    scales = listing.array("number", values[1], f"{name}.scales")
+    scales = listing.kept(values[1], f"{name}.scales")
     size = 8 * n_bytes(codes.size, n, bits) / codes.size
     listing.stored[name] = f"{n} levels, {size:.3g} bits per weight"
     fields = (words, levels, scales, width, _shared(grid, width), n, digits_per(n, bits))

@@ -25,7 +25,7 @@ from subbyte.modules import PackedWeight
 
 INTEGERS = {"int16": (8, 16), "int8": (4, 8)}  # form -> bits behind the point, and in all
 Macros = tuple[tuple[str, int], ...]
-FORMS = ("auto", "float", *INTEGERS)
+FORMS = ("auto", "float", "small", *INTEGERS)
 _RESERVED = ("main", "x", "y", "arena", "number", "word", "wide")
 
 
@@ -35,11 +35,11 @@ def build(request: Request) -> Built:
         return integer_files(request, *INTEGERS[request.form])
     if request.form == "auto" and is_fixed_point(request.net):
         return integer_files(request, *INTEGERS["int16"])
-    return float_files(request.name, read_fused(request))
+    return float_files(request.name, read_fused(request), request.form == "small")
 
 
 def is_fixed_point(net: nn.Module) -> bool:
-    """Whether all packed weights are whole numbers times powers of two, and no BatchNorm is there."""
+    """Whether all weights are whole numbers times powers of two, and no BatchNorm is left."""
     packed = [m for m in net.modules() if isinstance(m, PackedWeight)]
     norms = any(isinstance(m, BATCHNORMS) for m in net.modules())
     return bool(packed) and not norms and all(_is_whole(m) for m in packed)
@@ -50,13 +50,16 @@ def _is_whole(packed: PackedWeight) -> bool:
     return whole and packed.grid.scale_domain is ScaleDomain.POWER_OF_TWO and packed.up is None
 
 
-def float_files(name: str, found: Source) -> Built:
-    """Activations in float32; weights are decoded where they are used."""
+def float_files(name: str, found: Source, small: bool = False) -> Built:
+    """Activations in float32; weights are decoded where they are used.
+
+    small: scales and biases of products are rounded to float16.
+    """
     values = values_of(found)
-    listing = Listing("float", width_of(found.net))
+    listing = Listing("float", width_of(found.net), small)
     outputs = lower(values, listing)
-    about = ("activations are float32",)
-    return finished(name, values, listing, outputs, ("float", about, ()))
+    about = ("activations are float32", *(["scales and biases are float16"] if small else []))
+    return finished(name, values, listing, outputs, ("small" if small else "float", about, ()))
 
 
 def integer_files(request: Request, fraction: int, bits: int) -> Built:
