@@ -118,7 +118,8 @@ def line(network, target, folder, form):
         rows[levels] = sections(path, COMPILERS[target])
     flash = {k: sum(v.values()) for k, v in rows.items()}
     return {
-        "network": network.__name__, "form": form, "target": target, "weights": n_weights, "arena_bytes": arena,
+        "network": network.__name__, "form": form, "target": target, "weights": n_weights,
+        "arena_bytes": arena,
         "text": rows[3]["text"], "rodata": rows[3]["rodata"], "int8_text": rows[255]["text"],
         "int8_rodata": rows[255]["rodata"], "flash": round(flash[3] / flash[255], 3),
         "arrays": round(rows[3]["rodata"] / rows[255]["rodata"], 3),

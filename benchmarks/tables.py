@@ -331,6 +331,28 @@ def _or_blank(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
+@table
+def export_c() -> str:
+    rows = [
+        [x["network"], x["form"], x["target"], f"{x['weights']:,}", f"{x['text']:,}",
+         f"{x['rodata']:,}", f"{x['flash']:.3f}", f"{x['arrays']:.3f}", f"{x['arena_bytes']:,}"]
+        for x in newest(lines("export_c"), "network", "form", "target")
+    ]  # fmt: skip
+    head = ["network", "form", "target", "weights", "code", "constants", "flash / int8",
+            "arrays / int8", "arena"]  # fmt: skip
+    return grid(head, rows)
+
+
+@table
+def export_gguf() -> str:
+    rows = [
+        [str(x["levels"]), ", ".join(f"{n} {k}" for k, n in x["kinds"].items()),
+         f"{x['n_bytes']:,}", f"{x['equal']:,} of {x['weights']:,}", f"{x['tokens']:,}"]
+        for x in newest(lines("export_gguf"), "levels")
+    ]  # fmt: skip
+    return grid(["levels", "tensors", "bytes", "weights equal to the bit", "tokens"], rows)
+
+
 # ---------------------------------------------------------------- the README's
 
 
