@@ -4,6 +4,7 @@ plan = sb.prepare(model, sb.LowRes(levels=5))     # in place; then train as you 
 done = sb.freeze(model)                           # Quantized: the network, codes and scales
 net = sb.pack(done)                               # a new model with packed layers
 sb.save(net, "net.safetensors"); net = sb.load("net.safetensors")
+sb.export(net, "net.onnx", example=x)             # for other tools
 fast = sb.fuse(net)                               # norms, sums and ReLUs done with the products
 
 done = sb.quantize(model, sb.CoRa(bits=3), calibration=batches)      # without training
@@ -24,6 +25,7 @@ from subbyte.core.quantized import Quantized
 from subbyte.core.recipe import Recipe, Rule
 from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor
 from subbyte.errors import SubbyteError
+from subbyte.export import export
 from subbyte.graph.fuse import fuse
 from subbyte.methods import (
     LSQ,
@@ -66,6 +68,7 @@ __all__ = [
     "Task",
     "after_step",
     "evaluate",
+    "export",
     "fixed_point",
     "float_state_dict",
     "freeze",

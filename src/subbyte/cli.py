@@ -13,6 +13,7 @@ import typer
 from subbyte.commands.bench import bench
 from subbyte.commands.demo import demo
 from subbyte.commands.evaluate import evaluate
+from subbyte.commands.export import export
 from subbyte.commands.inspect import inspect
 from subbyte.commands.quantize import quantize
 from subbyte.commands.train import train
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Neural networks at 1 to 4 bits per weight: train them, convert them, run them.",
 )
-for command in (demo, train, quantize, evaluate, inspect, verify, bench):
+for command in (demo, train, quantize, evaluate, inspect, export, verify, bench):
     app.command()(command)
 
 

@@ -96,6 +96,25 @@ AdapterBits = Annotated[int, Option(help="Bits of the adapters' factors, 8 or 16
 PlanFile = Annotated[Path | None, Option(help="Take levels and ranks from this file, no search.")]
 SavePlan = Annotated[Path | None, Option(help="Write the plan to this file; --plan takes it.")]
 
+# ---- files of other tools
+ExportedFile = Annotated[Path, Argument(help="The packed file, or the packed folder, to export.")]
+To = Annotated[
+    Path, Option("--to", help="The file to write; its suffix says for which tool, as net.onnx.")
+]
+Form = Annotated[
+    str,
+    Option(help="small (the smallest file), fast (the fastest run) or auto (by the layers)."),
+]
+CalibrateRange = Annotated[
+    str | None,
+    Option(
+        "--calibrate",
+        help="Images that say how large activations get, for int8 convolutions: 'digits', a "
+        "folder, or a hub id.",
+    ),
+]
+RangeSamples = Annotated[int, Option(min=1, help="How many images of --calibrate to use.")]
+
 # ---- running
 Fresh = Annotated[bool, Option(help="Begin anew although the folder holds a run.")]
 Resume = Annotated[bool, Option(help="Go on from the checkpoint in the folder `out`.")]
