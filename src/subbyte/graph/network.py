@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from subbyte.graph.program import DTYPES, LAYER, Node, Program, check_path
 from subbyte.kernels import Activation
 
 PROGRAM = "program"  # in the module's meta: what it was made of
+_ALONE = "layer"  # the name of a layer that is the whole network
 _DEEP = 64  # parts of a name
 
 
@@ -58,6 +60,42 @@ def _built(program: Program, state: Mapping[str, Tensor], name: str) -> fx.Graph
     net.meta[PROGRAM] = program
     net.train(False)
     return net
+
+
+def module_of(
+    program: Program, layers: Mapping[str, nn.Module], state: Mapping[str, Tensor]
+) -> fx.GraphModule:
+    """A program as a module that calls these layers, in the place of the network's own.
+
+    layers: by their names in the program, each called like the layer that it stands for. state:
+    what operations read themselves (`Program.state_names`).
+    """
+    root = nn.Module()
+    named = {path or _ALONE: layer for path, layer in layers.items()}
+    for path in sorted(named, key=lambda path: path.count(".")):  # parents come first
+        _place(root, path, named[path])
+    have = dict(root.named_parameters()) | dict(root.named_buffers())
+    for path, value in state.items():
+        if path not in have:
+            _place_value(root, path, value)
+    net = fx.GraphModule(root, _graph(_with_names(program)), "Network")
+    net.train(False)
+    return net
+
+
+def _with_names(program: Program) -> Program:
+    """The same, if the network is one layer, with a name for it: a module has no part named ""."""
+    layers = {path or _ALONE: settings for path, settings in program.layers.items()}
+    nodes = tuple(
+        replace(node, layer=node.layer or _ALONE) if node.op == LAYER else node
+        for node in program.nodes
+    )
+    return replace(program, layers=layers, nodes=nodes)
+
+
+def _place_value(root: nn.Module, path: str, value: Tensor) -> None:
+    *parents, own = path.split(".")
+    _parent(root, parents).register_buffer(own, value)
 
 
 def place_unread(net: nn.Module, program: Program, state: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,76 @@
+"""One packed layer as operators of ONNX, over a weight that is float32 once the file is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from subbyte.export.onnx.pieces import Piece
+from subbyte.export.onnx.writer import Writer
+
+MakeWeight = Callable[[Writer, Piece], Any]
+_PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
+def float_product(writer: Writer, piece: Piece, x: Any, plus: Any | None, make: MakeWeight) -> Any:
+    """activation(product + bias + plus), the weight made by `make`."""
+    weight = make(writer, piece)
+    if piece.kind == "Embedding":
+        return writer.op("Gather", weight, x, axis=0)
+    y = _linear(writer, piece, x, weight) if piece.kind == "Linear" else conv(
+        writer, piece, x, weight, _bias(writer, piece)
+    )  # fmt: skip
+    return finished(writer, piece, y, plus)
+
+
+def finished(writer: Writer, piece: Piece, y: Any, plus: Any | None) -> Any:
+    """activation(y + plus)."""
+    if plus is not None:
+        y = writer.op("Add", y, plus)
+    if piece.activation == "relu":
+        return writer.op("Relu", y)
+    if piece.activation == "relu6":
+        return writer.op("Clip", y, writer.constant(0.0), writer.constant(6.0))
+    return y
+
+
+def _bias(writer: Writer, piece: Piece) -> Any:
+    return None if piece.bias is None else writer.constant(piece.bias.float())
+
+
+def _linear(writer: Writer, piece: Piece, x: Any, weight: Any) -> Any:
+    bias = _bias(writer, piece)
+    if len(x.shape) == 2:
+        inputs = (x, weight) if bias is None else (x, weight, bias)
+        return writer.op("Gemm", *inputs, transB=1)
+    y = writer.op("MatMul", x, writer.op("Transpose", weight, perm=[1, 0]))
+    return y if bias is None else writer.op("Add", y, bias)
+
+
+def conv(writer: Writer, piece: Piece, x: Any, weight: Any, bias: Any) -> Any:
+    """The convolution of any kind, of one image too."""
+    alone = len(x.shape) == len(piece.shape) - 1
+    if alone:
+        x = writer.op("Unsqueeze", x, writer.constant([0]))
+    x, given = geometry(writer, piece, x)
+    kind = "ConvTranspose" if piece.kind.startswith("ConvTranspose") else "Conv"
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    y = writer.op(kind, *inputs, **given)
+    return writer.op("Squeeze", y, writer.constant([0])) if alone else y
+
+
+def geometry(writer: Writer, piece: Piece, x: Any) -> tuple[Any, dict[str, Any]]:
+    """x, padded where the operator cannot do it, and the operator's attributes."""
+    layer = piece.layer
+    given = {"strides": list(layer.stride), "dilations": list(layer.dilation),
+             "group": layer.groups}  # fmt: skip
+    if piece.kind.startswith("ConvTranspose"):
+        extra = list(layer.output_padding)
+        return x, given | {"pads": [*layer.padding] * 2, "output_padding": extra}
+    pads = [*layer.pads[::-2][::1]][::1]
+    begin, end = [*layer.pads[-2::-2]], [*layer.pads[::-2]]
+    if layer.padding_mode == "zeros":
+        return x, given | {"pads": [*begin, *end]}
+    del pads
+    wide = writer.constant([0, 0, *begin, 0, 0, *end])
+    return writer.op("Pad", x, wide, mode=_PAD_MODES[layer.padding_mode]), given
