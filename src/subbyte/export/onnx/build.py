@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from subbyte.errors import SubbyteError
 from subbyte.export.base import Built, Request, Source
+from subbyte.export.onnx.fast import Fast, small
 from subbyte.export.onnx.pieces import Piece, Pieces
 from subbyte.export.onnx.products import float_product
 from subbyte.export.onnx.standins import DOMAIN, stand_ins
-from subbyte.export.onnx.weights import float_weight, small_weight
+from subbyte.export.onnx.weights import float_weight
 from subbyte.export.onnx.writer import Writer
 from subbyte.graph.fuse import fuse
 from subbyte.graph.network import module_of
@@ -33,15 +34,16 @@ Lower = Callable[[Writer, Piece, Any, Any], tuple[Any, str]]  # -> the result, s
 def build(request: Request) -> Built:
     """The file in the form that is asked for."""
     source = prepared(request.read())
-    form = "small"
-    data, layers = lowered(source, small)
-    return Built({".onnx": data}, form, layers)
-
-
-def small(writer: Writer, piece: Piece, x: Any, plus: Any) -> tuple[Any, str]:
-    """Weights alone are small; products are float32."""
-    stored = "float32" if isinstance(piece.weight, Tensor) else "codes, float32 once loaded"
-    return float_product(writer, piece, x, plus, small_weight), stored
+    if request.form == "small":
+        data, layers = lowered(source, small)
+        return Built({".onnx": data}, "small", layers)
+    fast = Fast(source, request.calibration)
+    data, layers = lowered(source, fast)
+    notes = fast.notes(layers)
+    if request.form == "fast" and not fast.serves(layers):
+        raise SubbyteError(f"form fast makes no layer of this network faster: {notes[0]}")
+    form = "fast" if fast.serves(layers) else "small"
+    return Built({".onnx": data}, form, layers, notes)
 
 
 def plain(writer: Writer, piece: Piece, x: Any, plus: Any) -> tuple[Any, str]:
