@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
 from subbyte.errors import SubbyteError
@@ -86,6 +87,7 @@ def lowered(source: Source, lower: Lower) -> tuple[bytes, tuple[tuple[str, str],
     standing, pieces = stand_ins(_layers(source))
     model = _exported(module_of(source.program, standing, source.state), source)
     layers = _replace(model.graph, pieces, lower)
+    RemoveUnusedNodesPass()(model)
     _tidy(model, source.program)
     return _bytes(model), layers
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from subbyte.core.grids import Grid, PerGroup, PerTensor
 from subbyte.export.onnx.pieces import Piece, Weight
-from subbyte.export.onnx.products import conv, finished
+from subbyte.export.onnx.products import convolved, geometry
 from subbyte.export.onnx.ranges import Range, Ranges
 from subbyte.export.onnx.weights import digits
 from subbyte.export.onnx.writer import Writer
@@ -96,6 +96,7 @@ class Int8:
         """The product; None where its bias fits no 32 bits."""
         ranges = self.ranges[piece.name]
         weight = int8_weight(writer, piece)
+        x, given = geometry(writer, piece, x)
         x_range = self._range(x, ranges.x)
         scale = weight.scale
         if piece.bias is not None:
@@ -107,11 +108,14 @@ class Int8:
         x = self._quantized(writer, x, x_range)
         w = writer.op("DequantizeLinear", weight.value, writer.constant(scale), axis=0)
         bias = None if piece.bias is None else _bias(writer, piece.bias, scale * x_range.scale)
-        y = conv(writer, piece, x, w, bias)
+        y = convolved(writer, piece, (x, w, bias), given)
         if plus is not None:
             y = self._quantized(writer, y, ranges.product)
             plus = self._quantized(writer, plus, self._range(plus, ranges.plus))
-        y = self._quantized(writer, finished(writer, piece, y, plus), ranges.result)
+            y = writer.op("Add", y, plus)
+        # A ReLU or ReLU6 is what rounding to 8 bits does: the range of its result starts at 0, and
+        # ends at 6 or below.
+        y = self._quantized(writer, y, ranges.result)
         stored = "codes, int8 products" if weight.exact else "int8, rounded for each channel"
         return y, stored
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import onnx_ir as ir
+
 from subbyte.export.onnx.pieces import Piece
 from subbyte.export.onnx.writer import Writer
 
@@ -49,13 +51,18 @@ def _linear(writer: Writer, piece: Piece, x: Any, weight: Any) -> Any:
 
 def conv(writer: Writer, piece: Piece, x: Any, weight: Any, bias: Any) -> Any:
     """The convolution of any kind, of one image too."""
-    alone = len(x.shape) == len(piece.shape) - 1
+    x, given = geometry(writer, piece, x)
+    return convolved(writer, piece, (x, weight, bias), given)
+
+
+def convolved(writer: Writer, piece: Piece, inputs: Any, given: dict[str, Any]) -> Any:
+    """inputs: x, weight, and bias or None; given: attributes, as `geometry` gives them."""
+    x, weight, bias = inputs
+    alone = x.shape is not None and len(x.shape) == len(piece.shape) - 1
     if alone:
         x = writer.op("Unsqueeze", x, writer.constant([0]))
-    x, given = geometry(writer, piece, x)
     kind = "ConvTranspose" if piece.kind.startswith("ConvTranspose") else "Conv"
-    inputs = (x, weight) if bias is None else (x, weight, bias)
-    y = writer.op(kind, *inputs, **given)
+    y = writer.op(kind, *((x, weight) if bias is None else (x, weight, bias)), **given)
     return writer.op("Squeeze", y, writer.constant([0])) if alone else y
 
 
@@ -67,10 +74,33 @@ def geometry(writer: Writer, piece: Piece, x: Any) -> tuple[Any, dict[str, Any]]
     if piece.kind.startswith("ConvTranspose"):
         extra = list(layer.output_padding)
         return x, given | {"pads": [*layer.padding] * 2, "output_padding": extra}
-    pads = [*layer.pads[::-2][::1]][::1]
-    begin, end = [*layer.pads[-2::-2]], [*layer.pads[::-2]]
+    begin, end = list(layer.pads[-2::-2]), list(layer.pads[::-2])
     if layer.padding_mode == "zeros":
-        return x, given | {"pads": [*begin, *end]}
-    del pads
-    wide = writer.constant([0, 0, *begin, 0, 0, *end])
-    return writer.op("Pad", x, wide, mode=_PAD_MODES[layer.padding_mode]), given
+        x, more = unpadded(x, len(begin))
+        return x, given | {"pads": [a + b for a, b in zip([*begin, *end], more, strict=True)]}
+    outer = [0] * (len(x.shape) - len(begin))
+    wide = writer.constant([*outer, *begin, *outer, *end])
+    padded = writer.op("Pad", x, wide, mode=_PAD_MODES[layer.padding_mode])
+    padded.shape = ir.Shape([None] * len(x.shape))
+    return padded, given
+
+
+def unpadded(x: Any, n_dims: int) -> tuple[Any, list[int]]:
+    """What a Pad with zeros was given, and its pads of the last n_dims; else x and zeros.
+
+    Between a convolution and what is before it a Pad would be computed in float32.
+    """
+    node, nothing = x.producer(), [0] * (2 * n_dims)
+    if node is None or node.op_type != "Pad" or len([v for v in node.inputs if v]) > 3:
+        return x, nothing
+    pads = ir.convenience.get_const_tensor(node.inputs[1])
+    value = ir.convenience.get_const_tensor(node.inputs[2]) if len(node.inputs) > 2 else None
+    mode = node.attributes.get("mode")
+    constant = mode is None or mode.as_string() == "constant"
+    if not constant or pads is None or (value is not None and value.numpy().any()):
+        return x, nothing
+    wide = pads.numpy().reshape(2, -1)
+    outer, inner = wide[:, :-n_dims], wide[:, -n_dims:]
+    if outer.any() or (inner < 0).any():
+        return x, nothing
+    return node.inputs[0], inner.flatten().tolist()

@@ -29,7 +29,7 @@ class Range:
     @property
     def scale(self) -> float:
         """Of 8 bits without sign."""
-        return max(self.high - self.low, 1e-12) / 255
+        return (self.high - self.low) / 255 or 1.0
 
     @property
     def zero(self) -> int:

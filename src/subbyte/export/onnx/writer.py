@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -49,14 +48,9 @@ class Writer:
 
 
 def _array(value: Any) -> NDArray[Any]:
+    """Without gaps, and of as many dimensions as the value (ascontiguousarray has at least one)."""
     if isinstance(value, Tensor):
-        return np.ascontiguousarray(value.detach().cpu().numpy())
+        return np.array(value.detach().cpu().numpy(), order="C")
     if isinstance(value, float):
         return np.array(value, np.float32)
-    if isinstance(value, np.ndarray):
-        return np.ascontiguousarray(value)
-    return np.array(value, np.int64)
-
-
-def as_numpy(tensor: Tensor) -> NDArray[Any]:
-    return np.ascontiguousarray(tensor.detach().to(torch.float32).numpy())
+    return np.array(value, None if isinstance(value, np.ndarray) else np.int64, order="C")
