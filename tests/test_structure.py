@@ -18,7 +18,7 @@ SOURCE = ROOT / "src" / "subbyte"
 
 ORDER = [
     "errors", "core", "_native", "packing", "kernels", "methods", "modules", "graph", "models",
-    "storage", "export", "bench", "data", "tasks", "ptq", "train", "report", "commands", "cli",
+    "storage", "bench", "export", "data", "tasks", "ptq", "train", "report", "commands", "cli",
 ]  # fmt: skip
 
 

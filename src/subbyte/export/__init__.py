@@ -59,7 +59,7 @@ def export(
         ):  # the file that names the others is last
             write_atomically(path.with_suffix(suffix), data)
         done = _described(path, exporter, built)
-        found = exporter.check(request, str(path)) if check and exporter.check else None
+        found = exporter.check(request, built, str(path)) if check and exporter.check else None
         return replace(done, check=found)
     finally:
         for module, training in modes:

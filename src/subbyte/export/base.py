@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Source:
     net: nn.Module
     state: Mapping[str, Tensor]
     example: tuple[Tensor, ...]
+    named: bool = False  # forward takes its inputs by name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,17 +52,22 @@ class Request:
         """The network's program. Raises SubbyteError for a network that cannot be traced."""
         program, state = _program(self.net, self.example)
         example = in_order(program, self.example)
-        return Source(program, self.net, state, example or made_up(program, state))
+        named = isinstance(self.example, Mapping)
+        return Source(program, self.net, state, example or made_up(program, state), named)
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """Files by suffix, the target's own first. layers: (name of the layer, stored as)."""
+    """Files by suffix, the target's own first. layers: (name of the layer, stored as).
+
+    twin: makes the same network in float32, in the same format, to compare its time with.
+    """
 
     files: Mapping[str, bytes]
     form: str
     layers: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = ()
+    twin: Callable[[], bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +118,7 @@ class Exporter:
     build: Callable[[Request], Built]
     packages: tuple[str, ...] = ()
     extra: str = ""
-    check: Callable[[Request, str], Check | None] | None = field(default=None)
+    check: Callable[[Request, Built, str], Check | None] | None = None
 
     def require(self) -> None:
         """Raises SubbyteError, naming the extra, if a package that the exporter needs is absent."""

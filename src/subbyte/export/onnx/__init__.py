@@ -13,10 +13,10 @@ def _build(request: Request) -> Built:
     return build(request)
 
 
-def _check(request: Request, path: str) -> Check | None:
+def _check(request: Request, built: Built, path: str) -> Check | None:
     from subbyte.export.onnx.check import check
 
-    return check(request, path)
+    return check(request, built, path)
 
 
 EXPORTER = Exporter(".onnx", "ONNX", FORMS, _build, PACKAGES, "export", _check)

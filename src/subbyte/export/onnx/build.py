@@ -8,6 +8,7 @@ import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -34,17 +35,46 @@ Lower = Callable[[Writer, Piece, Any, Any], tuple[Any, str]]  # -> the result, s
 
 def build(request: Request) -> Built:
     """The file in the form that is asked for."""
-    source = prepared(request.read())
+    graph = Graph.of(request)
     if request.form == "small":
-        data, layers = lowered(source, small)
-        return Built({".onnx": data}, "small", layers)
-    fast = Fast(source, request.calibration)
-    data, layers = lowered(source, fast)
-    notes = fast.notes(layers)
-    if request.form == "fast" and not fast.serves(layers):
-        raise SubbyteError(f"form fast makes no layer of this network faster: {notes[0]}")
-    form = "fast" if fast.serves(layers) else "small"
-    return Built({".onnx": data}, form, layers, notes)
+        data, layers = graph.lowered(small)
+        return Built({".onnx": data}, "small", layers, twin=graph.twin)
+    fast = Fast(graph.source, request.calibration)
+    data, layers = graph.lowered(fast)
+    notes, serves = fast.notes(layers), fast.serves(layers)
+    if request.form == "fast" and not serves:
+        raise SubbyteError(f"form fast makes no layer of this network faster: {'; '.join(notes)}")
+    form = "fast" if serves else "small"
+    return Built({".onnx": data}, form, layers, notes, graph.twin)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Graph:
+    """A network as torch.onnx gives it, its packed products still one node each."""
+
+    source: Source
+    pieces: Pieces
+    model: Any
+
+    @staticmethod
+    def of(request: Request) -> Graph:
+        """Raises SubbyteError for a network that ONNX cannot hold, naming what it lacks."""
+        source = prepared(request.read())
+        standing, pieces = stand_ins(_layers(source))
+        net = module_of(source.program, standing, source.state)
+        return Graph(source, pieces, _exported(net, source))
+
+    def lowered(self, lower: Lower) -> tuple[bytes, tuple[tuple[str, str], ...]]:
+        """The file, with each packed product as `lower` writes it; and how each is stored."""
+        model = self.model.clone()
+        layers = _replace(model.graph, self.pieces, lower)
+        RemoveUnusedNodesPass()(model)
+        _tidy(model, self.source.program)
+        return _bytes(model), layers
+
+    def twin(self) -> bytes:
+        """The same in float32."""
+        return self.lowered(plain)[0]
 
 
 def plain(writer: Writer, piece: Piece, x: Any, plus: Any) -> tuple[Any, str]:
@@ -80,16 +110,6 @@ def _check_types(program: Program) -> None:
                 f"input '{value.name}' is {value.dtype}; an exported network takes float32: call "
                 "net.float() and give a float32 example"
             )
-
-
-def lowered(source: Source, lower: Lower) -> tuple[bytes, tuple[tuple[str, str], ...]]:
-    """The file, with each packed product as `lower` writes it."""
-    standing, pieces = stand_ins(_layers(source))
-    model = _exported(module_of(source.program, standing, source.state), source)
-    layers = _replace(model.graph, pieces, lower)
-    RemoveUnusedNodesPass()(model)
-    _tidy(model, source.program)
-    return _bytes(model), layers
 
 
 def _exported(net: nn.Module, source: Source) -> Any:

@@ -35,7 +35,7 @@ class Writer:
         key = (array.dtype.str, array.shape, array.tobytes()) if array.size <= 4096 else None
         if key is None or key not in self.known:
             self.count += 1
-            tensor = ir.tensor(array, name=f"c{self.count}")
+            tensor: Any = ir.tensor(array, name=f"c{self.count}")
             made = ir.Value(
                 name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype),
                 const_value=tensor,
