@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from subbyte.errors import SubbyteError
-from subbyte.export.base import FORMS, Built, Exporter, Request
+from subbyte.export.base import FORMS, Built, Check, Exporter, Request
+
+PACKAGES = ("openvino", "onnx", "onnxscript", "onnx_ir")
 
 
-def build(request: Request) -> Built:
-    raise SubbyteError("not yet")
+def _build(request: Request) -> Built:
+    from subbyte.export.through_onnx import build  # the packages may be missing
+
+    return build(request)
 
 
-EXPORTER = Exporter(".xml", "OpenVINO", FORMS, build, ("openvino", "onnxscript"), "openvino")
+def _check(request: Request, built: Built, path: str) -> Check | None:
+    from subbyte.export.through_onnx import check
+
+    return check(request, built, path)
+
+
+EXPORTER = Exporter(".xml", "OpenVINO", FORMS, _build, PACKAGES, "openvino", _check)

@@ -57,12 +57,12 @@ class Graph:
     model: Any
 
     @staticmethod
-    def of(request: Request) -> Graph:
+    def of(request: Request, opset: int = OPSET) -> Graph:
         """Raises SubbyteError for a network that ONNX cannot hold, naming what it lacks."""
         source = prepared(request.read())
         standing, pieces = stand_ins(_layers(source))
         net = module_of(source.program, standing, source.state)
-        return Graph(source, pieces, _exported(net, source))
+        return Graph(source, pieces, _exported(net, source, opset))
 
     def lowered(self, lower: Lower) -> tuple[bytes, tuple[tuple[str, str], ...]]:
         """The file, with each packed product as `lower` writes it; and how each is stored."""
@@ -112,7 +112,7 @@ def _check_types(program: Program) -> None:
             )
 
 
-def _exported(net: nn.Module, source: Source) -> Any:
+def _exported(net: nn.Module, source: Source, opset: int) -> Any:
     """torch.onnx's graph, the first dimension of every input free."""
     shapes = tuple(
         {0: torch.export.Dim.DYNAMIC} if x.ndim and i.shape[0] is None else {}
@@ -123,7 +123,7 @@ def _exported(net: nn.Module, source: Source) -> Any:
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                net, example, dynamo=True, dynamic_shapes=shapes, opset_version=OPSET,
+                net, example, dynamo=True, dynamic_shapes=shapes, opset_version=opset,
                 optimize=True, verbose=False,
             )  # fmt: skip
     except Exception as error:  # of torch.export, or an operator that ONNX lacks

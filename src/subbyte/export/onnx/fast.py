@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from subbyte.export.base import Source
-from subbyte.export.onnx.int8 import Int8
+from subbyte.export.onnx.int8 import ROUNDED, Int8
 from subbyte.export.onnx.nbits import nbits, why_not_nbits
 from subbyte.export.onnx.pieces import Piece
 from subbyte.export.onnx.products import float_product
@@ -32,11 +32,15 @@ def small(writer: Writer, piece: Piece, x: Any, plus: Any) -> tuple[Any, str]:
 class Fast:
     """Lowers Linear layers to MatMulNBits, convolutions to integers, the rest to small weights."""
 
-    def __init__(self, source: Source, calibration: Sequence[Example] | None) -> None:
+    def __init__(
+        self, source: Source, calibration: Sequence[Example] | None, packed: bool = True
+    ) -> None:
+        """packed: onnxruntime is to read it: base-N bytes, and its own operators."""
+        self.packed = packed
         layers = {name: source.net.get_submodule(name) for name in source.program.layers}
         self.convs = any(map(is_conv, layers.values()))
         watched = self.convs and calibration is not None
-        self.int8 = Int8(ranges_of(source, calibration or ())) if watched else None
+        self.int8 = Int8(ranges_of(source, calibration or ()), packed) if watched else None
         self.reasons: dict[str, str] = {}
 
     def __call__(self, writer: Writer, piece: Piece, x: Any, plus: Any) -> tuple[Any, str]:
@@ -46,11 +50,15 @@ class Fast:
                 return found
             if self.int8 is not None:
                 self.reasons[piece.name] = "its bias is too large for its scale"
-        elif piece.kind == "Linear" and not isinstance(piece.weight, Tensor):
+        elif self.packed and piece.kind == "Linear" and not isinstance(piece.weight, Tensor):
             reason = why_not_nbits(piece)
             if reason is None:
                 return nbits(writer, piece, x, plus)
             self.reasons[piece.name] = reason
+        return self.product(writer, piece, x, plus)
+
+    def product(self, writer: Writer, piece: Piece, x: Any, plus: Any) -> tuple[Any, str]:
+        """What is no integer product."""
         return small(writer, piece, x, plus)
 
     def serves(self, layers: Sequence[tuple[str, str]]) -> bool:
@@ -61,7 +69,7 @@ class Fast:
         """What stays in float32, and what was rounded, in one line each."""
         found = [CALIBRATE] if self.convs and self.int8 is None else []
         found += [f"'{name}' runs in float32: {why}" for name, why in self.reasons.items()]
-        rounded = [name for name, stored in layers if stored.startswith("int8, rounded")]
+        rounded = [name for name, stored in layers if stored == ROUNDED]
         if rounded:
             found.append(
                 f"weights of {len(rounded)} layers ({rounded[0]}, ...) are rounded to 8 bits for "

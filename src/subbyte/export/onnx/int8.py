@@ -25,6 +25,7 @@ from subbyte.export.onnx.ranges import Range, Ranges
 from subbyte.export.onnx.weights import digits
 from subbyte.export.onnx.writer import Writer
 
+PACKED, ROUNDED = "codes, int8 products", "int8, rounded for each channel"
 _TOP = 127
 _PASSING = ("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 _MOST_BIAS = 2.0**30
@@ -51,16 +52,16 @@ class Int8Weight:
     exact: bool
 
 
-def int8_weight(writer: Writer, piece: Piece) -> Int8Weight:
+def int8_weight(writer: Writer, piece: Piece, packed: bool) -> Int8Weight:
     """The weight of a convolution."""
     key = ("int8", piece.name)
     if key not in writer.known:
-        writer.known[key] = _int8_weight(writer, piece)
+        writer.known[key] = _int8_weight(writer, piece, packed)
     found: Int8Weight = writer.known[key]
     return found
 
 
-def _int8_weight(writer: Writer, piece: Piece) -> Int8Weight:
+def _int8_weight(writer: Writer, piece: Piece, packed: bool) -> Int8Weight:
     weight = piece.weight
     assert isinstance(weight, Weight)
     grid, rows = weight.grid, piece.shape[0]
@@ -69,7 +70,8 @@ def _int8_weight(writer: Writer, piece: Piece) -> Int8Weight:
     if levels is None or weight.adapter is not None or not per_row or _of_inputs(grid):
         whole, scale = _rounded(piece.decoded())
         return Int8Weight(writer.constant(whole), scale, False)
-    value = digits(writer, weight, levels[0])
+    codes = weight.tensor.codes.numpy()
+    value = digits(writer, weight, levels[0]) if packed else writer.constant(levels[0][codes])
     return Int8Weight(value, (weight.tensor.scale.float() * levels[1]).expand(rows), True)
 
 
@@ -87,15 +89,19 @@ def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Int8:
-    """Lowers convolutions. known: value of the graph -> the range that it is quantized with."""
+    """Lowers convolutions. packed: weights are base-N bytes, not plain int8.
+
+    known: value of the graph -> the range that it is quantized with.
+    """
 
     ranges: Mapping[str, Ranges]
+    packed: bool = True
     known: dict[Any, Range] = field(default_factory=dict)
 
     def conv(self, writer: Writer, piece: Piece, x: Any, plus: Any) -> tuple[Any, str] | None:
         """The product; None where its bias fits no 32 bits."""
         ranges = self.ranges[piece.name]
-        weight = int8_weight(writer, piece)
+        weight = int8_weight(writer, piece, self.packed)
         x, given = geometry(writer, piece, x)
         x_range = self._range(x, ranges.x)
         scale = weight.scale
@@ -116,7 +122,7 @@ class Int8:
         # A ReLU or ReLU6 is what rounding to 8 bits does: the range of its result starts at 0, and
         # ends at 6 or below.
         y = self._quantized(writer, y, ranges.result)
-        stored = "codes, int8 products" if weight.exact else "int8, rounded for each channel"
+        stored = ROUNDED if not weight.exact else PACKED if self.packed else "int8, int8 products"
         return y, stored
 
     def _range(self, value: Any, seen: Range) -> Range:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from subbyte.core.grids import Grid, PerGroup, digits_per
+from subbyte.core.tensors import LowRank
 from subbyte.export.onnx.pieces import Piece, Weight
 from subbyte.export.onnx.writer import Writer
 
@@ -35,10 +36,8 @@ def small_weight(writer: Writer, piece: Piece) -> Any:
     if key not in writer.known:
         levels = np.array(weight.grid.levels, np.float32)
         found = digits(writer, weight, levels)
-        found = writer.op("Mul", found, _scales(writer, weight))
-        if weight.adapter is not None:
-            found = writer.op("Add", found, _adapter(writer, weight))
-        writer.known[key] = found
+        found = writer.op("Mul", found, scales(writer, weight))
+        writer.known[key] = add_adapter(writer, weight, found)
     return writer.known[key]
 
 
@@ -87,7 +86,7 @@ def _table(n: int, per: int, levels: NDArray[Any]) -> NDArray[Any]:
     return found
 
 
-def _scales(writer: Writer, weight: Weight) -> Any:
+def scales(writer: Writer, weight: Weight) -> Any:
     """float32 scales that broadcast against the weight, from as many numbers as there are."""
     grid, scale = weight.grid, weight.tensor.scale
     if not isinstance(grid.granularity, PerGroup):
@@ -110,10 +109,16 @@ def stored(writer: Writer, scale: Tensor, grid: Grid) -> Any:
     return writer.constant(scale.float())
 
 
-def _adapter(writer: Writer, weight: Weight) -> Any:
+def add_adapter(writer: Writer, weight: Weight, value: Any) -> Any:
+    """The value and the adapter's product, if the weight has an adapter."""
+    if weight.adapter is None:
+        return value
+    return writer.op("Add", value, _adapter(writer, weight, weight.adapter))
+
+
+def _adapter(writer: Writer, weight: Weight, adapter: LowRank) -> Any:
     """The adapter's product, float32 of the weight's shape."""
-    adapter, shape, axis = weight.adapter, weight.shape, weight.channel_axis
-    assert adapter is not None
+    shape, axis = weight.shape, weight.channel_axis
     groups, rank = adapter.groups, adapter.rank
     up = _factor(writer, adapter.up.reshape(groups, -1, rank))
     up = writer.op("Mul", up, writer.constant(adapter.scale.reshape(groups, 1, rank)))
