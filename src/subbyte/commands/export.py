@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
@@ -39,8 +40,8 @@ def export(
 ) -> None:
     """Write a packed file for another tool (ONNX, OpenVINO, ...), and check it there."""
     net = packed_network(file, model, "int8")
-    example = None if _holds_all(net, file) else _example(net, file, input_)
     batches = None if calibrate is None else _batches(net, calibrate, split, samples, size)
+    example = None if _holds_all(net, file) else _example(net, file, input_, batches)
     done = write(net, to, example=example, form=form, calibration=batches)
     show(done, table, json_)
 
@@ -49,10 +50,15 @@ def _holds_all(net: nn.Module, file: Path) -> bool:
     return is_folder(file) or PROGRAM in getattr(net, "meta", {})
 
 
-def _example(net: nn.Module, file: Path, input_: str | None) -> Tensor:
+def _example(
+    net: nn.Module, file: Path, input_: str | None, batches: list[Tensor] | None
+) -> Tensor:
+    """An input as the network takes it: of --calibrate, if there is one."""
+    if batches is not None:
+        return batches[0][:2]
     size = None if input_ is None else parse_numbers("--input", input_)
     _, example = from_network(net, str(file), size)
-    return example
+    return torch.stack([example, example])
 
 
 def _batches(

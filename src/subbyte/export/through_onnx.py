@@ -25,6 +25,7 @@ from subbyte.export.onnx.fast import FLOAT, Fast
 from subbyte.export.onnx.int8 import whole_levels
 from subbyte.export.onnx.pieces import Piece, Weight
 from subbyte.export.onnx.products import float_product
+from subbyte.export.onnx.ready import prepared
 from subbyte.export.onnx.weights import add_adapter, float_weight, scales
 from subbyte.export.onnx.writer import Writer
 
@@ -34,19 +35,17 @@ INT4, INT8, INDEX = "int4", "int8", "8-bit codes and a table of levels"
 
 def build(request: Request) -> Built:
     """The two files. OpenVINO reads no base-N bytes: 4 or 8 bits hold a code."""
-    graph = Graph.of(request, OPSET)
-    lower = _small if request.form == "small" else Through(graph, request)
-    data, layers = graph.lowered(lower)
-    notes = lower.notes(layers) if isinstance(lower, Through) else ()
-    form = "small" if request.form == "small" else "fast"
+    ready = prepared(request.read())
+    fast = None if request.form == "small" else Through(ready, request.calibration, packed=False)
+    graph = Graph.of(ready, OPSET)
+    data, layers = graph.lowered(fast or _small)
+    notes = () if fast is None else fast.notes(layers)
+    form = "small" if fast is None else "fast"
     return Built(_files(data, request.name), form, layers, notes, graph.twin)
 
 
 class Through(Fast):
     """Convolutions of calibrated ranges in integers, everything else as `_small` has it."""
-
-    def __init__(self, graph: Graph, request: Request) -> None:
-        super().__init__(graph.source, request.calibration, packed=False)
 
     def product(self, writer: Writer, piece: Piece, x: Any, plus: Any) -> tuple[Any, str]:
         return _small(writer, piece, x, plus)

@@ -14,20 +14,18 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from torch import Tensor, nn
+from torch import nn
 
 from subbyte.errors import SubbyteError
 from subbyte.export.base import Built, Request, Source
 from subbyte.export.onnx.fast import Fast, small
 from subbyte.export.onnx.pieces import Piece, Pieces
 from subbyte.export.onnx.products import float_product
+from subbyte.export.onnx.ready import Ready, prepared
 from subbyte.export.onnx.standins import DOMAIN, stand_ins
 from subbyte.export.onnx.weights import float_weight
 from subbyte.export.onnx.writer import Writer
-from subbyte.graph.fuse import fuse
-from subbyte.graph.network import module_of
 from subbyte.graph.program import Program
-from subbyte.graph.trace import traced
 
 OPSET = 20
 Lower = Callable[[Writer, Piece, Any, Any], tuple[Any, str]]  # -> the result, stored as
@@ -35,41 +33,37 @@ Lower = Callable[[Writer, Piece, Any, Any], tuple[Any, str]]  # -> the result, s
 
 def build(request: Request) -> Built:
     """The file in the form that is asked for."""
-    graph = Graph.of(request)
-    if request.form == "small":
-        data, layers = graph.lowered(small)
-        return Built({".onnx": data}, "small", layers, twin=graph.twin)
-    fast = Fast(graph.source, request.calibration)
-    data, layers = graph.lowered(fast)
-    notes, serves = fast.notes(layers), fast.serves(layers)
+    ready = prepared(request.read())
+    fast = None if request.form == "small" else Fast(ready, request.calibration)
+    graph = Graph.of(ready)
+    data, layers = graph.lowered(fast or small)
+    serves = fast is not None and fast.serves(layers)
+    notes = () if fast is None else fast.notes(layers)
     if request.form == "fast" and not serves:
         raise SubbyteError(f"form fast makes no layer of this network faster: {'; '.join(notes)}")
-    form = "fast" if serves else "small"
-    return Built({".onnx": data}, form, layers, notes, graph.twin)
+    return Built({".onnx": data}, "fast" if serves else "small", layers, notes, graph.twin)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Graph:
     """A network as torch.onnx gives it, its packed products still one node each."""
 
-    source: Source
+    ready: Ready
     pieces: Pieces
     model: Any
 
     @staticmethod
-    def of(request: Request, opset: int = OPSET) -> Graph:
-        """Raises SubbyteError for a network that ONNX cannot hold, naming what it lacks."""
-        source = prepared(request.read())
-        standing, pieces = stand_ins(_layers(source))
-        net = module_of(source.program, standing, source.state)
-        return Graph(source, pieces, _exported(net, source, opset))
+    def of(ready: Ready, opset: int = OPSET) -> Graph:
+        """Raises SubbyteError for an operator that ONNX lacks, naming it."""
+        standing, pieces = stand_ins(ready.layers)
+        return Graph(ready, pieces, _exported(ready.calling(standing), ready.source, opset))
 
     def lowered(self, lower: Lower) -> tuple[bytes, tuple[tuple[str, str], ...]]:
         """The file, with each packed product as `lower` writes it; and how each is stored."""
         model = self.model.clone()
         layers = _replace(model.graph, self.pieces, lower)
         RemoveUnusedNodesPass()(model)
-        _tidy(model, self.source.program)
+        _tidy(model, self.ready.source.program)
         return _bytes(model), layers
 
     def twin(self) -> bytes:
@@ -80,36 +74,6 @@ class Graph:
 def plain(writer: Writer, piece: Piece, x: Any, plus: Any) -> tuple[Any, str]:
     """Everything float32: what other forms are compared with."""
     return float_product(writer, piece, x, plus, float_weight), "float32"
-
-
-def prepared(source: Source) -> Source:
-    """The network with norms, sums and activations moved into its products, where that goes."""
-    _check_types(source.program)
-    net = module_of(source.program, _layers(source), source.state)
-    try:
-        fused = fuse(net)
-        program, constants = traced(fused, source.example)
-    except SubbyteError:
-        return source
-    held: dict[str, Tensor] = {**dict(fused.named_parameters(remove_duplicate=False))}
-    held |= {**dict(fused.named_buffers(remove_duplicate=False)), **constants}
-    state = {name: held[name].detach() for name in sorted(program.state_names)}
-    names = {i.name for i in source.program.inputs}
-    assert names == {i.name for i in program.inputs}
-    return Source(program, fused, state, source.example)
-
-
-def _layers(source: Source) -> dict[str, nn.Module]:
-    return {name: source.net.get_submodule(name) for name in source.program.layers}
-
-
-def _check_types(program: Program) -> None:
-    for value in program.inputs:
-        if value.dtype in ("float16", "bfloat16", "float64"):
-            raise SubbyteError(
-                f"input '{value.name}' is {value.dtype}; an exported network takes float32: call "
-                "net.float() and give a float32 example"
-            )
 
 
 def _exported(net: nn.Module, source: Source, opset: int) -> Any:

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from subbyte.export.base import Source
 from subbyte.export.onnx.int8 import ROUNDED, Int8
 from subbyte.export.onnx.nbits import nbits, why_not_nbits
 from subbyte.export.onnx.pieces import Piece
 from subbyte.export.onnx.products import float_product
 from subbyte.export.onnx.ranges import is_conv, ranges_of
+from subbyte.export.onnx.ready import Ready
 from subbyte.export.onnx.weights import small_weight
 from subbyte.export.onnx.writer import Writer
 from subbyte.graph.trace import Example
@@ -33,14 +33,13 @@ class Fast:
     """Lowers Linear layers to MatMulNBits, convolutions to integers, the rest to small weights."""
 
     def __init__(
-        self, source: Source, calibration: Sequence[Example] | None, packed: bool = True
+        self, ready: Ready, calibration: Sequence[Example] | None, packed: bool = True
     ) -> None:
         """packed: onnxruntime is to read it: base-N bytes, and its own operators."""
         self.packed = packed
-        layers = {name: source.net.get_submodule(name) for name in source.program.layers}
-        self.convs = any(map(is_conv, layers.values()))
+        self.convs = any(map(is_conv, ready.layers.values()))
         watched = self.convs and calibration is not None
-        self.int8 = Int8(ranges_of(source, calibration or ()), packed) if watched else None
+        self.int8 = Int8(ranges_of(ready, calibration or ()), packed) if watched else None
         self.reasons: dict[str, str] = {}
 
     def __call__(self, writer: Writer, piece: Piece, x: Any, plus: Any) -> tuple[Any, str]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.errors import SubbyteError
-from subbyte.export.base import Source, in_order
-from subbyte.graph.network import module_of
+from subbyte.export.base import in_order
+from subbyte.export.onnx.ready import Ready
 from subbyte.graph.trace import Example
 
 
@@ -47,29 +47,21 @@ class Ranges:
     result: Range = Range()
 
 
-def ranges_of(source: Source, calibration: Iterable[Example]) -> Mapping[str, Ranges]:
+def ranges_of(ready: Ready, calibration: Iterable[Example]) -> Mapping[str, Ranges]:
     """Of each convolution with packed weights, by name; the network runs in float32.
 
-    Raises SubbyteError for batches that hold no example, or values that are not finite.
+    Raises SubbyteError for calibration without a batch, or with values that are not finite.
     """
-    watched = {
-        name: _Watched(layer) if is_conv(layer) else layer
-        for name, layer in ((n, source.net.get_submodule(n)) for n in source.program.layers)
-    }
-    net = module_of(source.program, watched, source.state)
+    watched = {n: _Watched(n, layer) for n, layer in ready.layers.items() if is_conv(layer)}
+    net, inputs = ready.calling(watched), ready.source.program.inputs
     n = 0
     with torch.inference_mode():
         for batch in calibration:
-            net(*in_order(source.program, _inputs(batch, len(source.program.inputs))))
+            net(*in_order(ready.source.program, _inputs(batch, len(inputs))))
             n += 1
     if not n:
         raise SubbyteError("calibration holds no batch; give a few hundred examples")
-    found = {k: w.ranges for k, w in watched.items() if isinstance(w, _Watched)}
-    for name, ranges in found.items():
-        values = (ranges.x, ranges.plus, ranges.product, ranges.result)
-        if not all(torch.tensor([r.low, r.high]).isfinite().all() for r in values):
-            raise SubbyteError(f"calibration gives layer '{name}' values that are NaN or infinite")
-    return found
+    return {name: layer.ranges for name, layer in watched.items()}
 
 
 def _inputs(batch: Any, n: int) -> Any:
@@ -87,9 +79,9 @@ def is_conv(layer: nn.Module) -> bool:
 class _Watched(nn.Module):
     """A packed convolution in float32 that remembers its ranges."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, name: str, layer: Any) -> None:
         super().__init__()
-        self.layer: Any = layer
+        self.name, self.layer = name, layer
         self.ranges = Ranges()
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
@@ -98,6 +90,10 @@ class _Watched(nn.Module):
         y = product if plus is None else product + plus
         kind = getattr(layer, "activation", "none")
         y = y if kind == "none" else y.relu() if kind == "relu" else y.clamp(0, 6)
+        if not y.isfinite().all():
+            raise SubbyteError(
+                f"calibration gives layer '{self.name}' values that are NaN or infinite"
+            )
         self.ranges = replace(
             seen, x=seen.x.with_(x), product=seen.product.with_(product),
             plus=seen.plus if plus is None else seen.plus.with_(plus), result=seen.result.with_(y),
