@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import ml_dtypes
+import numpy as np
 import openvino as ov
 import torch
 from torch import Tensor
 
+from subbyte.core.grids import PerGroup
 from subbyte.errors import SubbyteError
 from subbyte.export.base import Built, Check, Request
 from subbyte.export.onnx.build import Graph
@@ -59,9 +61,21 @@ def _small(writer: Writer, piece: Piece, x: Any, plus: Any) -> tuple[Any, str]:
 
 def _width(weight: Weight) -> str:
     found = whole_levels(weight.grid)
-    if found is None:
+    if found is None or _grouped(weight) is None:
         return INDEX
     return INT4 if found[0].min() >= -8 and found[0].max() <= 7 else INT8
+
+
+def _grouped(weight: Weight) -> tuple[int, ...] | None:
+    """The shape in which scales of groups have a dimension of their own; None if there is none.
+
+    OpenVINO 2026.4 multiplies int4 weights by a scale for each weight, and gives wrong results.
+    """
+    sharing = weight.grid.granularity
+    if not isinstance(sharing, PerGroup):
+        return weight.shape
+    rows, width = weight.shape[0], weight.tensor.codes[0].numel()
+    return None if width % sharing.size else (rows, width // sharing.size, sharing.size)
 
 
 def _weight(writer: Writer, piece: Piece) -> Any:
@@ -71,20 +85,30 @@ def _weight(writer: Writer, piece: Piece) -> Any:
         return float_weight(writer, piece)
     key = ("openvino", piece.name)
     if key not in writer.known:
-        found = writer.op("Mul", _levels(writer, weight), scales(writer, weight))
-        writer.known[key] = add_adapter(writer, weight, found)
+        made = _table(writer, weight) if _width(weight) == INDEX else _whole(writer, weight)
+        writer.known[key] = add_adapter(writer, weight, made)
     return writer.known[key]
 
 
-def _levels(writer: Writer, weight: Weight) -> Any:
-    codes, whole = weight.tensor.codes.numpy(), whole_levels(weight.grid)
-    if whole is None:
-        table = writer.constant(torch.tensor(weight.grid.levels, dtype=torch.float32))
-        index = writer.op("Cast", writer.constant(codes), to=6)  # int32
-        return writer.op("Gather", table, index, axis=0)
-    kind = ml_dtypes.int4 if _width(weight) == INT4 else "int8"
-    found = writer.op("Cast", writer.constant(whole[0][codes].astype(kind)), to=1)
-    return writer.op("Mul", found, writer.constant(float(whole[1])))
+def _table(writer: Writer, weight: Weight) -> Any:
+    levels = writer.constant(torch.tensor(weight.grid.levels, dtype=torch.float32))
+    index = writer.op("Cast", writer.constant(weight.tensor.codes), to=6)  # int32
+    return writer.op("Mul", writer.op("Gather", levels, index, axis=0), scales(writer, weight))
+
+
+def _whole(writer: Writer, weight: Weight) -> Any:
+    """Whole numbers times scales, which hold the step."""
+    found, shape = whole_levels(weight.grid), _grouped(weight)
+    assert found is not None
+    assert shape is not None
+    levels, step = found
+    codes = levels[weight.tensor.codes.numpy()].reshape(shape)
+    kind = ml_dtypes.int4 if _width(weight) == INT4 else np.int8
+    value = writer.op("Cast", writer.constant(codes.astype(kind)), to=1)
+    if shape == weight.shape:
+        return writer.op("Mul", value, writer.constant(weight.scales() * step))
+    scale = writer.constant((weight.tensor.scale * step).reshape(*shape[:2], 1))
+    return writer.op("Reshape", writer.op("Mul", value, scale), writer.constant([*weight.shape]))
 
 
 def _files(data: bytes, name: str) -> dict[str, bytes]:
