@@ -101,6 +101,56 @@ def seeds_of(found: Sequence[Line]) -> str:
     return ", ".join(str(line["seed"]) for line in found)
 
 
+# ---------------------------------------------------------------- files of other tools
+
+
+@table
+def export_size() -> str:
+    """Bytes of the ONNX file over those of the packed file."""
+    made = newest(lines("export", case="size"), "network", "levels")
+    rows = []
+    for network in dict.fromkeys(line["network"] for line in made):
+        own = [line for line in made if line["network"] == network]
+        cells = [f"{x['bytes']:,} ({x['ratio']:.2f})" for x in own]
+        rows.append([network, *cells])
+    levels = dict.fromkeys(str(line["levels"]) for line in made)
+    return grid(["network", *(f"{n} levels" for n in levels)], rows)
+
+
+@table
+def export_convolutions() -> str:
+    """Float32 time over the time of form fast, in the same engine."""
+    made = [x for case in ("onnx", "openvino") for x in lines("export", case=case)]
+    rows = [
+        [x["machine"]["cpu"], x["engine"], x["network"], str(x["batch"]),
+         f"{x['float32_ms']['median']:.2f}", f"{x['fast_ms']['median']:.2f}", _ratio(x)]
+        for x in newest(made, "case", "network", "batch")
+    ]  # fmt: skip
+    head = ["machine", "engine", "network", "batch", "float32, ms", "fast, ms", "ratio"]
+    return grid(head, rows)
+
+
+@table
+def export_linear() -> str:
+    """One Linear layer in onnxruntime: float32 time over the time of form fast."""
+    rows = [
+        [f"{x['shape'][0]} x {x['shape'][1]}", str(x["levels"]), x["stored"], str(x["batch"]),
+         f"{x['float32_ms']['median']:.3f}", f"{x['fast_ms']['median']:.3f}", _ratio(x)]
+        for x in newest(_shaped(), "levels", "batch", "size")
+    ]  # fmt: skip
+    head = ["weight", "levels", "stored as", "batch", "float32, ms", "fast, ms", "ratio"]
+    return grid(head, rows)
+
+
+def _shaped() -> list[Line]:
+    return [line | {"size": str(line["shape"])} for line in lines("export", case="linear")]
+
+
+def _ratio(line: Line) -> str:
+    ratio = line["ratio"]
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
 # ---------------------------------------------------------------- size
 
 

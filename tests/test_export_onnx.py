@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -502,10 +503,19 @@ def test_the_command(file, tmp_path, monkeypatch, capsys):  # noqa: F811
     assert found["form"] == "fast"
     assert found["n_bytes"] == (tmp_path / "net.onnx").stat().st_size
     assert found["check"]["agreement"] > 0.9
-    code, out, _ = in_process(monkeypatch, capsys, "export", file, "--to", tmp_path / "net.onnx",
-                              "--form", "small")  # fmt: skip
-    assert code == 0
-    assert "ms in onnxruntime" in out
+
+
+def test_the_table_of_the_command():
+    from subbyte.commands.export import rows
+    from subbyte.export import Check, Exported
+
+    check = Check("onnxruntime 1", 900, 0.01, 0.5, 1.0, 2.0, 3.0)
+    made = Exported("net.onnx", "ONNX", "fast", 1000, (("a", "x"), ("b", "x"), ("c", "y")))
+    assert ("checked", "no: its runtime is not installed") in rows(made)
+    shown = dict(rows(replace(made, check=check)))
+    assert shown["layers as x"] == "2"
+    assert shown["agreement of argmax"] == "50.00%"
+    assert shown["ms of float32 in onnxruntime 1"] == "3.000"
 
 
 # ---------------------------------------------------------------- bad input

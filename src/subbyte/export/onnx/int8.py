@@ -20,14 +20,23 @@ from torch import Tensor
 
 from subbyte.core.grids import Grid, PerGroup, PerTensor
 from subbyte.export.onnx.pieces import Piece, Weight
-from subbyte.export.onnx.products import convolved, geometry
+from subbyte.export.onnx.products import convolved, geometry, pads_zeros
 from subbyte.export.onnx.ranges import Range, Ranges
 from subbyte.export.onnx.weights import digits
 from subbyte.export.onnx.writer import Writer
 
 PACKED, ROUNDED = "codes, int8 products", "int8, rounded for each channel"
 _TOP = 127
-_PASSING = ("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")
+_PASSING = (
+    "MaxPool",
+    "Slice",
+    "Reshape",
+    "Transpose",
+    "Flatten",
+    "Squeeze",
+    "Unsqueeze",
+    "Identity",
+)
 _MOST_BIAS = 2.0**30
 
 
@@ -129,7 +138,8 @@ class Int8:
         """What the value is quantized with already, if it only passed through; else as seen."""
         while value is not None and value not in self.known:
             node = value.producer()
-            value = node.inputs[0] if node is not None and node.op_type in _PASSING else None
+            passes = node is not None and (node.op_type in _PASSING or pads_zeros(node))
+            value = node.inputs[0] if passes else None
         return seen if value is None else self.known[value]
 
     def _quantized(self, writer: Writer, value: Any, range_: Range) -> Any:

@@ -90,17 +90,24 @@ def unpadded(x: Any, n_dims: int) -> tuple[Any, list[int]]:
 
     Between a convolution and what is before it a Pad would be computed in float32.
     """
-    node, nothing = x.producer(), [0] * (2 * n_dims)
-    if node is None or node.op_type != "Pad" or len([v for v in node.inputs if v]) > 3:
-        return x, nothing
-    pads = ir.convenience.get_const_tensor(node.inputs[1])
-    value = ir.convenience.get_const_tensor(node.inputs[2]) if len(node.inputs) > 2 else None
+    node = x.producer()
+    pads = ir.convenience.get_const_tensor(node.inputs[1]) if pads_zeros(node) else None
+    if pads is not None:
+        wide = pads.numpy().reshape(2, -1)
+        outer, inner = wide[:, :-n_dims], wide[:, -n_dims:]
+        if not outer.any() and (inner >= 0).all():
+            return node.inputs[0], inner.flatten().tolist()
+    return x, [0] * (2 * n_dims)
+
+
+def pads_zeros(node: Any) -> bool:
+    """Whether a node is a Pad with zeros along every axis, or cuts."""
+    if node is None or node.op_type != "Pad" or any(node.inputs[3:]):
+        return False
     mode = node.attributes.get("mode")
-    constant = mode is None or mode.as_string() == "constant"
-    if not constant or pads is None or (value is not None and value.numpy().any()):
-        return x, nothing
-    wide = pads.numpy().reshape(2, -1)
-    outer, inner = wide[:, :-n_dims], wide[:, -n_dims:]
-    if outer.any() or (inner < 0).any():
-        return x, nothing
-    return node.inputs[0], inner.flatten().tolist()
+    if mode is not None and mode.as_string() != "constant":
+        return False
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        return True
+    value = ir.convenience.get_const_tensor(node.inputs[2])
+    return value is not None and not value.numpy().any()
