@@ -99,7 +99,7 @@ def quantized(layer, grid, adapter=None, seed=0):
     return sb.QuantizedLayer(sb.QuantizedTensor(codes, scale, grid), bias, low_rank)
 
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class Apart(nn.Module):
@@ -154,6 +154,7 @@ def convs():
     add(nn.ConvTranspose2d(4, 6, 3, (2, 3), (0, 1), (1, 0), groups=2, dilation=(1, 2)),
         grid_of(7, "tensor"), torch.randn(2, 4, 5, 4))  # fmt: skip
     add(nn.ConvTranspose2d(4, 6, 2), grid_of(4, "tensor"), torch.randn(2, 4, 5, 4), torch.int8)
+    add(nn.ConvTranspose3d(3, 2, 2, 2), grid_of(5, "tensor"), torch.randn(2, 3, 3, 4, 2))
     return rows, inputs
 
 
@@ -560,6 +561,19 @@ def test_calibration_that_says_nothing(tmp_path):
 def test_types_that_are_not_float32(tmp_path):
     net = packed(copy.deepcopy(LINE)).half()
     refused("input 'input' is float16; .*float32", tmp_path, net, example=torch.randn(2, 4).half())
+
+
+def test_a_layer_that_no_program_holds_is_named(tmp_path):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.steps = nn.LSTM(8, 16)
+
+        def forward(self, x):
+            return self.steps(x)[0]
+
+    net = packed(Recurrent())
+    refused("layer 'steps' is a packed LSTM", tmp_path, net, example=torch.randn(2, 5, 8))
 
 
 def test_a_network_without_a_program_asks_for_an_example(tmp_path):

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.errors import SubbyteError
+from subbyte.graph.layers import WHOLE
 from subbyte.graph.network import PROGRAM
 from subbyte.graph.program import DTYPES, LAYER, Program
 from subbyte.graph.trace import Example, traced
+from subbyte.modules import PackedWeight
 
 FORMS = ("auto", "small", "fast")
 
@@ -143,10 +145,24 @@ def _program(net: nn.Module, example: Example | None) -> tuple[Program, dict[str
                 "the network holds no program; give export an input as example=, or save the file "
                 "with one"
             )
+        _check_layers(net)
         program, constants = traced(net, example)
     held: dict[str, Tensor] = {**dict(net.named_parameters(remove_duplicate=False))}
     held |= {**dict(net.named_buffers(remove_duplicate=False)), **constants}
     return program, {name: held[name].detach() for name in sorted(program.state_names)}
+
+
+def _check_layers(net: nn.Module) -> None:
+    """Raises SubbyteError for a packed layer that a program does not call whole, naming it."""
+    for name, module in net.named_modules():
+        if type(module) not in WHOLE and any(
+            isinstance(m, PackedWeight) for m in module.children()
+        ):
+            kind = type(module).__name__.removeprefix("Packed")
+            raise SubbyteError(
+                f"layer '{name}' is a packed {kind}, which a program has no operator for; export "
+                "the network around it"
+            )
 
 
 def in_order(program: Program, example: Example | None) -> tuple[Tensor, ...]:
