@@ -606,7 +606,7 @@ def test_ranges_are_of_all_batches():
     net = in_float32(packed(nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU())))
     x = torch.randn(3, 1, 4, 4)
     ready = prepared(Request(net, "net", "small", x).read())
-    (seen,) = ranges_of(ready, [x, (10 * x, torch.zeros(3))]).values()
+    (seen,) = ranges_of(ready, [(10 * x, torch.zeros(3)), x]).values()
     assert (seen.x.low, seen.x.high) == (float(10 * x.min()), float(10 * x.max()))
     assert seen.result.low == 0.0
     assert seen.result.high == pytest.approx(float(net(10 * x).max()), rel=1e-5)
