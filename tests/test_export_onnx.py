@@ -512,7 +512,7 @@ def test_the_table_of_the_command():
 
     check = Check("onnxruntime 1", 900, 0.01, 0.5, 1.0, 2.0, 3.0)
     made = Exported("net.onnx", "ONNX", "fast", 1000, (("a", "x"), ("b", "x"), ("c", "y")))
-    assert ("checked", "no: its runtime is not installed") in rows(made)
+    assert ("checked", "no: nothing that runs it is installed here") in rows(made)
     shown = dict(rows(replace(made, check=check)))
     assert shown["layers as x"] == "2"
     assert shown["agreement of argmax"] == "50.00%"

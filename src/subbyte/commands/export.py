@@ -93,7 +93,7 @@ def rows(result: Exported) -> list[tuple[str, str]]:
 
 def _checked(check: Any) -> list[tuple[str, str]]:
     if check is None:
-        return [("checked", "no: its runtime is not installed")]
+        return [("checked", "no: nothing that runs it is installed here")]
     return [
         ("bytes of the packed file", f"{check.packed_bytes:,}"),
         (f"largest difference in {check.runtime}", f"{check.difference:.2e}"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -140,8 +141,12 @@ def _exported(net: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor
     shapes = tuple({0: free} if x.ndim else {} for x in args)
     named = {k: {0: free} if x.ndim else {} for k, x in kwargs.items()}
     try:
-        found = torch.export.export(net, args, kwargs, dynamic_shapes=named or shapes, strict=False)
-        found = found.run_decompositions({})
+        with warnings.catch_warnings():  # torch.export of itself
+            warnings.filterwarnings("ignore", ".*treespec", FutureWarning)
+            found = torch.export.export(
+                net, args, kwargs, dynamic_shapes=named or shapes, strict=False
+            )
+            found = found.run_decompositions({})
         _check_batch(net, found)
         for node in reversed(found.graph.nodes):  # checks of types and sizes compute nothing
             if str(node.target).removeprefix("aten.") in _DROPPED and not node.users:
