@@ -206,6 +206,35 @@ def lowres_cvnn1() -> str:
     return grid(["levels", "top-1 %", "seeds", "against float", "bytes of the file"], rows)
 
 
+@table
+def lowres_text() -> str:
+    return _sequences("text", 3)
+
+
+@table
+def lowres_series() -> str:
+    return _sequences("series", 4)
+
+
+def _sequences(case: str, digits: int) -> str:
+    """One row per number of levels, float first."""
+    found = newest(lines("lowres-sequences", case=case), "levels", "seed")
+    floats = {x["seed"]: x["score"] for x in found if x["levels"] == "float"}
+    rows = []
+    for levels in sorted({x["levels"] for x in found}, key=str, reverse=True):
+        own = sorted((x for x in found if x["levels"] == levels), key=lambda x: x["seed"])
+        scores = [x["score"] for x in own]
+        gaps = [x["score"] - floats[x["seed"]] for x in own if x["seed"] in floats]
+        rows.append([
+            "float32" if levels == "float" else str(levels),
+            f"{statistics.mean(scores):.{digits}f} ({max(scores) - min(scores):.{digits}f})",
+            seeds_of(own), "" if levels == "float" else f"{statistics.mean(gaps):+.{digits}f}",
+            f"{own[-1]['bytes']:,}",
+        ])  # fmt: skip
+    head = ["levels", f"{found[0]['measure']}, mean (range)", "seeds", "against float", "bytes"]
+    return grid(head, rows)
+
+
 # ---------------------------------------------------------------- SGM and its neighbours
 
 
