@@ -478,3 +478,15 @@ def test_transformer_encoders_run_packed_with_and_without_a_mask(rules, nested):
             expected = model(x, src_key_padding_mask=mask)
             kept = ~mask[:, : expected.shape[1]]
             assert torch.allclose(got[kept], expected[kept], atol=1e-5)
+
+
+def test_scales_along_the_inputs_of_a_linear_layer_are_decoded():
+    """No method makes them, but layers of one's own may: the kernels scale rows alone."""
+    grid = sb.uniform(5, sb.PerChannel(1))
+    scale = torch.rand(6) + 0.5
+    weight = sb.QuantizedTensor(torch.randint(0, 5, (4, 6), dtype=torch.uint8), scale, grid)
+    net = sb.pack(nn.Sequential(nn.Linear(6, 4, bias=False)), {"0": sb.QuantizedLayer(weight)})
+    x = torch.randn(3, 6)
+    assert "dimension 1" in net[0].why_not(x)
+    exact = x.double() @ exact_weight(weight).t()
+    assert_within(net(x), exact, gamma(8) * (x.double().abs() @ exact_weight(weight).abs().t()))

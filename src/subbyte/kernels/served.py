@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from subbyte.core.grids import Grid, PerGroup
+from subbyte.core.grids import Grid, PerChannel, PerGroup
 from subbyte.errors import SubbyteError
 
 try:
@@ -100,6 +100,8 @@ def _why_not_grid(grid: Grid, row_length: int) -> str | None:
     largest = max(abs(center), abs(factor * (grid.n_levels - 1) - center))
     if largest > _LARGEST:
         return f"{grid.n_levels} levels are integers up to {largest}; {_LARGEST} fit"
+    if isinstance(grid.granularity, PerChannel) and grid.granularity.axis != 0:
+        return f"scales are per index of dimension {grid.granularity.axis}, not per output channel"
     if isinstance(grid.granularity, PerGroup):
         row_length = min(row_length, grid.granularity.size)  # a sum ends where its scale does
     if factor * max(largest, grid.n_levels - 1) * 255 * (row_length + 64) >= _SUMS:
