@@ -11,6 +11,7 @@ the means of that file. Needs the weights and data that `CASES` names.
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -18,10 +19,15 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, append
+from torch import nn
 
+from subbyte import storage
+from subbyte.commands.networks import float_network
 from subbyte.commands.quantize import Request, convert
+from subbyte.data import ImageSet, batches, load_images
 from subbyte.ptq import CoRa, PublishedCoRa
 from subbyte.ptq.published import equivalent_bits
+from subbyte.train.evaluate import preprocess_of
 
 SHARED = "../shared/data"
 
@@ -75,6 +81,7 @@ def measure(network: str, name: str, seed: int) -> dict[str, object]:
             case.samples, seed, score=case.score,
         )  # fmt: skip
         result = convert(request, method)
+        changed = paired(network, case, request.out)
     found = result.to_dict()
     line = {key: found[key] for key in ("layer_bits_per_weight", "bytes", "seconds", "iterations",
                                         "agreement", "top1_float", "top1", "notes")}  # fmt: skip
@@ -84,7 +91,29 @@ def measure(network: str, name: str, seed: int) -> dict[str, object]:
     levels = [layer.levels for layer in result.evidence.plan.layers]
     ranks = [layer.rank for layer in result.evidence.plan.layers]
     return {"network": network, "method": name, "options": str(method), "seed": seed, **line,
-            "levels": levels, "ranks": ranks}  # fmt: skip
+            **changed, "levels": levels, "ranks": ranks}  # fmt: skip
+
+
+def paired(network: str, case: Case, file: Path) -> dict[str, object]:
+    """Of the images that are scored: how many the packed network loses, how many it gains, and the
+    95 % interval of the net loss in percent (normal, from the pairs that differ)."""
+    images = load_images(case.data, case.score)
+    before = right(float_network(network, Path(case.weights), images), images)
+    after = right(storage.load(file, precision="float32"), images)
+    n, lost, won = len(images), int((before & ~after).sum()), int((after & ~before).sum())
+    net, wide = lost - won, 1.96 * math.sqrt(max(0, lost + won - (lost - won) ** 2 / n))
+    return {
+        "images": n, "right_to_wrong": lost, "wrong_to_right": won,
+        "net_loss_percent": [100 * x / n for x in (net, net - wide, net + wide)],
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def right(net: nn.Module, images: ImageSet) -> torch.Tensor:
+    """Whether the network names each image's class."""
+    preprocess = preprocess_of(net)
+    parts = [net(preprocess(x)).argmax(1) == y for x, y in batches(images, 64)]
+    return torch.cat(parts)
 
 
 def table(network: str) -> str:

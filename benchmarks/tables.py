@@ -419,6 +419,24 @@ def readme_accuracy() -> str:
     return grid(head, rows)
 
 
+@table
+def readme_language() -> str:
+    """One row per network and budget, lowest bits last."""
+    rows = []
+    for network, name in (("minilm", "all-MiniLM-L6-v2, STS-B"),
+                          ("smollm2", "SmolLM2-135M, WikiText-2")):  # fmt: skip
+        found = newest(lines("language", network=network), "method", "target_bits", "tune")
+        before = next(x["score"] for x in found if x["method"] == "float")
+        own = [x for x in found if x["method"] != "float"]
+        digits = 4 if own[0]["measure"] == "Spearman" else 2
+        for x in sorted(own, key=lambda x: -x["bits_per_weight"]):
+            rows.append([
+                f"{name}, {x['measure']}", f"{before:.{digits}f}", f"{x['score']:.{digits}f}",
+                f"{x['bits_per_weight']:.2f} bits",
+            ])  # fmt: skip
+    return grid(["network, data, measure", "float32", "quantized", "whole network"], rows)
+
+
 def differing(paths: Iterable[Path]) -> list[str]:
     """Documents whose tables are not what the lines give, and markers without a table."""
     return [str(p.relative_to(ROOT)) for p in paths if rewritten(p.read_text()) != p.read_text()]
