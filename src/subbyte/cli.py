@@ -16,6 +16,7 @@ from subbyte.commands.evaluate import evaluate
 from subbyte.commands.export import export
 from subbyte.commands.inspect import inspect
 from subbyte.commands.quantize import quantize
+from subbyte.commands.report import report
 from subbyte.commands.train import train
 from subbyte.commands.verify import verify
 from subbyte.errors import SubbyteError
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Neural networks at 1 to 4 bits per weight: train them, convert them, run them.",
 )
-for command in (demo, train, quantize, evaluate, inspect, verify, export, bench):
+for command in (demo, train, quantize, evaluate, inspect, report, verify, export, bench):
     app.command()(command)
 
 

@@ -30,6 +30,8 @@ Target = Annotated[
     Argument(help="A packed file, a network that ships, or a folder of transformers."),
 ]
 PackedFile = Annotated[Path, Argument(help="The packed file to look at.")]
+Targets = Annotated[list[Path], Argument(help="Packed files, and folders of training runs.")]
+Page = Annotated[Path, Option("--out", help="Where the page goes.")]
 MaybeFile = Annotated[Path | None, Argument(help="The packed file to time.")]
 Weights = Annotated[Path | None, Option(help="Float weights of the network, a .safetensors file.")]
 Config = Annotated[Path, Argument(help="Configuration of the run, a TOML file; see examples/.")]
