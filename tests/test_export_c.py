@@ -580,6 +580,19 @@ def test_sums_pools_and_groups_in_integers(batchnorm, bits, tmp_path):
     check_integers(compiled(done.path), net, x, 8, 16)
 
 
+@needs_gcc
+def test_shifts_of_norms_keep_the_half_that_rounding_asks_for(tmp_path):
+    """A norm that enlarges leaves few bits behind the point, and the next layer rounds."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1))
+    net = fixed(body, 2, "power_of_two")
+    net[1].scale.fill_(2.0**7)
+    net[1].shift.copy_((torch.tensor([3.0, 10.0, 21.0, 40.0]) + 0.5) * 2.0**-8)
+    x = torch.randn(8, 1, 3, 3)
+    done = sb.export(net, tmp_path / "net.c", example=x, form="int16")
+    check_integers(compiled(done.path), net, x / 64, 8, 16)
+
+
 def test_what_has_no_run_in_integers_is_named(tmp_path):
     x = torch.randn(2, 1, 6, 8)
     with pytest.raises(SubbyteError, match=r"layer 'a'.*SGM.*fixed_point\(2\)"):
