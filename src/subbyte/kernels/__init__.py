@@ -3,6 +3,7 @@
 from subbyte.kernels.calls import conv2d, linear
 from subbyte.kernels.panels import panel_bytes
 from subbyte.kernels.products import finish
+from subbyte.kernels.ready import Ready, answer, make_ready
 from subbyte.kernels.served import (
     Precision,
     check_precision,
@@ -17,12 +18,15 @@ __all__ = [
     "Activation",
     "Epilogue",
     "Precision",
+    "Ready",
     "Window",
+    "answer",
     "check_precision",
     "conv2d",
     "finish",
     "is_depthwise",
     "linear",
+    "make_ready",
     "panel_bytes",
     "plain_bias",
     "tier",

@@ -28,7 +28,7 @@ from subbyte.kernels.panels import panel_of
 from subbyte.kernels.values import Activation, Epilogue, Window
 from subbyte.packing import PackedMatrix
 
-_PLANES = {"int8": 1, "int16": 2, "float32": 0}  # of bytes
+PLANES = {"int8": 1, "int16": 2, "float32": 0}  # of bytes
 
 
 def linear(x: Tensor, matrix: PackedMatrix, precision: str, epilogue: Epilogue) -> Tensor:
@@ -43,7 +43,7 @@ def linear(x: Tensor, matrix: PackedMatrix, precision: str, epilogue: Epilogue) 
     low, high = epilogue.limits
     try:
         odd = panel_of(matrix).linear(
-            x, y, epilogue.bias, plus, low, high, _PLANES[precision], torch.get_num_threads()
+            x, y, epilogue.bias, plus, low, high, PLANES[precision], torch.get_num_threads()
         )
     except ValueError as error:
         raise _named(matrix, error) from None
@@ -66,7 +66,7 @@ def conv2d(
     low, high = epilogue.limits
     try:
         odd = panel_of(matrix, window).conv2d(
-            x, y, last, epilogue.bias, plus, low, high, _PLANES[precision], torch.get_num_threads()
+            x, y, last, epilogue.bias, plus, low, high, PLANES[precision], torch.get_num_threads()
         )
     except ValueError as error:
         raise _named(matrix, error) from None
