@@ -260,6 +260,7 @@ CONVS = [
     {"ci": 8, "co": 16, "k": (3, 3), "groups": 2, "padding": 1},
     {"ci": 12, "co": 12, "k": (3, 3), "groups": 12, "padding": 1},
     {"ci": 35, "co": 35, "k": (5, 3), "stride": 2, "groups": 35, "dilation": (1, 2)},
+    {"ci": 24, "co": 24, "k": (3, 3), "groups": 24, "padding": 1},
     {"ci": 3, "co": 10, "k": (7, 7), "stride": 2, "padding": 3},
     {"ci": 4, "co": 8, "k": (2, 2), "padding": "same"},
     {"ci": 4, "co": 8, "k": (3, 3), "padding": 1, "padding_mode": "reflect"},
@@ -336,7 +337,7 @@ def test_conv_in_float32(spec, levels):
                   slack=0.0, roundings=weight.codes[0].numel() + 6)  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", CONVS[:9], ids=str)
+@pytest.mark.parametrize("spec", CONVS[:10], ids=str)
 def test_conv_in_int16(spec):
     like, weight = convolution(spec, 5)
     like.bias = None

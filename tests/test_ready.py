@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from subbyte import kernels
 from subbyte.core.grids import PerChannel, uniform
@@ -169,6 +170,8 @@ def test_gradients_traces_and_transforms_take_the_long_way():
     assert torch.allclose(mapped, layer(x), rtol=1e-6, atol=1e-6)
     exported = torch.export.export(layer, (x,))
     assert any("subbyte.linear" in str(node.target) for node in exported.graph.nodes)
+    traced = make_fx(layer)(x)
+    assert any("subbyte.linear" in str(node.target) for node in traced.graph.nodes)
     layer.bias.requires_grad_()
     layer(x).sum().backward()
     assert torch.equal(layer.bias.grad, torch.full((10,), 3.0))

@@ -461,6 +461,12 @@ int main() {
     };
     for (const ConvShape& shape : shapes)
       for (const int levels : {3, 5, 16, 17, 128}) check_conv(*tier, levels, shape, 2, 9, 8);
+    // Depthwise: channels that fill no whole vectors, and rows longer than pixels taken together.
+    for (const int channels : {1, 3, 5, 7, 8, 12, 16, 20, 24, 31, 33, 40})
+      for (const int stride : {1, 2}) {
+        const ConvShape shape{channels, channels, 3, 3, stride, stride, 1, 1, 1, 1, 1, 1, channels};
+        for (const int width : {3, 8, 23, 41}) check_conv(*tier, 3, shape, 2, 4, width);
+      }
     std::printf("%s: %ld checks passed\n", tier->name, checks);
   }
 }

@@ -19,26 +19,68 @@ struct Call {
   const Finish& finish;
 };
 
-// The taps of a window, of those that `inside` lets through. `place` of (ky, kx): where x lies.
+// The taps of a window, of those that `inside` lets through. `place` of (ky, kx): where x lies;
+// a tap's weights take `width` values.
 struct Offsets {
   std::vector<std::int64_t> x, weights;
 
   template <class Inside, class Place>
-  Taps fill(const ConvShape& s, Inside&& inside, Place&& place) {
+  Taps fill(const ConvShape& s, std::int64_t width, Inside&& inside, Place&& place) {
     x.clear(), weights.clear();
     for (std::int64_t ky = 0; ky < s.kernel_h; ++ky)
       for (std::int64_t kx = 0; kx < s.kernel_w; ++kx) {
         if (!inside(ky * s.dilation_h, kx * s.dilation_w)) continue;
         x.push_back(place(ky * s.dilation_h, kx * s.dilation_w));
-        weights.push_back((ky * s.kernel_w + kx) * s.channels);
+        weights.push_back((ky * s.kernel_w + kx) * width);
       }
     return {static_cast<int>(x.size()), x.data(), weights.data()};
   }
 };
 
+// Neighbouring pixels taken together, so that their channels fill whole vectors: where there are
+// few channels, and windows move by one pixel.
+struct Together {
+  std::int64_t pixels = 1, width;    // width: values of so many pixels
+  std::vector<float> weights, bias;  // as a call has them, repeated: [taps][width], [width]
+
+  explicit Together(const Call& call) : width(call.s.channels) {
+    constexpr std::int64_t kFew = 2 * kRowStep;
+    const ConvShape& s = call.s;
+    if (s.stride_w != 1 || s.channels >= kFew || s.channels % kRowStep == 0) return;
+    while (pixels * s.channels % kRowStep) ++pixels;
+    width = pixels * s.channels;
+    const auto repeat = [&](const float* from, std::vector<float>& to) {
+      for (std::int64_t i = 0; i < pixels; ++i) to.insert(to.end(), from, from + s.channels);
+    };
+    for (std::int64_t t = 0; t < s.kernel_h * s.kernel_w; ++t)
+      repeat(call.weights + t * s.channels, weights);
+    if (call.finish.bias) repeat(call.finish.bias, bias);
+  }
+};
+
+// Pixels that have the same taps, one behind another. x, out, finish.plus: of the first.
+void row_of_windows(const Call& call, const Together& together, const Taps& taps, const float* x,
+                    std::int64_t n, const Finish& finish, float* out) {
+  const std::int64_t channels = call.s.channels, step = call.s.stride_w * channels;
+  if (together.pixels == 1 || n < together.pixels)
+    return call.kernels.pixels(taps, x, step, call.weights, channels, n, finish, out);
+  std::vector<std::int64_t> places(taps.weights, taps.weights + taps.count);
+  for (std::int64_t& place : places) place = place / channels * together.width;
+  const Taps wide{taps.count, taps.x, places.data()};
+  const auto take = [&](std::int64_t first, std::int64_t count) {
+    Finish of = finish;
+    if (of.bias) of.bias = together.bias.data();
+    if (of.plus) of.plus += first * channels;
+    call.kernels.pixels(wide, x + first * channels, together.width, together.weights.data(),
+                        together.width, count, of, out + first * channels);
+  };
+  take(0, n / together.pixels);
+  if (n % together.pixels) take(n - together.pixels, 1);  // some of them once more
+}
+
 // One row of results of an image [h][w][channels].
-void row_of_pixels(const Call& call, const float* x, std::int64_t y, float* out,
-                   const float* plus) {
+void row_of_pixels(const Call& call, const Together& together, const float* x, std::int64_t y,
+                   float* out, const float* plus) {
   thread_local Offsets offsets;
   const ConvShape& s = call.s;
   const std::int64_t top = y * s.stride_h - s.top, reach = (s.kernel_w - 1) * s.dilation_w;
@@ -47,17 +89,16 @@ void row_of_pixels(const Call& call, const float* x, std::int64_t y, float* out,
     const auto inside = [&](std::int64_t dy, std::int64_t dx) {
       return top + dy >= 0 && top + dy < call.h && left + dx >= 0 && left + dx < call.w;
     };
-    const Taps taps = offsets.fill(s, inside, [&](std::int64_t dy, std::int64_t dx) {
+    const Taps taps = offsets.fill(s, s.channels, inside, [&](std::int64_t dy, std::int64_t dx) {
       return ((top + dy) * call.w + left + dx) * s.channels;
     });
     // All whose windows lie between the left and the right border have the same taps.
-    const std::int64_t together =
+    const std::int64_t together_n =
         left >= 0 && right < call.w ? (call.w - 1 - right) / s.stride_w + 1 : 1;
-    const std::int64_t n = std::min(together, call.out_w - column);
+    const std::int64_t n = std::min(together_n, call.out_w - column);
     Finish finish = call.finish;
     if (plus) finish.plus = plus + column * s.channels;
-    call.kernels.pixels(taps, x, s.stride_w * s.channels, call.weights, s.channels, n, finish,
-                        out + column * s.channels);
+    row_of_windows(call, together, taps, x, n, finish, out + column * s.channels);
     column += n;
   }
 }
@@ -77,7 +118,7 @@ class Planes {
     std::memset(padded_, 0, (values + row_) * sizeof(float));
     result_ = padded_ + values;
     taps_ = offsets_.fill(
-        call.s, [](std::int64_t, std::int64_t) { return true; },
+        call.s, call.s.channels, [](std::int64_t, std::int64_t) { return true; },
         [&](std::int64_t dy, std::int64_t dx) { return place(dy, dx); });
   }
 
@@ -130,11 +171,12 @@ void depthwise(const Kernels& kernels, const ConvPanels& weight, const float* x,
   const std::int64_t in = h * w, out = call.out_h * call.out_w;
   if (n * s.channels * out * s.kernel_h * s.kernel_w * kCost < kSerial) threads = 1;
   if (last) {
+    const Together together(call);
     parallel(threads, n * call.out_h, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) {
         const std::int64_t place = i * call.out_w * s.channels;
-        row_of_pixels(call, x + i / call.out_h * in * s.channels, i % call.out_h, y + place,
-                      finish.plus ? finish.plus + place : nullptr);
+        row_of_pixels(call, together, x + i / call.out_h * in * s.channels, i % call.out_h,
+                      y + place, finish.plus ? finish.plus + place : nullptr);
       }
     });
     return;

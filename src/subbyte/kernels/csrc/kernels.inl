@@ -661,51 +661,61 @@ void values_float(const float* sums, std::int64_t n, const Scaling& scaling, flo
 
 // ---------------------------------------------------------------- float32
 
+typedef float Four __attribute__((vector_size(16)));
+
+template <class Vector>
+inline Vector loaded(const float* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
 // P pixels, and N vectors of their channels.
-template <int P, int N>
+template <class Vector, int P, int N>
 inline void window(const Taps& taps, const float* x, std::int64_t step, const float* weights,
                    std::int64_t channels, const Finish& finish, float* y) {
-  Floats sum[P][N];
+  constexpr int kWidth = sizeof(Vector) / sizeof(float);
+  Vector sum[P][N];
   for (int p = 0; p < P; ++p)
     for (int i = 0; i < N; ++i)
-      sum[p][i] = finish.bias ? floats(finish.bias + i * kFloats) : Floats{};
+      sum[p][i] = finish.bias ? loaded<Vector>(finish.bias + i * kWidth) : Vector{};
   for (int t = 0; t < taps.count; ++t) {
     const float *value = x + taps.x[t], *weight = weights + taps.weights[t];
     for (int i = 0; i < N; ++i) {
-      const Floats w = floats(weight + i * kFloats);
-      for (int p = 0; p < P; ++p) sum[p][i] += w * floats(value + p * step + i * kFloats);
+      const Vector w = loaded<Vector>(weight + i * kWidth);
+      for (int p = 0; p < P; ++p) sum[p][i] += w * loaded<Vector>(value + p * step + i * kWidth);
     }
   }
   for (int p = 0; p < P; ++p)
     for (int i = 0; i < N; ++i) {
-      const std::int64_t place = p * channels + i * kFloats;
-      if (finish.plus) sum[p][i] += floats(finish.plus + place);
+      const std::int64_t place = p * channels + i * kWidth;
+      if (finish.plus) sum[p][i] += loaded<Vector>(finish.plus + place);
       sum[p][i] = limited(sum[p][i], finish);
-      std::memcpy(y + place, &sum[p][i], sizeof(Floats));
+      std::memcpy(y + place, &sum[p][i], sizeof(Vector));
     }
 }
 
-// P pixels, all channels.
+// P pixels, all channels. What is left of the channels behind whole vectors is done by one more
+// that ends with them.
 template <int P>
 inline void windows(const Taps& taps, const float* x, std::int64_t step, const float* weights,
                     std::int64_t channels, const Finish& finish, float* y) {
-  std::int64_t c = 0;
-  const auto rest = [&] {
-    return Finish{finish.bias ? finish.bias + c : nullptr, finish.plus ? finish.plus + c : nullptr,
-                  finish.low, finish.high};
+  const auto at = [&](auto vector, auto count, std::int64_t c) {
+    const Finish rest{finish.bias ? finish.bias + c : nullptr,
+                      finish.plus ? finish.plus + c : nullptr, finish.low, finish.high};
+    window<decltype(vector), P, count>(taps, x + c, step, weights + c, channels, rest, y + c);
   };
-  for (; c + 2 * kFloats <= channels; c += 2 * kFloats)
-    window<P, 2>(taps, x + c, step, weights + c, channels, rest(), y + c);
-  for (; c + kFloats <= channels; c += kFloats)
-    window<P, 1>(taps, x + c, step, weights + c, channels, rest(), y + c);
-  for (; c < channels; ++c)
-    for (int p = 0; p < P; ++p) {
-      float sum = finish.bias ? finish.bias[c] : 0.0f;
-      for (int t = 0; t < taps.count; ++t)
-        sum += weights[taps.weights[t] + c] * x[taps.x[t] + p * step + c];
-      if (finish.plus) sum += finish.plus[p * channels + c];
-      y[p * channels + c] = limited(sum, finish);
-    }
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::integral_constant<int, 2> two;
+  std::int64_t c = 0;
+  for (; c + 2 * kFloats <= channels; c += 2 * kFloats) at(Floats{}, two, c);
+  for (; c + kFloats <= channels; c += kFloats) at(Floats{}, one, c);
+  if (c == channels) return;
+  if (c > 0) return at(Floats{}, one, channels - kFloats);
+  for (; c + 4 <= channels; c += 4) at(Four{}, one, c);
+  if (c == channels) return;
+  if (c > 0) return at(Four{}, one, channels - 4);
+  for (; c < channels; ++c) at(0.0f, one, c);
 }
 
 void pixels(const Taps& taps, const float* x, std::int64_t step, const float* weights,
