@@ -12,6 +12,9 @@ constexpr int kMaxSmall = 8;  // columns that `small` takes at once
 constexpr int kMaxTile = 16;  // no tier's tile has more columns
 constexpr int kRowStep = 16;  // floats of the widest vector
 
+// Whether loops over weights ask for them a few kilobytes before they read them.
+extern const bool reads_ahead;
+
 // How a block's integer sums become values: (factor * sum - excess) * (scale * row_scale) + (bias +
 // plus), moved into [low, high]; NaN stays. bias and plus may be null.
 struct Scaling {

@@ -56,8 +56,22 @@ inline V::Bytes bit(const std::uint8_t* run) {
     return V::mask(V::template shift_left<Target - Bit>(v), 1 << Target);
 }
 
+// Digits where they lie in their byte, for sums that are divided at the end (`sums_in_place`):
+// `place` of a position is its digit times the weight of its chain, chains are what is added up
+// apart.
+template <int Width>
+struct Places {
+  static constexpr int kChains = 8 / Width;  // a position each
+  static constexpr int chain(int position) { return position; }
+  static constexpr int weight(int chain) { return 1 << (Width * chain); }
+  template <int P>
+  static V::Bytes place(const std::uint8_t* runs) {
+    return V::mask(V::load(runs), ((1 << Width) - 1) << (Width * P));
+  }
+};
+
 template <>
-struct Format<Packing::kBits1> {
+struct Format<Packing::kBits1> : Places<1> {
   template <int P>
   static V::Bytes digit(const std::uint8_t* runs) {
     return field<1, P>(runs);
@@ -65,7 +79,7 @@ struct Format<Packing::kBits1> {
 };
 
 template <>
-struct Format<Packing::kBits2> {
+struct Format<Packing::kBits2> : Places<2> {
   template <int P>
   static V::Bytes digit(const std::uint8_t* runs) {
     return field<2, P>(runs);
@@ -81,7 +95,7 @@ struct Format<Packing::kBits3> {
 };
 
 template <>
-struct Format<Packing::kBits4> {
+struct Format<Packing::kBits4> : Places<4> {
   template <int P>
   static V::Bytes digit(const std::uint8_t* runs) {
     return field<4, P>(runs);
@@ -146,6 +160,16 @@ struct Format<Packing::kTrits5> {
     const auto rest = V::lookup128(kRest.at, V::subtract(v, V::lookup64(kLast84.at, quarter)));
     return V::mask(V::template shift_right<2 * (P % 4)>(rest), 3);
   }
+
+  static constexpr int kChains = 5;
+  static constexpr int chain(int position) { return position; }
+  static constexpr int weight(int chain) { return chain == 4 ? 84 : 1 << (2 * chain); }
+  template <int P>
+  static V::Bytes place(const std::uint8_t* runs) {
+    const auto v = V::load(runs), last = V::lookup64(kLast84.at, V::template shift_right<2>(v));
+    if constexpr (P == 4) return last;
+    return V::mask(V::lookup128(kRest.at, V::subtract(v, last)), 3 << (2 * (P % 4)));
+  }
 };
 
 template <>
@@ -160,6 +184,21 @@ struct Format<Packing::kQuints10> {
                        bit<7, 2>(runs + 2 * kRunBytes));
     else
       return V::lookup128(kDigit[P % 3].at, V::load(runs + P / 3 * kRunBytes));
+  }
+
+  // Two digits of three in one lookup: 1 and 16 times; the tenth digit is 32 times its own.
+  static constexpr Table kPair = table(125, [](int i) { return i % 5 | i / 5 % 5 << 4; });
+  static constexpr int kChains = 4;
+  static constexpr int chain(int position) { return position == 9 ? 3 : position % 3; }
+  static constexpr int weight(int chain) { return chain == 3 ? 32 : chain == 1 ? 16 : 1; }
+  template <int P>
+  static V::Bytes place(const std::uint8_t* runs) {
+    if constexpr (P == 9)
+      return V::either(V::mask(V::load(runs + 2 * kRunBytes), 0x80),
+                       V::either(bit<7, 6>(runs + kRunBytes), bit<7, 5>(runs)));
+    const auto v = V::load(runs + P / 3 % 3 * kRunBytes);
+    if constexpr (P % 3 == 2) return V::lookup128(kDigit[2].at, v);
+    return V::mask(V::lookup128(kPair.at, v), P % 3 ? 0xF0 : 0x0F);
   }
 };
 
@@ -197,6 +236,13 @@ inline T limited(T value, const Limits& limits) {
 
 // ---------------------------------------------------------------- few columns
 
+// Asks for what a stream of weights holds further on.
+template <int Bytes>
+inline void ask_ahead(const std::uint8_t* run) {
+  constexpr std::int64_t kDistance = 4096;
+  for (int i = 0; i < Bytes; i += 64) __builtin_prefetch(run + kDistance + i);
+}
+
 // Keeps the compiler from computing all products before it adds the first one up: it would run out
 // of registers.
 template <class T>
@@ -211,7 +257,8 @@ inline T in_order(T value) {
 }
 
 // Sums over `groups` groups from `run` on, of V::kBytes / 4 * R rows and N columns.
-template <Packing P, class Dots, int R, int N>
+// Ahead: whether weights are asked for before they are read.
+template <Packing P, class Dots, int R, int N, bool Ahead>
 inline void small_sums(const std::uint8_t* run, std::int64_t groups, const std::int8_t* const* x,
                        typename V::Sums (&total)[R][N]) {
   constexpr Traits t = traits(P);
@@ -225,7 +272,8 @@ inline void small_sums(const std::uint8_t* run, std::int64_t groups, const std::
     typename Dots::Part part[R][N * kChains];
     for (auto& line : part)
       for (auto& sum : line) sum = Dots::zero();
-    for (; g < stop; ++g, run += t.vectors * kRunBytes)
+    for (; g < stop; ++g, run += t.vectors * kRunBytes) {
+      if constexpr (Ahead) ask_ahead<t.vectors * kRunBytes>(run);
       if constexpr (N == 1) {  // a register a position; every run is read once
         typename V::Bytes column[t.positions];
         for (int p = 0; p < t.positions; ++p) column[p] = V::splat(x[0] + g * t.group() + 4 * p);
@@ -246,9 +294,77 @@ inline void small_sums(const std::uint8_t* run, std::int64_t groups, const std::
           }
         });
       }
+    }
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < N * kChains; ++n)
         total[r][n / kChains] = Dots::flush(total[r][n / kChains], part[r][n]);
+  }
+}
+
+// A sum of products with `weight` times what was meant, exactly: as the others it is modulo 2^32.
+template <int Weight>
+inline typename V::Sums divided(typename V::Sums sum) {
+  if constexpr (Weight == 1) return sum;
+  Ints value;
+  std::memcpy(&value, &sum, sizeof value);
+  constexpr int kDown = __builtin_ctz(Weight);
+  value >>= kDown;
+  if constexpr (Weight >> kDown == 21) value *= 0x3CF3CF3D;  // the inverse of 21
+  static_assert(Weight >> kDown == 1 || Weight >> kDown == 21, "its inverse is not known");
+  std::memcpy(&sum, &value, sizeof value);
+  return sum;
+}
+
+template <Packing P, class = void>
+constexpr bool has_places = false;
+template <Packing P>
+constexpr bool has_places<P, std::void_t<decltype(Format<P>::kChains)>> = true;
+
+// Whether the chains of so many vectors of rows and columns stay in registers.
+template <Packing P>
+constexpr bool fits_in_place(int vectors, int columns) {
+  if constexpr (V::kInPlace && has_places<P>)
+    return Format<P>::kChains * vectors * columns <= V::kRegisters * 5 / 8;
+  return false;
+}
+
+// As `small_sums`, of digits that stay where they lie: nothing is shifted, chains are divided at
+// the end. Only for dots that take bytes up to 255 and add up in int32.
+template <Packing P, int R, int N, bool Ahead>
+inline void sums_in_place(const std::uint8_t* run, std::int64_t groups, const std::int8_t* const* x,
+                          typename V::Sums (&total)[R][N]) {
+  using F = Format<P>;
+  using Dots = typename V::Narrow;
+  constexpr Traits t = traits(P);
+  constexpr std::int64_t kMost = 8192;  // groups whose chains stay below 2^31
+  static_assert(kMost * 4 * 240 * 127 < std::int64_t{1} << 31, "a chain may overflow");
+  for (auto& line : total)
+    for (auto& sum : line) sum = V::zero();
+  for (std::int64_t g = 0; g < groups;) {
+    const std::int64_t stop = std::min(groups, g + kMost);
+    typename Dots::Part part[R][N][F::kChains];
+    for (auto& line : part)
+      for (auto& chains : line)
+        for (auto& sum : chains) sum = Dots::zero();
+    for (; g < stop; ++g, run += t.vectors * kRunBytes) {
+      if constexpr (Ahead) ask_ahead<t.vectors * kRunBytes>(run);
+      each<t.positions>([&](auto position) {
+        typename V::Bytes column[N];
+        for (int n = 0; n < N; ++n) column[n] = V::splat(x[n] + g * t.group() + 4 * position);
+        for (int r = 0; r < R; ++r) {
+          const auto digit = F::template place<position>(run + r * V::kBytes);
+          for (int n = 0; n < N; ++n) {
+            auto& chain = part[r][n][F::chain(position)];
+            chain = in_order(Dots::dot(chain, digit, column[n]));
+          }
+        }
+      });
+    }
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < N; ++n)
+        each<F::kChains>([&](auto chain) {
+          total[r][n] = Dots::flush(total[r][n], divided<F::weight(chain)>(part[r][n][chain]));
+        });
   }
 }
 
@@ -265,11 +381,30 @@ struct WholeRows {
   template <Packing P, int R, int N>
   void take(int first, int row) const {
     typename V::Sums total[R][N];
-    const std::uint8_t* runs = panel.data.data() + block * panel.block_bytes();
-    small_sums<P, DotsOf<P>, R, N>(runs + 4 * row, panel.groups(), x + first, total);
+    if (reads_ahead)
+      add<P, R, N, true>(first, row, total);
+    else
+      add<P, R, N, false>(first, row, total);
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < N; ++n)
         V::store(sums + (first + n) * kBlockRows + row + r * kFloats, total[r][n]);
+  }
+
+ private:
+  template <Packing P, int R, int N, bool Ahead>
+  void add(int first, int row, typename V::Sums (&total)[R][N]) const {
+    const std::uint8_t* runs = panel.data.data() + block * panel.block_bytes() + 4 * row;
+    if constexpr (fits_in_place<P>(R, N)) {
+      sums_in_place<P, R, N, Ahead>(runs, panel.groups(), x + first, total);
+    } else if constexpr (fits_in_place<P>(1, N)) {
+      for (int r = 0; r < R; ++r) {
+        typename V::Sums one[1][N];
+        sums_in_place<P, 1, N, Ahead>(runs + r * V::kBytes, panel.groups(), x + first, one);
+        for (int n = 0; n < N; ++n) total[r][n] = one[0][n];
+      }
+    } else {
+      small_sums<P, DotsOf<P>, R, N, Ahead>(runs, panel.groups(), x + first, total);
+    }
   }
 };
 
@@ -324,7 +459,10 @@ struct SharedScales {
     for (std::int64_t s = 0, left = panel.groups(); left > 0; ++s, left -= most) {
       const std::int64_t groups = std::min(most, left);
       typename V::Sums total[R][N];
-      small_sums<P, DotsOf<P>, R, N>(run, groups, column, total);
+      if (reads_ahead)
+        small_sums<P, DotsOf<P>, R, N, true>(run, groups, column, total);
+      else
+        small_sums<P, DotsOf<P>, R, N, false>(run, groups, column, total);
       for (int r = 0; r < R; ++r) {
         const Floats scale = scales.at(s * kBlockRows + row + r * kFloats);
         for (int n = 0; n < N; ++n)
@@ -350,6 +488,11 @@ void small_of(const Rows& rows, int n) {
   for (; c + 4 <= n; c += 4)
     for (int row = 0; row < kBlockRows; row += kFour * kFloats)
       rows.template take<P, kFour, 4>(c, row);
+  if (n - c == 3 && fits_in_place<P>(1, 3)) {
+    for (int row = 0; row < kBlockRows; row += kTwo * kFloats)
+      rows.template take<P, kTwo, 3>(c, row);
+    return;
+  }
   for (; c + 2 <= n; c += 2)
     for (int row = 0; row < kBlockRows; row += kTwo * kFloats)
       rows.template take<P, kTwo, 2>(c, row);

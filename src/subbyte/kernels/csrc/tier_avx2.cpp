@@ -13,6 +13,7 @@ namespace avx2 {
 struct V {
   static constexpr const char* kName = "avx2";
   static constexpr std::uint8_t kFlip = 0x80;
+  static constexpr bool kInPlace = false;  // dots take bytes up to 255, exactly
   static constexpr int kBytes = 32, kRegisters = 16, kTileVectors = 2, kTileColumns = 6;
   using Bytes = __m256i;
   using Sums = __m256i;
