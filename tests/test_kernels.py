@@ -520,7 +520,7 @@ def test_the_bytes_of_a_panel_are_looked_at_block_by_block():
 
 
 PANEL_BITS_OF_3_LEVELS = {  # docs/kernels.md; one table look-up by bytes packs five digits into one
-    "portable": 2, "avx2": 2, "neon": 2, "avx512vnni": 2, "avx512vbmi": 1.6,
+    "portable": 2, "avx2": 2, "avxvnni": 2, "neon": 2, "avx512vnni": 2, "avx512vbmi": 1.6,
 }  # fmt: skip
 
 

@@ -224,6 +224,14 @@ void multiply_pixels(const Call& call, const Task<T>& task, const Runs& runs, co
   }
 }
 
+// As memcpy, for as few values as channels are: it would be a call a pixel.
+inline void copy_few(const float* from, std::int64_t n, float* to) {
+  constexpr std::int64_t kStep = 4;
+  std::int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) std::memcpy(to + i, from + i, kStep * sizeof(float));
+  for (; i < n; ++i) to[i] = from[i];
+}
+
 // Where an image's values go.
 struct Sink {
   float* y;
@@ -245,8 +253,7 @@ struct Sink {
   void write(const Task<T>& task, const float (*value)[kBlockRows]) const {
     if (last) {
       for (std::int64_t i = 0; i < task.n; ++i)
-        std::memcpy(y + (task.first + i) * channels + task.row, value[i],
-                    task.rows * sizeof(float));
+        copy_few(value[i], task.rows, y + (task.first + i) * channels + task.row);
       return;
     }
     for (std::int64_t r = 0; r < task.rows; ++r) {
@@ -258,10 +265,14 @@ struct Sink {
   // The other way round, from an image `plus` that lies as y does.
   template <class T>
   void read(const Task<T>& task, const float* plus, float (*value)[kBlockRows]) const {
+    if (last) {
+      for (std::int64_t i = 0; i < task.n; ++i)
+        copy_few(plus + (task.first + i) * channels + task.row, task.rows, value[i]);
+      return;
+    }
     for (std::int64_t i = 0; i < task.n; ++i)
       for (std::int64_t r = 0; r < task.rows; ++r)
-        value[i][r] = last ? plus[(task.first + i) * channels + task.row + r]
-                           : plus[(task.row + r) * pixels + task.first + i];
+        value[i][r] = plus[(task.row + r) * pixels + task.first + i];
   }
 };
 

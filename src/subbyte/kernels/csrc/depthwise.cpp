@@ -58,50 +58,97 @@ struct Together {
   }
 };
 
-// Pixels that have the same taps, one behind another. x, out, finish.plus: of the first.
-void row_of_windows(const Call& call, const Together& together, const Taps& taps, const float* x,
-                    std::int64_t n, const Finish& finish, float* out) {
-  const std::int64_t channels = call.s.channels, step = call.s.stride_w * channels;
-  if (together.pixels == 1 || n < together.pixels)
-    return call.kernels.pixels(taps, x, step, call.weights, channels, n, finish, out);
-  std::vector<std::int64_t> places(taps.weights, taps.weights + taps.count);
-  for (std::int64_t& place : places) place = place / channels * together.width;
-  const Taps wide{taps.count, taps.x, places.data()};
-  const auto take = [&](std::int64_t first, std::int64_t count) {
-    Finish of = finish;
-    if (of.bias) of.bias = together.bias.data();
-    if (of.plus) of.plus += first * channels;
-    call.kernels.pixels(wide, x + first * channels, together.width, together.weights.data(),
-                        together.width, count, of, out + first * channels);
-  };
-  take(0, n / together.pixels);
-  if (n % together.pixels) take(n - together.pixels, 1);  // some of them once more
+// Pixels of a row of results that have the same taps, one behind another; where values lie is
+// counted from the first row of the image that the window covers.
+struct Segment {
+  std::int64_t column, n;
+  std::vector<std::int64_t> x, weights, together;  // together: of the weights of `Together`
+
+  Taps taps(const std::vector<std::int64_t>& of) const {
+    return {static_cast<int>(x.size()), x.data(), of.data()};
+  }
+};
+
+// All of a row whose windows begin in row `top` of the image, which may lie above it.
+std::vector<Segment> segments_of(const Call& call, const Together& together, std::int64_t top) {
+  const ConvShape& s = call.s;
+  const std::int64_t reach = (s.kernel_w - 1) * s.dilation_w,
+                     first = std::max<std::int64_t>(top, 0);
+  std::vector<Segment> row;
+  for (std::int64_t column = 0; column < call.out_w; column += row.back().n) {
+    const std::int64_t left = column * s.stride_w - s.left, right = left + reach;
+    Offsets offsets;
+    offsets.fill(
+        s, s.channels,
+        [&](std::int64_t dy, std::int64_t dx) {
+          return top + dy >= 0 && top + dy < call.h && left + dx >= 0 && left + dx < call.w;
+        },
+        [&](std::int64_t dy, std::int64_t dx) {
+          return ((top + dy - first) * call.w + left + dx) * s.channels;
+        });
+    // All whose windows lie between the left and the right border have the same taps.
+    const std::int64_t same =
+        left >= 0 && right < call.w ? (call.w - 1 - right) / s.stride_w + 1 : 1;
+    row.push_back({column,
+                   std::min(same, call.out_w - column),
+                   std::move(offsets.x),
+                   std::move(offsets.weights),
+                   {}});
+    for (const std::int64_t place : row.back().weights)
+      row.back().together.push_back(place / s.channels * together.width);
+  }
+  return row;
 }
 
-// One row of results of an image [h][w][channels].
-void row_of_pixels(const Call& call, const Together& together, const float* x, std::int64_t y,
-                   float* out, const float* plus) {
-  thread_local Offsets offsets;
-  const ConvShape& s = call.s;
-  const std::int64_t top = y * s.stride_h - s.top, reach = (s.kernel_w - 1) * s.dilation_w;
-  for (std::int64_t column = 0; column < call.out_w;) {
-    const std::int64_t left = column * s.stride_w - s.left, right = left + reach;
-    const auto inside = [&](std::int64_t dy, std::int64_t dx) {
-      return top + dy >= 0 && top + dy < call.h && left + dx >= 0 && left + dx < call.w;
-    };
-    const Taps taps = offsets.fill(s, s.channels, inside, [&](std::int64_t dy, std::int64_t dx) {
-      return ((top + dy) * call.w + left + dx) * s.channels;
-    });
-    // All whose windows lie between the left and the right border have the same taps.
-    const std::int64_t together_n =
-        left >= 0 && right < call.w ? (call.w - 1 - right) / s.stride_w + 1 : 1;
-    const std::int64_t n = std::min(together_n, call.out_w - column);
-    Finish finish = call.finish;
-    if (plus) finish.plus = plus + column * s.channels;
-    row_of_windows(call, together, taps, x, n, finish, out + column * s.channels);
-    column += n;
-  }
+// x: the first row of the image that windows cover; out, finish.plus: of the row's first pixel.
+void pixels_of(const Call& call, const Together& together, const Segment& segment, const float* x,
+               const Finish& finish, float* out) {
+  const std::int64_t channels = call.s.channels, step = call.s.stride_w * channels, n = segment.n;
+  const auto take = [&](std::int64_t first, std::int64_t count, bool alone) {
+    Finish of = finish;
+    if (of.bias && !alone) of.bias = together.bias.data();
+    const std::int64_t place = (segment.column + first) * channels;
+    if (of.plus) of.plus += place;
+    if (alone)
+      call.kernels.pixels(segment.taps(segment.weights), x, step, call.weights, channels, count, of,
+                          out + place);
+    else  // the windows of neighbours are neighbours
+      call.kernels.pixels(segment.taps(segment.together), x + first * channels, together.width,
+                          together.weights.data(), together.width, count, of, out + place);
+  };
+  if (together.pixels == 1 || n < together.pixels) return take(0, n, true);
+  take(0, n / together.pixels, false);
+  if (n % together.pixels) take(n - together.pixels, 1, false);  // some of them once more
 }
+
+// Rows of results of images [h][w][channels].
+class Rows {
+ public:
+  explicit Rows(const Call& call) : call_(call), together_(call) {
+    if (call.h > reach()) inner_ = segments_of(call, together_, 0);
+  }
+
+  // plus: as `out` lies, or null.
+  void convolve(const float* x, std::int64_t y, float* out, const float* plus) const {
+    const std::int64_t top = y * call_.s.stride_h - call_.s.top;
+    x += std::max<std::int64_t>(top, 0) * call_.w * call_.s.channels;
+    Finish finish = call_.finish;
+    if (plus) finish.plus = plus;
+    if (top >= 0 && top + reach() < call_.h) {
+      for (const Segment& segment : inner_) pixels_of(call_, together_, segment, x, finish, out);
+      return;
+    }
+    for (const Segment& segment : segments_of(call_, together_, top))
+      pixels_of(call_, together_, segment, x, finish, out);
+  }
+
+ private:
+  std::int64_t reach() const { return (call_.s.kernel_h - 1) * call_.s.dilation_h; }
+
+  const Call& call_;
+  Together together_;
+  std::vector<Segment> inner_;  // of a row whose windows lie between the image's first and last row
+};
 
 // Planes [h][w], one at a time, with a border; columns a stride apart lie together: [h + border]
 // [stride_w][pitch].
@@ -171,12 +218,12 @@ void depthwise(const Kernels& kernels, const ConvPanels& weight, const float* x,
   const std::int64_t in = h * w, out = call.out_h * call.out_w;
   if (n * s.channels * out * s.kernel_h * s.kernel_w * kCost < kSerial) threads = 1;
   if (last) {
-    const Together together(call);
+    const Rows rows(call);
     parallel(threads, n * call.out_h, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) {
         const std::int64_t place = i * call.out_w * s.channels;
-        row_of_pixels(call, together, x + i / call.out_h * in * s.channels, i % call.out_h,
-                      y + place, finish.plus ? finish.plus + place : nullptr);
+        rows.convolve(x + i / call.out_h * in * s.channels, i % call.out_h, y + place,
+                      finish.plus ? finish.plus + place : nullptr);
       }
     });
     return;

@@ -23,8 +23,8 @@ std::atomic<const Kernels*> current{nullptr};
 const std::vector<const Kernels*>& tiers() {
   static const std::vector<const Kernels*> found = [] {
     std::vector<const Kernels*> list;
-    for (const Kernels* tier : {avx512vbmi_kernels(), avx512_kernels(), avx2_kernels(),
-                                neon_kernels(), portable_kernels()})
+    for (const Kernels* tier : {avx512vbmi_kernels(), avx512_kernels(), avxvnni_kernels(),
+                                avx2_kernels(), neon_kernels(), portable_kernels()})
       if (tier) list.push_back(tier);
     return list;
   }();

@@ -117,6 +117,7 @@ struct Kernels {
 // Null where the tier is not compiled in or this CPU lacks it.
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
+const Kernels* avxvnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512vbmi_kernels();
 const Kernels* neon_kernels();

@@ -394,13 +394,13 @@ struct WholeRows {
   template <Packing P, int R, int N, bool Ahead>
   void add(int first, int row, typename V::Sums (&total)[R][N]) const {
     const std::uint8_t* runs = panel.data.data() + block * panel.block_bytes() + 4 * row;
-    if constexpr (fits_in_place<P>(R, N)) {
-      sums_in_place<P, R, N, Ahead>(runs, panel.groups(), x + first, total);
-    } else if constexpr (fits_in_place<P>(1, N)) {
-      for (int r = 0; r < R; ++r) {
-        typename V::Sums one[1][N];
-        sums_in_place<P, 1, N, Ahead>(runs + r * V::kBytes, panel.groups(), x + first, one);
-        for (int n = 0; n < N; ++n) total[r][n] = one[0][n];
+    if constexpr (fits_in_place<P>(1, N)) {
+      constexpr int kPart = fits_in_place<P>(R, N) ? R : fits_in_place<P>(R / 2, N) ? R / 2 : 1;
+      for (int r = 0; r < R; r += kPart) {
+        typename V::Sums part[kPart][N];
+        sums_in_place<P, kPart, N, Ahead>(runs + r * V::kBytes, panel.groups(), x + first, part);
+        for (int i = 0; i < kPart; ++i)
+          for (int n = 0; n < N; ++n) total[r + i][n] = part[i][n];
       }
     } else {
       small_sums<P, DotsOf<P>, R, N, Ahead>(runs, panel.groups(), x + first, total);
