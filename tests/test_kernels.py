@@ -129,6 +129,19 @@ def test_sums_hold_at_their_fullest(levels, k):
                 assert torch.allclose(got, 2 * sign * wanted[:n], rtol=1e-5)
 
 
+@pytest.mark.parametrize("levels", [3, 4, 5])
+def test_sums_of_long_rows_hold(levels):
+    """Digits that stay where they lie in their bytes weigh up to 84 times as much."""
+    k = 460_000
+    codes = torch.full((1, k), levels - 1, dtype=torch.uint8)
+    layer = packed_linear(QuantizedTensor(codes, torch.ones(1), uniform(levels)), None)
+    for tier in core.tiers():
+        core.select_tier(tier)
+        for n in (1, 2, 3, 4):
+            got = layer(torch.full((n, k), -2.0))
+            assert torch.allclose(got, torch.full((n, 1), -2.0 * k), rtol=1e-5)
+
+
 def test_int8_is_within_half_a_step_of_the_float_product():
     weight = quantized(5, (64, 300))
     x = torch.randn(9, 300)

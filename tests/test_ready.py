@@ -1,6 +1,7 @@
-"""The short way of a packed Linear layer: the same bits as the long one, or left to it."""
+"""The short way of a packed layer: the same bits as the long one, or left to it."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -12,7 +13,7 @@ from subbyte import kernels
 from subbyte.core.grids import PerChannel, uniform
 from subbyte.core.tensors import QuantizedLayer, QuantizedTensor
 from subbyte.errors import SubbyteError
-from subbyte.modules import PackedLinear
+from subbyte.modules import PackedConv2d, PackedLinear
 
 core = pytest.importorskip("subbyte._native")
 
@@ -27,6 +28,18 @@ def layer_of(rows=10, k=64, seed=0, bias=True, precision="int8"):
     offset = torch.randn(rows, generator=generator) if bias else None
     layer = PackedLinear(like, QuantizedLayer(weight, offset))
     layer.precision = precision
+    return layer.eval()
+
+
+def conv_of(seed=0, channels=8, rows=20, groups=1):
+    generator = torch.Generator().manual_seed(seed)
+    grid, shape = uniform(3, PerChannel(0)), (rows, channels // groups, 3, 3)
+    codes = torch.randint(0, 3, shape, dtype=torch.uint8, generator=generator)
+    weight = QuantizedTensor(codes, torch.rand(rows, generator=generator) + 0.5, grid)
+    with torch.device("meta"):
+        like = nn.Conv2d(channels, rows, 3, 2, 1, groups=groups)
+    layer = PackedConv2d(like, QuantizedLayer(weight, torch.randn(rows, generator=generator)))
+    layer.precision = "int8"
     return layer.eval()
 
 
@@ -53,6 +66,37 @@ def test_the_short_way_gives_the_bits_of_the_long_one(precision, bias, shape):
         assert again.shape == (*shape[:-1], 10)
         assert torch.equal(again, first)
         assert torch.equal(layer(x), first)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("size", [(1, 9, 7), (3, 1, 1), (2, 2, 12)])
+def test_convolutions_have_the_bits_and_the_layout_of_the_long_way(layout, groups, size):
+    layer = conv_of(rows=20 if groups == 1 else 8, groups=groups)
+    x = torch.randn(size[0], 8, *size[1:]).contiguous(memory_format=layout)
+    with torch.no_grad():
+        first = layer(x)
+        again = short_way(layer, x)
+        assert torch.equal(again, first)
+        assert again.stride() == first.stride()
+        layer.activation = "relu6"
+        assert torch.equal(layer(x), first.clamp(0, 6))
+        assert torch.equal(layer(x), first.clamp(0, 6))
+
+
+def test_images_that_are_not_plain_are_left_to_the_long_way():
+    layer, x = conv_of(), torch.randn(2, 8, 6, 5)
+    layer(x)
+    for other in (x[0], x[:, :, :, ::2], x.permute(0, 1, 3, 2), x.double(), x[:0]):
+        assert short_way(layer, other) is None
+        assert torch.equal(layer(other), long_way(layer, other))
+    for wrong in (x[:, :7], x[0, 0], x.reshape(1, 2, 8, 6, 5)):
+        with pytest.raises((SubbyteError, RuntimeError)):
+            layer(wrong)
+    assert torch.allclose(layer(x, torch.ones(2, 20, 3, 3)), layer(x) + 1, atol=1e-5)
+    x[1, 0, 0, 0] = float("nan")
+    assert short_way(layer, x) is None
+    assert torch.equal(layer(x)[0], long_way(layer, x)[0])
 
 
 def test_an_activation_is_applied_and_its_change_is_seen():
@@ -86,20 +130,28 @@ CHANGES = {
     "bias in place": lambda layer, other: layer.bias.data.add_(1),
     "no bias": lambda layer, other: setattr(layer, "bias", None),
     "precision": lambda layer, other: setattr(layer, "precision", "float32"),
+    "window": lambda layer, other: setattr(
+        layer, "window", dataclasses.replace(layer.window, stride=(1, 1))
+    ),
+    "padding mode": lambda layer, other: setattr(layer, "padding_mode", "reflect"),
     "state dict": lambda layer, other: layer.load_state_dict(other.state_dict()),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_change_is_seen_at_once(change, mode):
-    layer, other, x = layer_of(), layer_of(seed=1), torch.randn(3, 64)
+@pytest.mark.parametrize("make", [layer_of, conv_of])
+def test_a_change_is_seen_at_once(change, mode, make):
+    layer, other = make(), make(seed=1)
+    if make is layer_of and change in (CHANGES["window"], CHANGES["padding mode"]):
+        return  # a Linear layer has neither
+    x = torch.randn(3, 64) if make is layer_of else torch.randn(3, 8, 5, 5)
     with mode():
         before = layer(x)
         assert torch.equal(layer(x), before)
         change(layer, other)
         wanted = long_way(layer, x)
-        assert not torch.equal(wanted, before)
+        assert wanted.shape != before.shape or not torch.equal(wanted, before)
         assert torch.equal(layer(x), wanted)
         assert torch.equal(layer(x), wanted)
 

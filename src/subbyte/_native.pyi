@@ -60,6 +60,15 @@ class Origin:
     def glance(self, words: Tensor, scale: Tensor) -> bool: ...
 
 class ReadyLinear:
+    def __init__(
+        self,
+        panel: Panel,
+        origin: Origin,
+        words: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        versions: Sequence[int],
+    ) -> None: ...
     @property
     def stale(self) -> bool: ...
     def holds(self) -> bool: ...
@@ -67,14 +76,23 @@ class ReadyLinear:
         self, x: object, low: float, high: float, planes: int, threads: int
     ) -> Tensor | None: ...
 
-def make_ready(
-    panel: Panel,
-    origin: Origin,
-    words: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    versions: Sequence[int],
-) -> ReadyLinear: ...
+class ReadyConv:
+    def __init__(
+        self,
+        panel: ConvPanels,
+        origin: Origin,
+        words: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        versions: Sequence[int],
+    ) -> None: ...
+    @property
+    def stale(self) -> bool: ...
+    def holds(self) -> bool: ...
+    def __call__(
+        self, x: object, low: float, high: float, planes: int, threads: int
+    ) -> Tensor | None: ...
+
 def make_panel(
     words: Tensor,
     levels: int,

@@ -1,4 +1,4 @@
-"""The short way of a packed Linear layer: all that its last call found out, as one tuple.
+"""The short way of a packed layer: all that its last call found out, as one tuple.
 
 A call compares what the layer holds with what the tuple was made for, asks whether anything looks
 on, and hands the rest to the core in one step (`csrc/ready.hpp`). The core compares the versions
@@ -17,7 +17,7 @@ from subbyte.kernels import traced
 from subbyte.kernels.panels import panel_of
 from subbyte.kernels.products import PLANES
 from subbyte.kernels.served import _native
-from subbyte.kernels.values import Epilogue
+from subbyte.kernels.values import Epilogue, Window
 from subbyte.packing import PackedMatrix
 
 
@@ -29,28 +29,29 @@ class Ready(NamedTuple):
     bias: Tensor | None
     precision: str
     activation: str
+    window: Window | None
     call: Any
     low: float
     high: float
     planes: int
 
 
-def make_ready(matrix: PackedMatrix, precision: str, bias: Any, epilogue: Epilogue) -> Ready | None:
+def make_ready(
+    matrix: PackedMatrix, precision: str, bias: Any, epilogue: Epilogue, window: Window | None
+) -> Ready | None:
     """After a call that took the long way; None where the next one has to take it, too.
 
-    bias: of the layer; epilogue: its own, without a sum.
+    bias: of the layer; epilogue: its own, without a sum. window: of a convolution.
     """
-    entry = matrix.made.get("panel")
-    if entry is None or bias is not epilogue.bias:
+    if matrix.made.get("panel") is None or bias is not epilogue.bias:
         return None
-    panel = panel_of(matrix)
+    panel = panel_of(matrix, window)
     entry = matrix.made["panel"]
-    call = _native.make_ready(
-        panel, entry.origin, matrix.words, matrix.scale, bias, entry.versions or ()
-    )
+    kind: Any = _native.ReadyLinear if window is None else _native.ReadyConv
+    call = kind(panel, entry.origin, matrix.words, matrix.scale, bias, entry.versions or ())
     low, high = epilogue.limits
     return Ready(
-        matrix.words, matrix.scale, bias, precision, epilogue.activation, call, low, high,
+        matrix.words, matrix.scale, bias, precision, epilogue.activation, window, call, low, high,
         PLANES[precision],
     )  # fmt: skip
 

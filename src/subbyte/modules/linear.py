@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling as is_compiling
 from torch.nn import functional as F
 
 from subbyte import kernels
@@ -53,6 +52,7 @@ class PackedLinear(nn.Module):
     precision: Precision = "float32"
     activation: Activation = "none"
     fused = False  # `fuse` has moved something into it
+    window = None  # what a convolution has
 
     def __init__(self, like: nn.Linear, layer: QuantizedLayer) -> None:
         super().__init__()
@@ -66,13 +66,9 @@ class PackedLinear(nn.Module):
         x = input  # torch's name of the argument
         # From the dictionaries: nn.Module's look-up by attribute takes a microsecond a name.
         packed: Any = self._modules["packed"]
-        ready = None if plus is not None or is_compiling() else packed.ready_for(self)
-        if ready is not None:
-            y = kernels.answer(x, ready)
-            if y is not None:
-                return y
-            if ready.call.stale:
-                packed.forget()
+        y: Tensor | None = None if plus is not None else packed.answer(self, x)
+        if y is not None:
+            return y
         if kernels.why_not(x, packed.grid, self.in_features):
             return kernels.finish(by_reference(F.linear, x, self), plus, self.activation)
         epilogue = packed.epilogue(self._parameters["bias"], self.activation)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling as is_compiling
 
 from subbyte import kernels
 from subbyte.core.functional import store_scale
@@ -105,7 +106,7 @@ class PackedWeight(nn.Module):
         return made
 
     def ready_for(self, layer: Any) -> Ready | None:
-        """The short way of a Linear layer, if it is as its last call found it."""
+        """The short way of a layer, if that is as its last call found it."""
         held, buffers = self._ready, self._buffers
         if (
             held is not None
@@ -114,13 +115,14 @@ class PackedWeight(nn.Module):
             and held[2] is layer._parameters["bias"]
             and held[3] == layer.precision
             and held[4] == layer.activation
+            and held[5] is layer.window
             and buffers["up"] is None
         ):
             return held
         return None
 
     def make_ready(self, layer: Any, epilogue: Epilogue) -> None:
-        """After a call of a Linear layer that took the long way."""
+        """After a call of a layer that took the long way."""
         matrix = self._matrix
         if torch.compiler.is_compiling() or self.ready_for(layer) is not None:
             return
@@ -128,7 +130,19 @@ class PackedWeight(nn.Module):
         if matrix is None or self._buffers["up"] is not None:
             self._ready = None
         else:
-            self._ready = kernels.make_ready(matrix, layer.precision, bias, epilogue)
+            self._ready = kernels.make_ready(matrix, layer.precision, bias, epilogue, layer.window)
+
+    def answer(self, layer: Any, x: Tensor) -> Tensor | None:
+        """The short way of a call, or None where the long one has to go."""
+        if is_compiling():
+            return None
+        ready = self.ready_for(layer)
+        if ready is None:
+            return None
+        y = kernels.answer(x, ready)
+        if y is None and ready.call.stale:
+            self.forget()
+        return y
 
     def forget(self) -> None:
         """Words or scales are not what they were: the next look compares all of them."""

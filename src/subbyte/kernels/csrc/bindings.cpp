@@ -22,7 +22,6 @@ namespace nb = nanobind;
 using subbyte::Array;
 using subbyte::maybe;
 using subbyte::Origins;
-using subbyte::ReadyLinear;
 using subbyte::require;
 
 using Sizes = std::vector<std::int64_t>;
@@ -170,17 +169,28 @@ Sizes conv2d(const subbyte::ConvPanels& weight, nb::handle x, nb::handle y, bool
                          precision, threads);
 }
 
-// versions: of words and scale, or nothing.
-ReadyLinear* make_ready(nb::object panel, nb::object origin, nb::object words, nb::object scale,
-                        nb::object bias, const Sizes& versions) {
-  require(versions.empty() || versions.size() == 2, "versions are two numbers, or none");
-  return new ReadyLinear({std::move(panel), std::move(origin), std::move(words), std::move(scale),
-                          std::move(bias), versions});
-}
-
-nb::object call_ready(const ReadyLinear& ready, nb::handle x, float low, float high, int planes,
-                      int threads) {
-  return ready.call(x, low, high, precision_of(planes), threads);
+// Layers: ReadyLinear or ReadyConv. versions: of words and scale, or nothing.
+template <class Layers>
+void define_ready(nb::module_& module, const char* name) {
+  nb::class_<Layers>(module, name, "A layer's plain calls in one step.")
+      .def(
+          "__init__",
+          [](Layers* self, nb::object panel, nb::object origin, nb::object words, nb::object scale,
+             nb::object bias, const Sizes& versions) {
+            require(versions.empty() || versions.size() == 2, "versions are two numbers, or none");
+            new (self) Layers({panel, origin, words, scale, bias, versions});
+          },
+          nb::arg("panel"), nb::arg("origin"), nb::arg("words"), nb::arg("scale"),
+          nb::arg("bias").none(), nb::arg("versions"))
+      .def("holds", &Layers::holds, "Whether words and scales are what they were.")
+      .def_prop_ro("stale", &Layers::stale, "Whether the last look said that they are not.")
+      .def(
+          "__call__",
+          [](const Layers& self, nb::handle x, float low, float high, int planes, int threads) {
+            return self.call(x, low, high, precision_of(planes), threads);
+          },
+          nb::arg("x"), nb::arg("low"), nb::arg("high"), nb::arg("planes"), nb::arg("threads"),
+          "The product, or None if it must go elsewhere.");
 }
 
 std::vector<std::string> tier_names() {
@@ -231,14 +241,8 @@ NB_MODULE(_native, module) {
            "Whether these hold the same bytes.")
       .def("glance", &Origins::glance, nb::arg("words"), nb::arg("scale"),
            "The same, from a few of their blocks, at each call others.");
-  nb::class_<ReadyLinear>(module, "ReadyLinear", "A layer's plain calls in one step.")
-      .def("holds", &ReadyLinear::holds, "Whether words and scales are what they were.")
-      .def_prop_ro("stale", &ReadyLinear::stale, "Whether the last look said that they are not.")
-      .def("__call__", &call_ready, nb::arg("x"), nb::arg("low"), nb::arg("high"),
-           nb::arg("planes"), nb::arg("threads"), "The product, or None if it must go elsewhere.");
-  module.def("make_ready", &make_ready, nb::arg("panel"), nb::arg("origin"), nb::arg("words"),
-             nb::arg("scale"), nb::arg("bias").none(), nb::arg("versions"),
-             nb::rv_policy::take_ownership);
+  define_ready<subbyte::ReadyLinear>(module, "ReadyLinear");
+  define_ready<subbyte::ReadyConv>(module, "ReadyConv");
   module.def("make_conv", &make_conv, nb::arg("words"), nb::arg("levels"), nb::arg("digits"),
              nb::arg("sizes"), nb::arg("scale"), nb::arg("factor"), nb::arg("center"));
   module.def("make_panel_of_groups", &make_panel_of_groups, nb::arg("words"), nb::arg("levels"),

@@ -210,13 +210,15 @@ void multiply_pixels(const Call& call, const Task<T>& task, const Runs& runs, co
   const ConvShape& s = call.shape();
   alignas(64) SumOf<T> sums[kMaxTile * kBlockRows] = {};
   const std::uint8_t* x[kMaxTile];
-  std::int64_t row = task.first / task.out_w, column = task.first % task.out_w;
+  const std::int64_t down = s.stride_h * call.frame.row(), right = s.stride_w * call.frame.channels;
+  std::int64_t column = task.first % task.out_w;
+  const T* start = frame + task.first / task.out_w * down;  // of a row of pixels
+  const T* pixel = start + column * right;
   for (std::int64_t first = 0; first < task.n; first += call.kernels.tile) {
     const std::int64_t n = std::min<std::int64_t>(call.kernels.tile, task.n - first);
-    for (std::int64_t i = 0; i < n; ++i) {
-      x[i] = reinterpret_cast<const std::uint8_t*>(frame + row * s.stride_h * call.frame.row() +
-                                                   column * s.stride_w * call.frame.channels);
-      if (++column == task.out_w) column = 0, ++row;
+    for (std::int64_t i = 0; i < n; ++i, pixel += right) {
+      x[i] = reinterpret_cast<const std::uint8_t*>(pixel);
+      if (++column == task.out_w) column = 0, pixel = (start += down) - right;
     }
     for (std::int64_t i = n; i < call.kernels.tile; ++i) x[i] = x[0];
     multiply(call.kernels, task.panel, task.weights, task.rows, runs, n, x, sums);
@@ -238,11 +240,11 @@ struct Sink {
   std::int64_t channels, pixels;
   bool last;  // channels last
 
-  // Whether a pixel's 32 values lie together, at `place`: else they go to a buffer first, and by
-  // `write` from there.
+  // Whether a pixel's values lie together in whole vectors, at `place`: else they go to a buffer
+  // first, and by `write` from there.
   template <class T>
   bool whole(const Task<T>& task) const {
-    return last && task.rows == kBlockRows;
+    return last && task.rows == whole_rows(task.rows);
   }
   template <class T>
   std::int64_t place(const Task<T>& task) const {
@@ -357,7 +359,8 @@ void multiply_frames(const Call& call, const T* frames, const std::vector<Quanti
                         nullptr,
                         stride,
                         done ? finish.low : -Finish::kInfinity,
-                        done ? finish.high : Finish::kInfinity};
+                        done ? finish.high : Finish::kInfinity,
+                        whole_rows(rows)};
         const float* more = plane ? out : plus;
         const T* frame = frames + (image * call.planes + plane) * call.frame.values() +
                          group * call.frame.group_values();

@@ -639,6 +639,8 @@ void multiply_with(const std::int8_t* weights, std::int64_t span, std::int64_t r
   constexpr int kStep = V::kTileVectors * V::kBytes / 4;
   std::int64_t length = 0;
   for (int run = 0; run < runs.count; ++run) length += runs.length[run];
+  if (rows <= kFloats && length <= span)  // the other vectors would hold nothing
+    return multiply_rows<Dots, 1, V::kTileColumns, true>(weights, span, runs, x, sink, 0);
   const auto part = length <= span
                         ? multiply_rows<Dots, V::kTileVectors, V::kTileColumns, true, Sink>
                         : multiply_rows<Dots, V::kTileVectors, V::kTileColumns, false, Sink>;
@@ -766,25 +768,34 @@ void multiply_float(const float* weights, std::int64_t rows, const Runs& runs, s
 
 // ---------------------------------------------------------------- results
 
-inline Floats exact(const std::int32_t* sums, const std::int32_t* excess, bool twice) {
-  Ints sum, more;
-  std::memcpy(&sum, sums, sizeof sum);
-  std::memcpy(&more, excess, sizeof more);
-  return __builtin_convertvector((twice ? sum + sum : sum) - more, Floats);
-}
-inline Floats exact(const float* sums, const std::int32_t*, bool) { return floats(sums); }
+// Sums as floats, less what they have too much: the same for all columns of some rows.
+template <bool Twice>
+struct Exact {
+  Ints excess;
+
+  explicit Exact(const std::int32_t* from) { std::memcpy(&excess, from, sizeof excess); }
+  Floats operator()(const std::int32_t* sums) const {
+    Ints sum;
+    std::memcpy(&sum, sums, sizeof sum);
+    return __builtin_convertvector((Twice ? sum + sum : sum) - excess, Floats);
+  }
+  Floats operator()(const float* sums) const { return floats(sums); }
+};
 
 template <bool Twice, class Sum>
-void values_of(const Sum* sums, std::int64_t n, const Scaling& s, float* y, std::int64_t step) {
-  for (std::int64_t c = 0; c < n; ++c, sums += kBlockRows, y += step) {
-    const Floats scale = s.scale[c * s.scale_step] + Floats{};
-    for (int i = 0; i < kBlockRows; i += kFloats) {
-      Floats start = s.bias ? floats(s.bias + i) : Floats{};
-      if (s.plus) start += floats(s.plus + c * s.plus_step + i);
-      const Floats product =
-          exact(sums + i, s.excess + i, Twice) * (scale * floats(s.row_scale + i));
+void values_of(const Sum* sums, std::int64_t n, const Scaling& scaling, float* y,
+               std::int64_t step) {
+  const Scaling s = scaling;  // a copy that no value written can change: it stays in registers
+  for (int i = 0; i < s.rows; i += kFloats) {
+    const Exact<Twice> exact(s.excess + i);
+    const Floats row_scale = floats(s.row_scale + i);
+    const Floats bias = s.bias ? floats(s.bias + i) : Floats{};
+    for (std::int64_t c = 0; c < n; ++c) {
+      const Floats scale = s.scale[c * s.scale_step] + Floats{};
+      const Floats start = s.plus ? bias + floats(s.plus + c * s.plus_step + i) : bias;
+      const Floats product = exact(sums + c * kBlockRows + i) * (scale * row_scale);
       const Floats value = limited(product + start, s);
-      std::memcpy(y + i, &value, sizeof value);
+      std::memcpy(y + c * step + i, &value, sizeof value);
     }
   }
 }

@@ -65,11 +65,11 @@ struct Sink {
              const std::int32_t* excess) const {
     const std::int64_t row = block * kBlockRows;
     const std::int64_t rows = std::min<std::int64_t>(kBlockRows, panel.rows - row);
-    const bool whole = rows == kBlockRows;
+    const bool whole = rows == whole_rows(rows);
     alignas(64) float bias[kBlockRows] = {}, value[kBlockRows];
     if (finish.bias) std::memcpy(bias, finish.bias + row, rows * sizeof(float));
-    Scaling scaling{factor, excess,  nullptr,    1,          row_scale(row),
-                    bias,   nullptr, panel.rows, finish.low, finish.high};
+    Scaling scaling{factor,  excess,     nullptr,    1,           row_scale(row),  bias,
+                    nullptr, panel.rows, finish.low, finish.high, whole_rows(rows)};
     if (columns.planes == 1 && whole) {
       const std::int64_t place = first * panel.rows + row;
       scaling.scale = columns.scale.data() + first;
