@@ -16,7 +16,7 @@ from torch import Tensor
 from subbyte.kernels import traced
 from subbyte.kernels.panels import panel_of
 from subbyte.kernels.products import PLANES
-from subbyte.kernels.served import _native
+from subbyte.kernels.served import MANY, _native, decodes
 from subbyte.kernels.values import Epilogue, Window
 from subbyte.packing import PackedMatrix
 
@@ -43,7 +43,7 @@ def make_ready(
 
     bias: of the layer; epilogue: its own, without a sum. window: of a convolution.
     """
-    if matrix.made.get("panel") is None or bias is not epilogue.bias:
+    if matrix.made.get("panel") is None or bias is not epilogue.bias or decodes(precision, MANY):
         return None
     panel = panel_of(matrix, window)
     entry = matrix.made["panel"]
