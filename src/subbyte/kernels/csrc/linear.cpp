@@ -220,7 +220,8 @@ std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, con
   Sink sink{kernels, panel, columns, y, finish, {}};
   sink.units.fill(panel.unit);
   const std::int64_t cost = columns.count() * panel.rows * k * (single ? 4 : 1);
-  const int team = cost < kSerial ? 1 : threads;
+  // Of a few columns all is one parallel loop: it pays sooner.
+  const int team = cost < (columns.count() <= kMaxSmall ? kSerial / 2 : kSerial) ? 1 : threads;
   if (single) {
     many_columns(kernels, panel, columns, x, k, sink, team);
     const float most = static_cast<float>(panel.max_abs) * (panel.shared ? panel.max_scale : 1.0f);
