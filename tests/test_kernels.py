@@ -99,6 +99,20 @@ def test_linear_is_the_exact_product_of_rounded_activations_on_every_tier(levels
     )
 
 
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize(("rows", "k"), [(33, 43), (70, 201)])
+def test_few_columns_are_exact_on_every_tier(levels, rows, k):
+    """Each number of them has loops of its own, and each packing its last digits."""
+    weight, zero = quantized(levels, (rows, k)), torch.zeros(rows)
+    layer, x = packed_linear(weight, None), torch.randn(8, k)
+    for n in range(1, 9):
+        for tier in core.tiers():
+            core.select_tier(tier)
+            got = layer(x[:n])
+            check(got, x[:n], weight, zero.double(), lambda a, w: a @ w.T,
+                  exact=rounded(x[:n], 1), slack=0.0)  # fmt: skip
+
+
 @pytest.mark.parametrize("levels", [2, 3, 5, 16, 17, 128])
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 17])
 def test_int16_is_128_times_finer(levels, n):

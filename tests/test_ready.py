@@ -90,7 +90,7 @@ def test_images_that_are_not_plain_are_left_to_the_long_way():
     for other in (x[0], x[:, :, :, ::2], x.permute(0, 1, 3, 2), x.double(), x[:0]):
         assert short_way(layer, other) is None
         assert torch.equal(layer(other), long_way(layer, other))
-    for wrong in (x[:, :7], x[0, 0], x.reshape(1, 2, 8, 6, 5)):
+    for wrong in (x[:, :7].contiguous(), x[0, 0], x.reshape(1, 2, 8, 6, 5)):
         with pytest.raises((SubbyteError, RuntimeError)):
             layer(wrong)
     assert torch.allclose(layer(x, torch.ones(2, 20, 3, 3)), layer(x) + 1, atol=1e-5)
@@ -232,9 +232,12 @@ def test_gradients_traces_and_transforms_take_the_long_way():
 def test_another_instruction_set_is_seen():
     layer, x = layer_of(), torch.randn(3, 64)
     before, now = layer(x), core.tier()
+    last = now
     try:
         for tier in core.tiers():
             core.select_tier(tier)
+            assert (short_way(layer, x) is None) == (tier != last)
+            last = tier
             assert torch.equal(layer(x), before)
             assert layer.packed.ready_for(layer).call.holds()
     finally:

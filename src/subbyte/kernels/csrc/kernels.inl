@@ -309,7 +309,10 @@ inline typename V::Sums divided(typename V::Sums sum) {
   std::memcpy(&value, &sum, sizeof value);
   constexpr int kDown = __builtin_ctz(Weight);
   value >>= kDown;
-  if constexpr (Weight >> kDown == 21) value *= 0x3CF3CF3D;  // the inverse of 21
+  if constexpr (Weight >> kDown == 21) {
+    typedef std::uint32_t Unsigned __attribute__((vector_size(V::kBytes)));
+    value = (Ints)((Unsigned)value * 0x3CF3CF3Du);  // the inverse of 21
+  }
   static_assert(Weight >> kDown == 1 || Weight >> kDown == 21, "its inverse is not known");
   std::memcpy(&sum, &value, sizeof value);
   return sum;
