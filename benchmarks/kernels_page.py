@@ -90,9 +90,11 @@ CASES_LONG = {
     for name, text in CASES.items()
 }
 GOALS: tuple[Ratio | Share, ...] = (
-    Ratio("linear-4096-b1-cold", THREE, ("ORT int4 (block 128)",), 3.0, 4.7),
-    Ratio("linear-4096-b1-cold", FIVE, ("ORT int4 (block 128)",), 2.3, 3.3),
-    Ratio("linear-4096-b1-hot", THREE, ("torch float32",), 25, 45),
+    Ratio("linear-4096-b1-cold", THREE, ("ORT int4 (block 128)",), 3.0, 3.8),
+    Ratio("linear-4096-b1-cold", THREE, ("ORT int2 (block 128)",), 1.9, 2.4),
+    Ratio("linear-4096-b1-cold", FIVE, ("ORT int4 (block 128)",), 1.9, 2.3),
+    Ratio("linear-4096-b1-cold", FIVE, ("ORT int2 (block 128)",), 1.2, 1.5),
+    Ratio("linear-4096-b1-hot", THREE, ("torch float32",), 20, 25),
     Ratio("linear-4096-b1-hot", THREE, ("torch bfloat16",), 12, 25),
     Ratio("linear-4096-b1-cold", THREE, ("OpenVINO int4 (group 128, dynamic)",), 2.0, 4.0),
     Ratio("linear-4096-b8", THREE, INT8, 1.2, 1.6),
@@ -100,7 +102,7 @@ GOALS: tuple[Ratio | Share, ...] = (
     Ratio("linear-4096-b256", THREE, ("OpenVINO int8 (QDQ)",), 0.95, 1.12),
     Ratio("linear-4096-b64", THREE, INT8, 0.95, 1.12),
     Ratio("linear-4096-b256", THREE, INT8, 0.95, 1.12),
-    Ratio("linear-1024-b1", THREE, ("torch float32",), 3, 6),
+    Ratio("linear-1024-b1", THREE, ("torch float32",), 4, 5),
     *(
         Ratio(case, ours, (peer,), floor, goal)
         for case, peer, floor, goal in (
@@ -110,10 +112,10 @@ GOALS: tuple[Ratio | Share, ...] = (
         )
         for ours in (THREE, f"{THREE}, fused", f"{FIVE}, fused")
     ),
-    Share("linear-4096-b1-cold", THREE, "read_gb_s", 70, 90),
-    Share("linear-4096-b1-cold", FIVE, "read_gb_s", 70, 90),
-    Share("linear-4096-b64", THREE, "int8_gops", 75, 90),
-    Share("linear-4096-b256", THREE, "int8_gops", 75, 90),
+    Share("linear-4096-b1-cold", THREE, "read_gb_s", 65, 80),
+    Share("linear-4096-b1-cold", FIVE, "read_gb_s", 65, 80),
+    Share("linear-4096-b64", THREE, "int8_gops", 75, 85),
+    Share("linear-4096-b256", THREE, "int8_gops", 75, 85),
 )
 
 
@@ -217,7 +219,8 @@ def _any_layer(line: dict[str, Any]) -> list[str]:
     slow = sum(s < 1 for s in speedups)
     what = f"any layer of our networks ({len(speedups)}), batch 1: 3 levels against torch float32"
     figures = ["", f"{slow} are slower", f"{min(speedups):.2f}x"]
-    return [what, *figures, "1x", "", "met" if slow == 0 else "**missed**"]
+    met = "goal met" if slow == 0 else "floor met" if min(speedups) >= 0.95 else "**missed**"
+    return [what, *figures, "0.95x", "1x", met]
 
 
 def _judged(reached: float, floor: float, goal: float, unit: str) -> list[str]:

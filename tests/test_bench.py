@@ -83,7 +83,7 @@ def test_a_report_has_every_layer_at_every_batch_size(digits, report):
     ]
     assert [batch for batch, _ in report.networks] == [1, 3]
     assert report.target == "digits"
-    assert report.precision == "int8"
+    assert report.precision == "auto"
     assert report.tier == tier()
     assert report.threads == torch.get_num_threads()
 

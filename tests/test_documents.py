@@ -53,7 +53,8 @@ def elsewhere(line):
 
 
 def test_each_machine_has_its_own_section_and_keeps_it():
-    own = kernels_page.read_lines()
+    every = kernels_page.read_lines()
+    own = [line for line in every if line["tier"] == "avx2"]  # of one machine
     here = kernels_page.page(kernels_page.by_machine(own))
     mixed = [line for pair in zip(own, map(elsewhere, own), strict=True) for line in pair]
     both = kernels_page.page(kernels_page.by_machine(mixed))

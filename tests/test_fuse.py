@@ -368,3 +368,16 @@ def test_a_whole_network_of_the_zoo():
     assert PackedConv2d in left
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(fused(x), net(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("channels", [3, 8, 24, 40])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_sums_of_depthwise_pixels_taken_together(channels, layout):
+    """Neighbouring pixels share vectors; what is added to them is their own."""
+    torch.manual_seed(channels)
+    net = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels))
+    layer, x = packed(net)[0], torch.randn(2, channels, 9, 37).contiguous(memory_format=layout)
+    plus = torch.randn_like(x)
+    wanted = (layer(x) + plus).relu()  # the core adds in this order, too
+    layer.activation = "relu"
+    assert torch.equal(layer(x, plus), wanted)

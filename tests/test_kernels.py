@@ -99,6 +99,20 @@ def test_linear_is_the_exact_product_of_rounded_activations_on_every_tier(levels
     )
 
 
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize(("rows", "k"), [(33, 43), (70, 201)])
+def test_few_columns_are_exact_on_every_tier(levels, rows, k):
+    """Each number of them has loops of its own, and each packing its last digits."""
+    weight, zero = quantized(levels, (rows, k)), torch.zeros(rows)
+    layer, x = packed_linear(weight, None), torch.randn(8, k)
+    for n in range(1, 9):
+        for tier in core.tiers():
+            core.select_tier(tier)
+            got = layer(x[:n])
+            check(got, x[:n], weight, zero.double(), lambda a, w: a @ w.T,
+                  exact=rounded(x[:n], 1), slack=0.0)  # fmt: skip
+
+
 @pytest.mark.parametrize("levels", [2, 3, 5, 16, 17, 128])
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 17])
 def test_int16_is_128_times_finer(levels, n):
@@ -127,6 +141,19 @@ def test_sums_hold_at_their_fullest(levels, k):
             for n, sign in ((12, 1), (12, -1), (1, 1), (1, -1)):
                 got = layer(torch.full((n, k), 2.0 * sign))
                 assert torch.allclose(got, 2 * sign * wanted[:n], rtol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [3, 4, 5])
+def test_sums_of_long_rows_hold(levels):
+    """Digits that stay where they lie in their bytes weigh up to 84 times as much."""
+    k = 460_000
+    codes = torch.full((1, k), levels - 1, dtype=torch.uint8)
+    layer = packed_linear(QuantizedTensor(codes, torch.ones(1), uniform(levels)), None)
+    for tier in core.tiers():
+        core.select_tier(tier)
+        for n in (1, 2, 3, 4):
+            got = layer(torch.full((n, k), -2.0))
+            assert torch.allclose(got, torch.full((n, 1), -2.0 * k), rtol=1e-5)
 
 
 def test_int8_is_within_half_a_step_of_the_float_product():
@@ -260,6 +287,7 @@ CONVS = [
     {"ci": 8, "co": 16, "k": (3, 3), "groups": 2, "padding": 1},
     {"ci": 12, "co": 12, "k": (3, 3), "groups": 12, "padding": 1},
     {"ci": 35, "co": 35, "k": (5, 3), "stride": 2, "groups": 35, "dilation": (1, 2)},
+    {"ci": 24, "co": 24, "k": (3, 3), "groups": 24, "padding": 1},
     {"ci": 3, "co": 10, "k": (7, 7), "stride": 2, "padding": 3},
     {"ci": 4, "co": 8, "k": (2, 2), "padding": "same"},
     {"ci": 4, "co": 8, "k": (3, 3), "padding": 1, "padding_mode": "reflect"},
@@ -336,7 +364,7 @@ def test_conv_in_float32(spec, levels):
                   slack=0.0, roundings=weight.codes[0].numel() + 6)  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", CONVS[:9], ids=str)
+@pytest.mark.parametrize("spec", CONVS[:10], ids=str)
 def test_conv_in_int16(spec):
     like, weight = convolution(spec, 5)
     like.bias = None
@@ -519,7 +547,7 @@ def test_the_bytes_of_a_panel_are_looked_at_block_by_block():
 
 
 PANEL_BITS_OF_3_LEVELS = {  # docs/kernels.md; one table look-up by bytes packs five digits into one
-    "portable": 2, "avx2": 2, "neon": 2, "avx512vnni": 2, "avx512vbmi": 1.6,
+    "portable": 2, "avx2": 2, "avxvnni": 2, "neon": 2, "avx512vnni": 2, "avx512vbmi": 1.6,
 }  # fmt: skip
 
 

@@ -59,6 +59,40 @@ class Origin:
     def same(self, words: Tensor, scale: Tensor) -> bool: ...
     def glance(self, words: Tensor, scale: Tensor) -> bool: ...
 
+class ReadyLinear:
+    def __init__(
+        self,
+        panel: Panel,
+        origin: Origin,
+        words: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        versions: Sequence[int],
+    ) -> None: ...
+    @property
+    def stale(self) -> bool: ...
+    def holds(self) -> bool: ...
+    def __call__(
+        self, x: object, low: float, high: float, planes: int, threads: int
+    ) -> Tensor | None: ...
+
+class ReadyConv:
+    def __init__(
+        self,
+        panel: ConvPanels,
+        origin: Origin,
+        words: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        versions: Sequence[int],
+    ) -> None: ...
+    @property
+    def stale(self) -> bool: ...
+    def holds(self) -> bool: ...
+    def __call__(
+        self, x: object, low: float, high: float, planes: int, threads: int
+    ) -> Tensor | None: ...
+
 def make_panel(
     words: Tensor,
     levels: int,

@@ -1,6 +1,6 @@
 // Every tier of this binary against plain loops over the codes: integers, so equal or wrong.
 //
-// It needs no Python, so that it runs where only a compiler and an emulator are: AVX-512 under
+// It needs no Python, so that it runs where only a compiler and an emulator are: AVX-512 and AVX-VNNI under
 // SIMDe (make test-avx512), ARM under QEMU (make test-neon), any tier under sanitizers (make
 // test-san).
 #include <algorithm>
@@ -169,6 +169,29 @@ void check_products(const Kernels& tier, int levels, int rows, int k) {
                 "%s: multiply, %d levels, %d x %d, column %d, row %d", tier.name, levels, rows, k,
                 c, r);
       }
+  }
+}
+
+// Rows so long that sums of digits that stay where they lie would leave 32 bits on their way.
+void check_long_rows(const Kernels& tier, int levels, int k) {
+  Weight weight(levels, 1, 1);
+  const int digits = digits_of(levels);
+  weight.codes.assign(k, static_cast<std::uint8_t>(levels - 1));
+  weight.words.resize(8 * ((weight.codes.size() + digits - 1) / digits));
+  radix_pack(weight.codes.data(), k, levels, digits, weight.words.data());
+  for (int i = 1; i < k; ++i) weight.order.push_back(i);
+  const Panel panel = make_panel(weight.stored(), 0, 1, k, weight.order, weight.scale.data(),
+                                 weight.affine, tier.tables);
+  const std::int64_t length = panel.groups() * panel.traits().group();
+  std::vector<std::int8_t> high(length, 0), low(length, 0);
+  for (int i = 0; i < k; ++i) high[i] = 127, low[i] = -127;
+  const std::int8_t* x[4] = {high.data(), low.data(), high.data(), low.data()};
+  std::int32_t sums[4 * kBlockRows];
+  for (int n = 1; n <= 4; ++n) {
+    tier.small(panel, 0, x, n, sums);
+    for (int c = 0; c < n; ++c)
+      require(sums[c * kBlockRows] == 127L * (levels - 1) * k * (c % 2 ? -1 : 1),
+              "%s: %d levels, rows of %d, column %d of %d", tier.name, levels, k, c, n);
   }
 }
 
@@ -448,6 +471,8 @@ int main() {
     for (const int levels : {2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 18, 33, 127, 128, 255})
       for (const int rows : {1, 32, 45})
         for (const int k : {1, 31, 100, 700}) check_products(*tier, levels, rows, k);
+    for (const int levels : {2, 3, 4, 5}) check_long_rows(*tier, levels, 450'000);
+    check_long_rows(*tier, 16, 250'000);
     for (const int levels : {2, 3, 5, 16, 17, 128})
       for (const int n : {1, 5, 8, 9, 30}) check_linear(*tier, levels, 37, 90, n);
     for (const int levels : {2, 3, 4, 5, 8, 16, 17, 128})
@@ -461,6 +486,12 @@ int main() {
     };
     for (const ConvShape& shape : shapes)
       for (const int levels : {3, 5, 16, 17, 128}) check_conv(*tier, levels, shape, 2, 9, 8);
+    // Depthwise: channels that fill no whole vectors, and rows longer than pixels taken together.
+    for (const int channels : {1, 3, 5, 7, 8, 12, 16, 20, 24, 31, 33, 40})
+      for (const int stride : {1, 2}) {
+        const ConvShape shape{channels, channels, 3, 3, stride, stride, 1, 1, 1, 1, 1, 1, channels};
+        for (const int width : {3, 8, 23, 41}) check_conv(*tier, 3, shape, 2, 4, width);
+      }
     std::printf("%s: %ld checks passed\n", tier->name, checks);
   }
 }

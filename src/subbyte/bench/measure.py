@@ -139,12 +139,26 @@ def _layer(call: _Call, batch: int, roofs: Roofs | None, seconds: float) -> Laye
     n_bytes = 0 if reason else sum(kernels.panel_bytes(weight.words) for weight in weights)
     planes = 2 if getattr(layer, "precision", "") == "int16" else 1
     depthwise = isinstance(layer, PackedConv2d) and kernels.is_depthwise(packed.shape, layer.groups)
-    in_bytes = not reason and not depthwise and layer.precision != "float32"
+    ran = _ran(call, reason, depthwise)
+    in_bytes = ran.endswith(("int8", "int16"))
     least = roofs.seconds(n_bytes, planes * operations) if roofs and in_bytes else None
     return LayerBench(
         call.name, type(layer).__name__.removeprefix("Packed"), tuple(packed.shape),
-        packed.grid.n_levels, batch, times, operations, n_bytes, reason, least,
+        packed.grid.n_levels, batch, times, operations, n_bytes, reason, least, ran,
     )  # fmt: skip
+
+
+def _ran(call: _Call, reason: str | None, depthwise: bool) -> str:
+    """What computes a layer: an instruction set and a precision, or PyTorch on a decoded weight."""
+    layer, x = call.layer, call.args[0] if call.args else next(iter(call.kwargs.values()))
+    if isinstance(layer, PackedConv2d):
+        columns = kernels.pixels(x, layer.packed.shape, layer.window)
+    else:
+        columns = x.numel() // max(1, x.shape[-1])
+    precision = getattr(layer, "precision", "float32")
+    if reason or (not depthwise and kernels.decodes(precision, columns)):
+        return "PyTorch float32, decoded"
+    return f"{kernels.tier()} {'float32' if depthwise else precision.replace('auto', 'int8')}"
 
 
 def _why_not(call: _Call) -> str | None:

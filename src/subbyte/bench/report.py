@@ -54,6 +54,15 @@ class LayerBench:
     panel_bytes: int  # of repacked weights that a call reads; 0 if it decodes
     why_not: str | None  # in words, why the kernels do not serve it; None if they do
     roof_seconds: float | None  # the machine's least time for products in bytes; None without
+    ran: str  # what computed it: an instruction set and a precision, or PyTorch's float32
+
+    @property
+    def faster(self) -> str | None:
+        """What took less time than the packed layer, by the medians; None if nothing did."""
+        times = {"PyTorch float32": self.times.float32, "PyTorch bfloat16": self.times.bfloat16}
+        found = {name: t.median for name, t in times.items() if t is not None}
+        best = min(found, key=lambda name: found[name])
+        return best if found[best] < self.times.packed.median else None
 
     @property
     def gb_s(self) -> float:
@@ -83,6 +92,8 @@ class LayerBench:
             "gops": self.gops,
             "of_roof": self.of_roof,
             "why_not": self.why_not,
+            "ran": self.ran,
+            "faster": self.faster,
         }
 
 
@@ -128,6 +139,7 @@ def table(report: BenchReport) -> Table:
     for heading in ("levels", "batch", "packed, ms", "quartiles", "float32", *bfloat16, "faster",
                     "GB/s", "GOP/s", "of roof"):  # fmt: skip
         view.add_column(heading, justify="right")
+    view.add_column("ran on", overflow="fold")
     for row in report.layers:
         shape = "x".join(map(str, row.shape))
         served = row.why_not is None
@@ -136,16 +148,28 @@ def table(report: BenchReport) -> Table:
             *_time_cells(row.times, with_bfloat16),
             f"{row.gb_s:.1f}" if served else "decodes",
             f"{row.gops:.1f}",
-            "" if row.of_roof is None else f"{100 * row.of_roof:.0f} %",
+            "" if row.of_roof is None else f"{100 * row.of_roof:.0f} %", row.ran,
         )  # fmt: skip
     view.add_section()
     for batch, times in report.networks:
         cells = _time_cells(times, with_bfloat16)
-        view.add_row("whole network", "", "", "", str(batch), *cells, "", "", "")
+        view.add_row("whole network", "", "", "", str(batch), *cells, "", "", "", "")
         if times.fused is not None:
             cells = _time_cells(replace(times, packed=times.fused), with_bfloat16)
-            view.add_row("the same, fused", "", "", "", str(batch), *cells, "", "", "")
+            view.add_row("the same, fused", "", "", "", str(batch), *cells, "", "", "", "")
     return view
+
+
+def _faster(report: BenchReport) -> list[str]:
+    """What would be faster than packed layers, and for which."""
+    found: dict[str, list[str]] = {}
+    for row in report.layers:
+        if row.faster is not None:
+            text = f"{row.name} at batch {row.batch} ({1 / row.times.speedup:.2f}x)"
+            if row.faster != "PyTorch float32":
+                text = f"{row.name} at batch {row.batch}"
+            found.setdefault(row.faster, []).append(text)
+    return [f"{name} would be faster for {', '.join(rows)}" for name, rows in found.items()]
 
 
 def _all_times(report: BenchReport) -> Sequence[Times]:
@@ -179,6 +203,7 @@ def _caption(report: BenchReport) -> str:
         )
     if not any(times.bfloat16 for times in _all_times(report)):
         lines.append("bfloat16 is not timed: this CPU has no products of that type")
+    lines += _faster(report)
     by_reason: dict[str, list[str]] = {}
     for name, reason in report.fallbacks.items():
         by_reason.setdefault(reason, []).append(name)

@@ -37,7 +37,7 @@ class Shapes(nn.Module):
 
 
 def from_shapes(
-    shapes: Sequence[tuple[int, int]], levels: int, precision: Precision = "int8"
+    shapes: Sequence[tuple[int, int]], levels: int, precision: Precision = "auto"
 ) -> tuple[nn.Module, Tensor]:
     """Linear layers (out, in), and an example that all of them take."""
     net = Shapes(shapes, levels, precision)

@@ -19,7 +19,7 @@ def bench(
     model: o.Model = None,
     input_: o.Input = None,
     batch: o.Batch = "1",
-    precision: o.Precision = "int8",
+    precision: o.Precision = "auto",
     threads: o.Threads = None,
     seconds: o.Seconds = 20.0,
     json_: o.Json = False,

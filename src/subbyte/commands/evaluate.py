@@ -29,7 +29,7 @@ def evaluate(
     limit: o.Limit = None,
     task: o.Task = None,
     window: o.Window = WINDOW,
-    precision: o.Precision = "int8",
+    precision: o.Precision = "auto",
     json_: o.Json = False,
 ) -> None:
     """The score of a network: top-1 on images, or perplexity of a language model on a text."""

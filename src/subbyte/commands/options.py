@@ -124,7 +124,9 @@ Set = Annotated[
     list[str] | None,
     Option("--set", metavar="KEY=VALUE", help="Override a value, e.g. train.epochs=2; repeatable."),
 ]
-Precision = Annotated[str, Option(help="Precision of activations: int8, int16 or float32.")]
+Precision = Annotated[
+    str, Option(help="Precision of activations: auto (the fastest), int8, int16 or float32.")
+]
 Shapes = Annotated[
     str | None, Option(metavar="OUTxIN,...", help="Time random Linear layers of these sizes.")
 ]

@@ -108,7 +108,7 @@ def convert_folder(
 
 def evaluate_folder(
     folder: Path, data: Path, task: str, *, window: int = WINDOW, limit: int | None = None,
-    precision: Any = "int8",
+    precision: Any = "auto",
 ) -> Score:  # fmt: skip
     """The perplexity of a language model, packed or float, on a text file.
 

@@ -5,6 +5,7 @@ multiplied in integers without error, and scaled back:
 
     int8    127 steps to the largest value: each activation is off by at most 1/254 of it
     int16   two 8-bit planes, 128 times finer
+    auto    int8; where bytes multiply slowly, the weight decoded for many columns (`decodes`)
     float32 no rounding: weights become float32 instead, a block of rows at a time
 
 Weights are repacked into panels once, at the first product (docs/adr/0007-kernels.md). A row or
@@ -25,16 +26,20 @@ from torch.nn import functional as F
 
 from subbyte.errors import SubbyteError
 from subbyte.kernels.panels import panel_of
+from subbyte.kernels.served import decodes, is_depthwise
 from subbyte.kernels.values import Activation, Epilogue, Window
 from subbyte.packing import PackedMatrix
 
-_PLANES = {"int8": 1, "int16": 2, "float32": 0}  # of bytes
+PLANES = {"auto": 1, "int8": 1, "int16": 2, "float32": 0}  # of bytes
 
 
 def linear(x: Tensor, matrix: PackedMatrix, precision: str, epilogue: Epilogue) -> Tensor:
     """`kernels.linear` of plain tensors that nothing traces; x [..., in]."""
     rows, plus = matrix.shape[0], epilogue.plus
     size = x.shape  # as numbers and not as a tuple: half a microsecond
+    if decodes(precision, x.numel() // max(1, size[-1])):
+        y = F.linear(x, matrix.decoded(), epilogue.bias)
+        return finish(y, plus, epilogue.activation)
     y = x.new_empty(size[0], rows) if len(size) == 2 else x.new_empty(*size[:-1], rows)
     if plus is not None and not _lies_like(plus, y):
         y = linear(x, matrix, precision, Epilogue(epilogue.bias))
@@ -43,7 +48,7 @@ def linear(x: Tensor, matrix: PackedMatrix, precision: str, epilogue: Epilogue) 
     low, high = epilogue.limits
     try:
         odd = panel_of(matrix).linear(
-            x, y, epilogue.bias, plus, low, high, _PLANES[precision], torch.get_num_threads()
+            x, y, epilogue.bias, plus, low, high, PLANES[precision], torch.get_num_threads()
         )
     except ValueError as error:
         raise _named(matrix, error) from None
@@ -58,6 +63,10 @@ def conv2d(
     x: Tensor, matrix: PackedMatrix, window: Window, precision: str, epilogue: Epilogue
 ) -> Tensor:
     """`kernels.conv2d` of plain tensors that nothing traces; x [n, c, h, w]."""
+    depthwise = is_depthwise(matrix.shape, window.groups)
+    if not depthwise and decodes(precision, pixels(x, matrix.shape, window)):
+        y = reference_conv2d(x, matrix.decoded(), epilogue.bias, window)
+        return finish(y, epilogue.plus, epilogue.activation)
     x, last = _laid_out(x)
     y, plus = new_images(x, matrix.shape, window, last), epilogue.plus
     if plus is not None and not _lies_like(plus, y):
@@ -66,7 +75,7 @@ def conv2d(
     low, high = epilogue.limits
     try:
         odd = panel_of(matrix, window).conv2d(
-            x, y, last, epilogue.bias, plus, low, high, _PLANES[precision], torch.get_num_threads()
+            x, y, last, epilogue.bias, plus, low, high, PLANES[precision], torch.get_num_threads()
         )
     except ValueError as error:
         raise _named(matrix, error) from None
@@ -97,6 +106,12 @@ def new_images(x: Tensor, shape: tuple[int, ...], window: Window, last: bool | N
         x.shape[0], shape[0], height, width,
         dtype=x.dtype, device=x.device, memory_format=layout,
     )  # fmt: skip
+
+
+def pixels(x: Tensor, shape: tuple[int, ...], window: Window) -> int:
+    """Of all images of a convolution's result."""
+    height, width = window.out_size((x.shape[-2], x.shape[-1]), (shape[2], shape[3]))
+    return (x.shape[0] if x.ndim == 4 else 1) * height * width
 
 
 def reference_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:

@@ -17,11 +17,13 @@ try:
 except ImportError:  # a source tree without a compiler: the reference does everything
     _native = None  # type: ignore[assignment]
 
-Precision = Literal["int8", "int16", "float32"]
+Precision = Literal["auto", "int8", "int16", "float32"]
 
 _FLOAT32 = torch.float32
 _LARGEST = 127  # integer weights are signed bytes
 _SUMS = 2**31
+_FEW_COLUMNS = 8  # that a weight is not decoded for where bytes multiply slowly
+MANY = 1 << 30  # columns: more than any machine decodes nothing for
 _FEW_CHANNELS = 8  # of a group; panels have 32 rows, so less would mostly multiply by nothing
 
 
@@ -43,6 +45,17 @@ def tier() -> str | None:
         return _native.tier()
     except ValueError as error:
         raise SubbyteError(str(error)) from None
+
+
+def decodes(precision: str, columns: int) -> bool:
+    """Whether "auto" decodes a weight for so many columns (rows of x, or pixels of a result).
+
+    Where bytes multiply without vectors ("portable"), PyTorch's float32 product takes a twentieth
+    of the time, and decoding costs what a few columns do.
+    """
+    if precision != "auto" or columns <= _FEW_COLUMNS:
+        return False
+    return _native is not None and _native.tier() == "portable"
 
 
 def why_not(x: Tensor, grid: Grid, row_length: int) -> str | None:

@@ -29,9 +29,9 @@ _transform = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state
 
 
-def is_seen(x: Tensor, matrix: PackedMatrix, epilogue: Epilogue) -> bool:
-    """Whether a call must go through the operators. Asked at every call."""
-    if (
+def looks_on(x: Tensor) -> bool:
+    """Whether something traces, transforms or differentiates calls. Asked at every call."""
+    return bool(
         torch.compiler.is_dynamo_compiling()
         or type(x) is not Tensor
         or _tracing() is not None
@@ -39,7 +39,12 @@ def is_seen(x: Tensor, matrix: PackedMatrix, epilogue: Epilogue) -> bool:
         or _function_modes()
         or forward_ad._current_level >= 0
         or _transform() is not None
-    ):
+    )
+
+
+def is_seen(x: Tensor, matrix: PackedMatrix, epilogue: Epilogue) -> bool:
+    """Whether a call must go through the operators. Asked at every call."""
+    if looks_on(x):
         return True
     if not torch.is_grad_enabled():
         return False

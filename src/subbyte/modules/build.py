@@ -61,7 +61,7 @@ def pack(
     layers: Quantized | Mapping[str, QuantizedLayer] | None = None,
     *,
     batchnorm: BatchNormMode = "keep",
-    precision: Precision = "int8",
+    precision: Precision = "auto",
 ) -> nn.Module:
     """A copy of the float network in which the quantized layers are packed; in eval mode.
 
@@ -69,8 +69,9 @@ def pack(
     layers of your own making, by name.
     batchnorm: "absorb" turns every BatchNorm into one scale and one shift a channel,
     "power_of_two" rounds those scales too (`subbyte.modules.absorb`); codes stay as they are.
-    precision: of the activations in products, "int8", "int16" or "float32" (`subbyte.kernels`);
-    the attribute `precision` of a packed layer changes it later.
+    precision: of the activations in products, "int8", "int16", "float32", or "auto": the fastest
+    that the machine has within the error of int8 (`subbyte.kernels`); the attribute `precision` of
+    a packed layer changes it later.
     Raises SubbyteError for a name the model does not have, a shape that differs, or a prepared
     layer that is not among the quantized ones.
     """

@@ -52,6 +52,7 @@ class PackedLinear(nn.Module):
     precision: Precision = "float32"
     activation: Activation = "none"
     fused = False  # `fuse` has moved something into it
+    window = None  # what a convolution has
 
     def __init__(self, like: nn.Linear, layer: QuantizedLayer) -> None:
         super().__init__()
@@ -65,10 +66,15 @@ class PackedLinear(nn.Module):
         x = input  # torch's name of the argument
         # From the dictionaries: nn.Module's look-up by attribute takes a microsecond a name.
         packed: Any = self._modules["packed"]
+        y: Tensor | None = None if plus is not None else packed.answer(self, x)
+        if y is not None:
+            return y
         if kernels.why_not(x, packed.grid, self.in_features):
             return kernels.finish(by_reference(F.linear, x, self), plus, self.activation)
         epilogue = packed.epilogue(self._parameters["bias"], self.activation)
-        return packed_linear(x, packed, self.precision, epilogue.adding(plus))
+        y = packed_linear(x, packed, self.precision, epilogue.adding(plus))
+        packed.make_ready(self, epilogue)
+        return y
 
     def why_not(self, x: Tensor, plus: Tensor | None = None) -> str | None:
         """Why the kernels do not multiply x, in words; None if they do."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling as is_compiling
 
 from subbyte import kernels
 from subbyte.core.functional import store_scale
@@ -20,7 +21,7 @@ from subbyte.core.tensors import (
     low_rank_product,
 )
 from subbyte.errors import SubbyteError
-from subbyte.kernels import Activation, Epilogue
+from subbyte.kernels import Activation, Epilogue, Ready
 from subbyte.packing import PackedMatrix, radix
 
 
@@ -76,6 +77,7 @@ class PackedWeight(nn.Module):
         self.register_buffer("scale", store_scale(weight.scale, weight.grid.scale_domain))
         self._matrix: PackedMatrix | None = None
         self._epilogue: Epilogue | None = None
+        self._ready: Ready | None = None
 
     def matrix(self) -> PackedMatrix:
         """The buffers as they are now, as one value: the same one as long as they are the same."""
@@ -103,9 +105,54 @@ class PackedWeight(nn.Module):
             self._epilogue = made
         return made
 
+    def ready_for(self, layer: Any) -> Ready | None:
+        """The short way of a layer, if that is as its last call found it."""
+        held, buffers = self._ready, self._buffers
+        if (
+            held is not None
+            and held[0] is buffers["words"]
+            and held[1] is buffers["scale"]
+            and held[2] is layer._parameters["bias"]
+            and held[3] == layer.precision
+            and held[4] == layer.activation
+            and held[5] is layer.window
+            and buffers["up"] is None
+        ):
+            return held
+        return None
+
+    def make_ready(self, layer: Any, epilogue: Epilogue) -> None:
+        """After a call of a layer that took the long way."""
+        matrix = self._matrix
+        if torch.compiler.is_compiling() or self.ready_for(layer) is not None:
+            return
+        bias = layer._parameters["bias"]
+        if matrix is None or self._buffers["up"] is not None:
+            self._ready = None
+        else:
+            self._ready = kernels.make_ready(matrix, layer.precision, bias, epilogue, layer.window)
+
+    def answer(self, layer: Any, x: Tensor) -> Tensor | None:
+        """The short way of a call, or None where the long one has to go."""
+        if is_compiling():
+            return None
+        ready = self.ready_for(layer)
+        if ready is None:
+            return None
+        y = kernels.answer(x, ready)
+        if y is None and ready.call.stale:
+            self.forget()
+        return y
+
+    def forget(self) -> None:
+        """Words or scales are not what they were: the next look compares all of them."""
+        self._ready = None
+        if self._matrix is not None:
+            self._matrix.made.pop("panel", None)
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their own values."""
-        return {**self.__dict__, "_matrix": None, "_epilogue": None}
+        return {**self.__dict__, "_matrix": None, "_epilogue": None, "_ready": None}
 
     @property
     def n_weights(self) -> int:

@@ -16,7 +16,7 @@ def load(
     path: str | Path,
     model: nn.Module | None = None,
     *,
-    precision: Precision = "int8",
+    precision: Precision = "auto",
     verify: bool = True,
 ) -> nn.Module:
     """The packed model in a file or folder, in eval mode, on the CPU.

@@ -98,7 +98,7 @@ def _write(net: nn.Module, folder: Path, out: Path) -> int:
 
 
 def load_pretrained(
-    folder: str | Path, *, precision: Precision = "int8", verify: bool = True
+    folder: str | Path, *, precision: Precision = "auto", verify: bool = True
 ) -> nn.Module:
     """The `transformers` model in a packed folder, its layers packed, in eval mode.
 

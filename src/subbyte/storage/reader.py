@@ -30,7 +30,7 @@ def load(
     path: str | Path,
     model: nn.Module | None = None,
     *,
-    precision: Precision = "int8",
+    precision: Precision = "auto",
     verify: bool = True,
 ) -> nn.Module:
     """The packed model in a file, in eval mode, on the CPU.
@@ -48,7 +48,7 @@ def load(
 
 
 def assemble(
-    artifact: Artifact, model: nn.Module | None = None, *, precision: Precision = "int8"
+    artifact: Artifact, model: nn.Module | None = None, *, precision: Precision = "auto"
 ) -> nn.Module:
     """The packed model of what was read from a file; as `load`, whose errors name the file too."""
     program = artifact.program if model is None and artifact.network is None else None

@@ -24,11 +24,16 @@ struct Exchange {
   int (*view)(void* object, nanobind::dlpack::dltensor* out);  // 0, or a Python error is set
 };
 
-// Null for a type that has none.
+// Null for a type that has none. The first types seen to have it are remembered for ever: tensors
+// and parameters.
 inline const Exchange* exchange_of(PyTypeObject* type) {
-  static PyTypeObject* known = nullptr;  // the first type seen to have it, for ever
-  static const Exchange* found = nullptr;
-  if (type == known) return found;
+  struct Known {
+    PyTypeObject* type;
+    const Exchange* exchange;
+  };
+  static Known known[2] = {};
+  for (const Known& one : known)
+    if (type == one.type) return one.exchange;
   PyObject* capsule =
       PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
   const void* pointer = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr;
@@ -37,9 +42,11 @@ inline const Exchange* exchange_of(PyTypeObject* type) {
   const auto* api = static_cast<const Exchange*>(pointer);
   while (api && api->major != 1) api = api->older;
   if (api && !api->view) api = nullptr;
-  if (api && !known) {
+  for (Known& one : known) {
+    if (!api || one.type) continue;
     Py_INCREF(reinterpret_cast<PyObject*>(type));
-    known = type, found = api;
+    one = {type, api};
+    break;
   }
   return api;
 }

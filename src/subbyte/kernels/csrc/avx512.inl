@@ -2,6 +2,7 @@
 
 struct Avx512 {
   static constexpr std::uint8_t kFlip = 0x80;
+  static constexpr bool kInPlace = true;  // dots take bytes up to 255, exactly
   static constexpr int kBytes = 64, kRegisters = 32, kTileVectors = 2, kTileColumns = 12;
   using Bytes = __m512i;
   using Sums = __m512i;

@@ -10,9 +10,9 @@
 #include "conv.hpp"
 #include "dispatch.hpp"
 #include "linear.hpp"
-#include "origin.hpp"
 #include "panels.hpp"
 #include "radix.hpp"
+#include "ready.hpp"
 #include "roofs.hpp"
 #include "sizes.hpp"
 #include "threads.hpp"
@@ -21,6 +21,7 @@ namespace nb = nanobind;
 
 using subbyte::Array;
 using subbyte::maybe;
+using subbyte::Origins;
 using subbyte::require;
 
 using Sizes = std::vector<std::int64_t>;
@@ -168,37 +169,29 @@ Sizes conv2d(const subbyte::ConvPanels& weight, nb::handle x, nb::handle y, bool
                          precision, threads);
 }
 
-// What a panel was made of: words, and scales of whatever type they are stored in.
-struct Origins {
-  Origins(nb::handle words, nb::handle scale) : words(of(words)), scale(of(scale)) {}
-
-  bool same(nb::handle words, nb::handle scale) const {
-    return holds<&subbyte::Origin::same>(words, scale);
-  }
-  bool glance(nb::handle words, nb::handle scale) const {
-    return holds<&subbyte::Origin::glance>(words, scale);
-  }
-
- private:
-  struct View {
-    explicit View(nb::handle object) : array(object, "a panel's origin") {
-      if (!array.dense()) array.fail("has gaps");
-    }
-    const std::uint8_t* data() const { return static_cast<const std::uint8_t*>(array.data()); }
-    Array<void> array;
-  };
-  static subbyte::Origin of(nb::handle object) {
-    const View view(object);
-    return {view.data(), view.array.bytes()};
-  }
-  template <auto Holds>
-  bool holds(nb::handle first, nb::handle second) const {
-    const View a(first), b(second);
-    return (words.*Holds)(a.data(), a.array.bytes()) && (scale.*Holds)(b.data(), b.array.bytes());
-  }
-
-  subbyte::Origin words, scale;
-};
+// Layers: ReadyLinear or ReadyConv. versions: of words and scale, or nothing.
+template <class Layers>
+void define_ready(nb::module_& module, const char* name) {
+  nb::class_<Layers>(module, name, "A layer's plain calls in one step.")
+      .def(
+          "__init__",
+          [](Layers* self, nb::object panel, nb::object origin, nb::object words, nb::object scale,
+             nb::object bias, const Sizes& versions) {
+            require(versions.empty() || versions.size() == 2, "versions are two numbers, or none");
+            new (self) Layers({panel, origin, words, scale, bias, versions});
+          },
+          nb::arg("panel"), nb::arg("origin"), nb::arg("words"), nb::arg("scale"),
+          nb::arg("bias").none(), nb::arg("versions"))
+      .def("holds", &Layers::holds, "Whether words and scales are what they were.")
+      .def_prop_ro("stale", &Layers::stale, "Whether the last look said that they are not.")
+      .def(
+          "__call__",
+          [](const Layers& self, nb::handle x, float low, float high, int planes, int threads) {
+            return self.call(x, low, high, precision_of(planes), threads);
+          },
+          nb::arg("x"), nb::arg("low"), nb::arg("high"), nb::arg("planes"), nb::arg("threads"),
+          "The product, or None if it must go elsewhere.");
+}
 
 std::vector<std::string> tier_names() {
   std::vector<std::string> names;
@@ -248,6 +241,8 @@ NB_MODULE(_native, module) {
            "Whether these hold the same bytes.")
       .def("glance", &Origins::glance, nb::arg("words"), nb::arg("scale"),
            "The same, from a few of their blocks, at each call others.");
+  define_ready<subbyte::ReadyLinear>(module, "ReadyLinear");
+  define_ready<subbyte::ReadyConv>(module, "ReadyConv");
   module.def("make_conv", &make_conv, nb::arg("words"), nb::arg("levels"), nb::arg("digits"),
              nb::arg("sizes"), nb::arg("scale"), nb::arg("factor"), nb::arg("center"));
   module.def("make_panel_of_groups", &make_panel_of_groups, nb::arg("words"), nb::arg("levels"),

@@ -210,18 +210,28 @@ void multiply_pixels(const Call& call, const Task<T>& task, const Runs& runs, co
   const ConvShape& s = call.shape();
   alignas(64) SumOf<T> sums[kMaxTile * kBlockRows] = {};
   const std::uint8_t* x[kMaxTile];
-  std::int64_t row = task.first / task.out_w, column = task.first % task.out_w;
+  const std::int64_t down = s.stride_h * call.frame.row(), right = s.stride_w * call.frame.channels;
+  std::int64_t column = task.first % task.out_w;
+  const T* start = frame + task.first / task.out_w * down;  // of a row of pixels
+  const T* pixel = start + column * right;
   for (std::int64_t first = 0; first < task.n; first += call.kernels.tile) {
     const std::int64_t n = std::min<std::int64_t>(call.kernels.tile, task.n - first);
-    for (std::int64_t i = 0; i < n; ++i) {
-      x[i] = reinterpret_cast<const std::uint8_t*>(frame + row * s.stride_h * call.frame.row() +
-                                                   column * s.stride_w * call.frame.channels);
-      if (++column == task.out_w) column = 0, ++row;
+    for (std::int64_t i = 0; i < n; ++i, pixel += right) {
+      x[i] = reinterpret_cast<const std::uint8_t*>(pixel);
+      if (++column == task.out_w) column = 0, pixel = (start += down) - right;
     }
     for (std::int64_t i = n; i < call.kernels.tile; ++i) x[i] = x[0];
     multiply(call.kernels, task.panel, task.weights, task.rows, runs, n, x, sums);
     finish(first, n, sums);
   }
+}
+
+// As memcpy, for as few values as channels are: it would be a call a pixel.
+inline void copy_few(const float* from, std::int64_t n, float* to) {
+  constexpr std::int64_t kStep = 4;
+  std::int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) std::memcpy(to + i, from + i, kStep * sizeof(float));
+  for (; i < n; ++i) to[i] = from[i];
 }
 
 // Where an image's values go.
@@ -230,11 +240,11 @@ struct Sink {
   std::int64_t channels, pixels;
   bool last;  // channels last
 
-  // Whether a pixel's 32 values lie together, at `place`: else they go to a buffer first, and by
-  // `write` from there.
+  // Whether a pixel's values lie together in whole vectors, at `place`: else they go to a buffer
+  // first, and by `write` from there.
   template <class T>
   bool whole(const Task<T>& task) const {
-    return last && task.rows == kBlockRows;
+    return last && task.rows == whole_rows(task.rows);
   }
   template <class T>
   std::int64_t place(const Task<T>& task) const {
@@ -245,8 +255,7 @@ struct Sink {
   void write(const Task<T>& task, const float (*value)[kBlockRows]) const {
     if (last) {
       for (std::int64_t i = 0; i < task.n; ++i)
-        std::memcpy(y + (task.first + i) * channels + task.row, value[i],
-                    task.rows * sizeof(float));
+        copy_few(value[i], task.rows, y + (task.first + i) * channels + task.row);
       return;
     }
     for (std::int64_t r = 0; r < task.rows; ++r) {
@@ -258,10 +267,14 @@ struct Sink {
   // The other way round, from an image `plus` that lies as y does.
   template <class T>
   void read(const Task<T>& task, const float* plus, float (*value)[kBlockRows]) const {
+    if (last) {
+      for (std::int64_t i = 0; i < task.n; ++i)
+        copy_few(plus + (task.first + i) * channels + task.row, task.rows, value[i]);
+      return;
+    }
     for (std::int64_t i = 0; i < task.n; ++i)
       for (std::int64_t r = 0; r < task.rows; ++r)
-        value[i][r] = last ? plus[(task.first + i) * channels + task.row + r]
-                           : plus[(task.row + r) * pixels + task.first + i];
+        value[i][r] = plus[(task.row + r) * pixels + task.first + i];
   }
 };
 
@@ -346,7 +359,8 @@ void multiply_frames(const Call& call, const T* frames, const std::vector<Quanti
                         nullptr,
                         stride,
                         done ? finish.low : -Finish::kInfinity,
-                        done ? finish.high : Finish::kInfinity};
+                        done ? finish.high : Finish::kInfinity,
+                        whole_rows(rows)};
         const float* more = plane ? out : plus;
         const T* frame = frames + (image * call.planes + plane) * call.frame.values() +
                          group * call.frame.group_values();

@@ -19,48 +19,136 @@ struct Call {
   const Finish& finish;
 };
 
-// The taps of a window, of those that `inside` lets through. `place` of (ky, kx): where x lies.
+// The taps of a window, of those that `inside` lets through. `place` of (ky, kx): where x lies;
+// a tap's weights take `width` values.
 struct Offsets {
   std::vector<std::int64_t> x, weights;
 
   template <class Inside, class Place>
-  Taps fill(const ConvShape& s, Inside&& inside, Place&& place) {
+  Taps fill(const ConvShape& s, std::int64_t width, Inside&& inside, Place&& place) {
     x.clear(), weights.clear();
     for (std::int64_t ky = 0; ky < s.kernel_h; ++ky)
       for (std::int64_t kx = 0; kx < s.kernel_w; ++kx) {
         if (!inside(ky * s.dilation_h, kx * s.dilation_w)) continue;
         x.push_back(place(ky * s.dilation_h, kx * s.dilation_w));
-        weights.push_back((ky * s.kernel_w + kx) * s.channels);
+        weights.push_back((ky * s.kernel_w + kx) * width);
       }
     return {static_cast<int>(x.size()), x.data(), weights.data()};
   }
 };
 
-// One row of results of an image [h][w][channels].
-void row_of_pixels(const Call& call, const float* x, std::int64_t y, float* out,
-                   const float* plus) {
-  thread_local Offsets offsets;
-  const ConvShape& s = call.s;
-  const std::int64_t top = y * s.stride_h - s.top, reach = (s.kernel_w - 1) * s.dilation_w;
-  for (std::int64_t column = 0; column < call.out_w;) {
-    const std::int64_t left = column * s.stride_w - s.left, right = left + reach;
-    const auto inside = [&](std::int64_t dy, std::int64_t dx) {
-      return top + dy >= 0 && top + dy < call.h && left + dx >= 0 && left + dx < call.w;
+// Neighbouring pixels taken together, so that their channels fill whole vectors: where there are
+// few channels, and windows move by one pixel.
+struct Together {
+  std::int64_t pixels = 1, width;    // width: values of so many pixels
+  std::vector<float> weights, bias;  // as a call has them, repeated: [taps][width], [width]
+
+  explicit Together(const Call& call) : width(call.s.channels) {
+    constexpr std::int64_t kFew = 2 * kRowStep;
+    const ConvShape& s = call.s;
+    if (s.stride_w != 1 || s.channels >= kFew || s.channels % kRowStep == 0) return;
+    while (pixels * s.channels % kRowStep) ++pixels;
+    width = pixels * s.channels;
+    const auto repeat = [&](const float* from, std::vector<float>& to) {
+      for (std::int64_t i = 0; i < pixels; ++i) to.insert(to.end(), from, from + s.channels);
     };
-    const Taps taps = offsets.fill(s, inside, [&](std::int64_t dy, std::int64_t dx) {
-      return ((top + dy) * call.w + left + dx) * s.channels;
-    });
-    // All whose windows lie between the left and the right border have the same taps.
-    const std::int64_t together =
-        left >= 0 && right < call.w ? (call.w - 1 - right) / s.stride_w + 1 : 1;
-    const std::int64_t n = std::min(together, call.out_w - column);
-    Finish finish = call.finish;
-    if (plus) finish.plus = plus + column * s.channels;
-    call.kernels.pixels(taps, x, s.stride_w * s.channels, call.weights, s.channels, n, finish,
-                        out + column * s.channels);
-    column += n;
+    for (std::int64_t t = 0; t < s.kernel_h * s.kernel_w; ++t)
+      repeat(call.weights + t * s.channels, weights);
+    if (call.finish.bias) repeat(call.finish.bias, bias);
   }
+};
+
+// Pixels of a row of results that have the same taps, one behind another; where values lie is
+// counted from the first row of the image that the window covers.
+struct Segment {
+  std::int64_t column, n;
+  std::vector<std::int64_t> x, weights, together;  // together: of the weights of `Together`
+
+  Taps taps(const std::vector<std::int64_t>& of) const {
+    return {static_cast<int>(x.size()), x.data(), of.data()};
+  }
+};
+
+// All of a row whose windows begin in row `top` of the image, which may lie above it.
+std::vector<Segment> segments_of(const Call& call, const Together& together, std::int64_t top) {
+  const ConvShape& s = call.s;
+  const std::int64_t reach = (s.kernel_w - 1) * s.dilation_w,
+                     first = std::max<std::int64_t>(top, 0);
+  std::vector<Segment> row;
+  for (std::int64_t column = 0; column < call.out_w; column += row.back().n) {
+    const std::int64_t left = column * s.stride_w - s.left, right = left + reach;
+    Offsets offsets;
+    offsets.fill(
+        s, s.channels,
+        [&](std::int64_t dy, std::int64_t dx) {
+          return top + dy >= 0 && top + dy < call.h && left + dx >= 0 && left + dx < call.w;
+        },
+        [&](std::int64_t dy, std::int64_t dx) {
+          return ((top + dy - first) * call.w + left + dx) * s.channels;
+        });
+    // All whose windows lie between the left and the right border have the same taps.
+    const std::int64_t same =
+        left >= 0 && right < call.w ? (call.w - 1 - right) / s.stride_w + 1 : 1;
+    row.push_back({column,
+                   std::min(same, call.out_w - column),
+                   std::move(offsets.x),
+                   std::move(offsets.weights),
+                   {}});
+    for (const std::int64_t place : row.back().weights)
+      row.back().together.push_back(place / s.channels * together.width);
+  }
+  return row;
 }
+
+// x: the first row of the image that windows cover; out, finish.plus: of the row's first pixel.
+void pixels_of(const Call& call, const Together& together, const Segment& segment, const float* x,
+               const Finish& finish, float* out) {
+  const std::int64_t channels = call.s.channels, step = call.s.stride_w * channels, n = segment.n;
+  const auto take = [&](std::int64_t first, std::int64_t count, bool alone) {
+    Finish of = finish;
+    if (of.bias && !alone) of.bias = together.bias.data();
+    const std::int64_t place = (segment.column + first) * channels;
+    if (of.plus) of.plus += place;
+    if (alone)
+      call.kernels.pixels(segment.taps(segment.weights), x, step, call.weights, channels, count, of,
+                          out + place);
+    else  // the windows of neighbours are neighbours
+      call.kernels.pixels(segment.taps(segment.together), x + first * channels, together.width,
+                          together.weights.data(), together.width, count, of, out + place);
+  };
+  if (together.pixels == 1 || n < together.pixels) return take(0, n, true);
+  take(0, n / together.pixels, false);
+  if (n % together.pixels) take(n - together.pixels, 1, false);  // some of them once more
+}
+
+// Rows of results of images [h][w][channels].
+class Rows {
+ public:
+  explicit Rows(const Call& call) : call_(call), together_(call) {
+    if (call.h > reach()) inner_ = segments_of(call, together_, 0);
+  }
+
+  // plus: as `out` lies, or null.
+  void convolve(const float* x, std::int64_t y, float* out, const float* plus) const {
+    const std::int64_t top = y * call_.s.stride_h - call_.s.top;
+    x += std::max<std::int64_t>(top, 0) * call_.w * call_.s.channels;
+    Finish finish = call_.finish;
+    if (plus) finish.plus = plus;
+    if (top >= 0 && top + reach() < call_.h) {
+      for (const Segment& segment : inner_) pixels_of(call_, together_, segment, x, finish, out);
+      return;
+    }
+    for (const Segment& segment : segments_of(call_, together_, top))
+      pixels_of(call_, together_, segment, x, finish, out);
+  }
+
+ private:
+  std::int64_t reach() const { return (call_.s.kernel_h - 1) * call_.s.dilation_h; }
+
+  const Call& call_;
+  Together together_;
+  std::vector<Segment> inner_;  // of a row whose windows lie between the image's first and last row
+};
 
 // Planes [h][w], one at a time, with a border; columns a stride apart lie together: [h + border]
 // [stride_w][pitch].
@@ -77,7 +165,7 @@ class Planes {
     std::memset(padded_, 0, (values + row_) * sizeof(float));
     result_ = padded_ + values;
     taps_ = offsets_.fill(
-        call.s, [](std::int64_t, std::int64_t) { return true; },
+        call.s, call.s.channels, [](std::int64_t, std::int64_t) { return true; },
         [&](std::int64_t dy, std::int64_t dx) { return place(dy, dx); });
   }
 
@@ -130,10 +218,11 @@ void depthwise(const Kernels& kernels, const ConvPanels& weight, const float* x,
   const std::int64_t in = h * w, out = call.out_h * call.out_w;
   if (n * s.channels * out * s.kernel_h * s.kernel_w * kCost < kSerial) threads = 1;
   if (last) {
+    const Rows rows(call);
     parallel(threads, n * call.out_h, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) {
         const std::int64_t place = i * call.out_w * s.channels;
-        row_of_pixels(call, x + i / call.out_h * in * s.channels, i % call.out_h, y + place,
+        rows.convolve(x + i / call.out_h * in * s.channels, i % call.out_h, y + place,
                       finish.plus ? finish.plus + place : nullptr);
       }
     });

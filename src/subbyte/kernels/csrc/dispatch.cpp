@@ -5,6 +5,15 @@
 #include <stdexcept>
 
 namespace subbyte {
+
+// Intel's cores read weights from memory 1.6 times as fast so, and are never slower (measured on
+// Sapphire Rapids); on AMD's it changed nothing, or up to 15 % in either direction (Zen 4).
+#if defined(__x86_64__) || defined(_M_X64)
+const bool reads_ahead = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+#else
+const bool reads_ahead = false;
+#endif
+
 namespace {
 
 std::atomic<const Kernels*> current{nullptr};
@@ -14,8 +23,8 @@ std::atomic<const Kernels*> current{nullptr};
 const std::vector<const Kernels*>& tiers() {
   static const std::vector<const Kernels*> found = [] {
     std::vector<const Kernels*> list;
-    for (const Kernels* tier : {avx512vbmi_kernels(), avx512_kernels(), avx2_kernels(),
-                                neon_kernels(), portable_kernels()})
+    for (const Kernels* tier : {avx512vbmi_kernels(), avx512_kernels(), avxvnni_kernels(),
+                                avx2_kernels(), neon_kernels(), portable_kernels()})
       if (tier) list.push_back(tier);
     return list;
   }();

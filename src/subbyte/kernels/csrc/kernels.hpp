@@ -12,6 +12,9 @@ constexpr int kMaxSmall = 8;  // columns that `small` takes at once
 constexpr int kMaxTile = 16;  // no tier's tile has more columns
 constexpr int kRowStep = 16;  // floats of the widest vector
 
+// Whether loops over weights ask for them a few kilobytes before they read them.
+extern const bool reads_ahead;
+
 // How a block's integer sums become values: (factor * sum - excess) * (scale * row_scale) + (bias +
 // plus), moved into [low, high]; NaN stays. bias and plus may be null.
 struct Scaling {
@@ -24,7 +27,13 @@ struct Scaling {
   const float* plus;           // of column c: [32] at plus + c * plus_step; may be the result
   std::int64_t plus_step;
   float low, high;
+  std::int64_t rows = kBlockRows;  // the first so many; `whole_rows` of those that there are
 };
+
+// As many rows as whole vectors have.
+constexpr std::int64_t whole_rows(std::int64_t rows) {
+  return (rows + kRowStep - 1) / kRowStep * kRowStep;
+}
 
 // What becomes of a layer's products: y = min(max(product + bias + plus, low), high); NaN stays.
 struct Finish {
@@ -94,7 +103,7 @@ struct Kernels {
   void (*multiply_float)(const float* weights, std::int64_t rows, const Runs& runs, std::int64_t n,
                          const std::uint8_t* const* x, float* sums);
 
-  // sums [n][32] as values: those of column c at y + c * step.
+  // sums [n][32] as values [n][scaling.rows]: those of column c at y + c * step.
   void (*values)(const std::int32_t* sums, std::int64_t n, const Scaling& scaling, float* y,
                  std::int64_t step);
   // The same for sums in float32, which have no factor and no excess.
@@ -114,6 +123,7 @@ struct Kernels {
 // Null where the tier is not compiled in or this CPU lacks it.
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
+const Kernels* avxvnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512vbmi_kernels();
 const Kernels* neon_kernels();

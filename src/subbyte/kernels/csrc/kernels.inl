@@ -56,8 +56,22 @@ inline V::Bytes bit(const std::uint8_t* run) {
     return V::mask(V::template shift_left<Target - Bit>(v), 1 << Target);
 }
 
+// Digits where they lie in their byte, for sums that are divided at the end (`sums_in_place`):
+// `place` of a position is its digit times the weight of its chain, chains are what is added up
+// apart.
+template <int Width>
+struct Places {
+  static constexpr int kChains = 8 / Width;  // a position each
+  static constexpr int chain(int position) { return position; }
+  static constexpr int weight(int chain) { return 1 << (Width * chain); }
+  template <int P>
+  static V::Bytes place(const std::uint8_t* runs) {
+    return V::mask(V::load(runs), ((1 << Width) - 1) << (Width * P));
+  }
+};
+
 template <>
-struct Format<Packing::kBits1> {
+struct Format<Packing::kBits1> : Places<1> {
   template <int P>
   static V::Bytes digit(const std::uint8_t* runs) {
     return field<1, P>(runs);
@@ -65,7 +79,7 @@ struct Format<Packing::kBits1> {
 };
 
 template <>
-struct Format<Packing::kBits2> {
+struct Format<Packing::kBits2> : Places<2> {
   template <int P>
   static V::Bytes digit(const std::uint8_t* runs) {
     return field<2, P>(runs);
@@ -81,7 +95,7 @@ struct Format<Packing::kBits3> {
 };
 
 template <>
-struct Format<Packing::kBits4> {
+struct Format<Packing::kBits4> : Places<4> {
   template <int P>
   static V::Bytes digit(const std::uint8_t* runs) {
     return field<4, P>(runs);
@@ -146,6 +160,16 @@ struct Format<Packing::kTrits5> {
     const auto rest = V::lookup128(kRest.at, V::subtract(v, V::lookup64(kLast84.at, quarter)));
     return V::mask(V::template shift_right<2 * (P % 4)>(rest), 3);
   }
+
+  static constexpr int kChains = 5;
+  static constexpr int chain(int position) { return position; }
+  static constexpr int weight(int chain) { return chain == 4 ? 84 : 1 << (2 * chain); }
+  template <int P>
+  static V::Bytes place(const std::uint8_t* runs) {
+    const auto v = V::load(runs), last = V::lookup64(kLast84.at, V::template shift_right<2>(v));
+    if constexpr (P == 4) return last;
+    return V::mask(V::lookup128(kRest.at, V::subtract(v, last)), 3 << (2 * (P % 4)));
+  }
 };
 
 template <>
@@ -160,6 +184,21 @@ struct Format<Packing::kQuints10> {
                        bit<7, 2>(runs + 2 * kRunBytes));
     else
       return V::lookup128(kDigit[P % 3].at, V::load(runs + P / 3 * kRunBytes));
+  }
+
+  // Two digits of three in one lookup: 1 and 16 times; the tenth digit is 32 times its own.
+  static constexpr Table kPair = table(125, [](int i) { return i % 5 | i / 5 % 5 << 4; });
+  static constexpr int kChains = 4;
+  static constexpr int chain(int position) { return position == 9 ? 3 : position % 3; }
+  static constexpr int weight(int chain) { return chain == 3 ? 32 : chain == 1 ? 16 : 1; }
+  template <int P>
+  static V::Bytes place(const std::uint8_t* runs) {
+    if constexpr (P == 9)
+      return V::either(V::mask(V::load(runs + 2 * kRunBytes), 0x80),
+                       V::either(bit<7, 6>(runs + kRunBytes), bit<7, 5>(runs)));
+    const auto v = V::load(runs + P / 3 % 3 * kRunBytes);
+    if constexpr (P % 3 == 2) return V::lookup128(kDigit[2].at, v);
+    return V::mask(V::lookup128(kPair.at, v), P % 3 ? 0xF0 : 0x0F);
   }
 };
 
@@ -197,6 +236,13 @@ inline T limited(T value, const Limits& limits) {
 
 // ---------------------------------------------------------------- few columns
 
+// Asks for what a stream of weights holds further on.
+template <int Bytes>
+inline void ask_ahead(const std::uint8_t* run) {
+  constexpr std::int64_t kDistance = 4096;
+  for (int i = 0; i < Bytes; i += 64) __builtin_prefetch(run + kDistance + i);
+}
+
 // Keeps the compiler from computing all products before it adds the first one up: it would run out
 // of registers.
 template <class T>
@@ -211,7 +257,8 @@ inline T in_order(T value) {
 }
 
 // Sums over `groups` groups from `run` on, of V::kBytes / 4 * R rows and N columns.
-template <Packing P, class Dots, int R, int N>
+// Ahead: whether weights are asked for before they are read.
+template <Packing P, class Dots, int R, int N, bool Ahead>
 inline void small_sums(const std::uint8_t* run, std::int64_t groups, const std::int8_t* const* x,
                        typename V::Sums (&total)[R][N]) {
   constexpr Traits t = traits(P);
@@ -225,7 +272,8 @@ inline void small_sums(const std::uint8_t* run, std::int64_t groups, const std::
     typename Dots::Part part[R][N * kChains];
     for (auto& line : part)
       for (auto& sum : line) sum = Dots::zero();
-    for (; g < stop; ++g, run += t.vectors * kRunBytes)
+    for (; g < stop; ++g, run += t.vectors * kRunBytes) {
+      if constexpr (Ahead) ask_ahead<t.vectors * kRunBytes>(run);
       if constexpr (N == 1) {  // a register a position; every run is read once
         typename V::Bytes column[t.positions];
         for (int p = 0; p < t.positions; ++p) column[p] = V::splat(x[0] + g * t.group() + 4 * p);
@@ -246,9 +294,80 @@ inline void small_sums(const std::uint8_t* run, std::int64_t groups, const std::
           }
         });
       }
+    }
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < N * kChains; ++n)
         total[r][n / kChains] = Dots::flush(total[r][n / kChains], part[r][n]);
+  }
+}
+
+// A sum of products with `weight` times what was meant, exactly: as the others it is modulo 2^32.
+template <int Weight>
+inline typename V::Sums divided(typename V::Sums sum) {
+  if constexpr (Weight == 1) return sum;
+  Ints value;
+  std::memcpy(&value, &sum, sizeof value);
+  constexpr int kDown = __builtin_ctz(Weight);
+  value >>= kDown;
+  if constexpr (Weight >> kDown == 21) {
+    typedef std::uint32_t Unsigned __attribute__((vector_size(V::kBytes)));
+    value = (Ints)((Unsigned)value * 0x3CF3CF3Du);  // the inverse of 21
+  }
+  static_assert(Weight >> kDown == 1 || Weight >> kDown == 21, "its inverse is not known");
+  std::memcpy(&sum, &value, sizeof value);
+  return sum;
+}
+
+template <Packing P, class = void>
+constexpr bool has_places = false;
+template <Packing P>
+constexpr bool has_places<P, std::void_t<decltype(Format<P>::kChains)>> = true;
+
+// Whether the chains of so many vectors of rows and columns stay in registers.
+template <Packing P>
+constexpr bool fits_in_place(int vectors, int columns) {
+  if constexpr (V::kInPlace && has_places<P>)
+    return Format<P>::kChains * vectors * columns <= V::kRegisters * 5 / 8;
+  return false;
+}
+
+// As `small_sums`, of digits that stay where they lie: nothing is shifted, chains are divided at
+// the end. Only for dots that take bytes up to 255 and add up in int32.
+template <Packing P, int R, int N, bool Ahead>
+inline void sums_in_place(const std::uint8_t* run, std::int64_t groups, const std::int8_t* const* x,
+                          typename V::Sums (&total)[R][N]) {
+  using F = Format<P>;
+  using Dots = typename V::Narrow;
+  constexpr Traits t = traits(P);
+  constexpr std::int64_t kMost = 8192;  // groups whose chains stay below 2^31
+  static_assert(kMost * 4 * 240 * 127 < std::int64_t{1} << 31, "a chain may overflow");
+  for (auto& line : total)
+    for (auto& sum : line) sum = V::zero();
+  for (std::int64_t g = 0; g < groups;) {
+    const std::int64_t stop = std::min(groups, g + kMost);
+    typename Dots::Part part[R][N][F::kChains];
+    for (auto& line : part)
+      for (auto& chains : line)
+        for (auto& sum : chains) sum = Dots::zero();
+    for (; g < stop; ++g, run += t.vectors * kRunBytes) {
+      if constexpr (Ahead) ask_ahead<t.vectors * kRunBytes>(run);
+      each<t.positions>([&](auto position) {
+        typename V::Bytes column[N];
+        for (int n = 0; n < N; ++n) column[n] = V::splat(x[n] + g * t.group() + 4 * position);
+        for (int r = 0; r < R; ++r) {
+          const auto digit = F::template place<position>(run + r * V::kBytes);
+          for (int n = 0; n < N; ++n) {
+            auto& chain = part[r][n][F::chain(position)];
+            chain = in_order(Dots::dot(chain, digit, column[n]));
+          }
+        }
+      });
+    }
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < N; ++n)
+        each<F::kChains>([&](auto chain) {
+          total[r][n] = Dots::flush(total[r][n], divided<F::weight(chain)>(part[r][n][chain]));
+        });
   }
 }
 
@@ -265,11 +384,30 @@ struct WholeRows {
   template <Packing P, int R, int N>
   void take(int first, int row) const {
     typename V::Sums total[R][N];
-    const std::uint8_t* runs = panel.data.data() + block * panel.block_bytes();
-    small_sums<P, DotsOf<P>, R, N>(runs + 4 * row, panel.groups(), x + first, total);
+    if (reads_ahead)
+      add<P, R, N, true>(first, row, total);
+    else
+      add<P, R, N, false>(first, row, total);
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < N; ++n)
         V::store(sums + (first + n) * kBlockRows + row + r * kFloats, total[r][n]);
+  }
+
+ private:
+  template <Packing P, int R, int N, bool Ahead>
+  void add(int first, int row, typename V::Sums (&total)[R][N]) const {
+    const std::uint8_t* runs = panel.data.data() + block * panel.block_bytes() + 4 * row;
+    if constexpr (fits_in_place<P>(1, N)) {
+      constexpr int kPart = fits_in_place<P>(R, N) ? R : fits_in_place<P>(R / 2, N) ? R / 2 : 1;
+      for (int r = 0; r < R; r += kPart) {
+        typename V::Sums part[kPart][N];
+        sums_in_place<P, kPart, N, Ahead>(runs + r * V::kBytes, panel.groups(), x + first, part);
+        for (int i = 0; i < kPart; ++i)
+          for (int n = 0; n < N; ++n) total[r + i][n] = part[i][n];
+      }
+    } else {
+      small_sums<P, DotsOf<P>, R, N, Ahead>(runs, panel.groups(), x + first, total);
+    }
   }
 };
 
@@ -324,7 +462,10 @@ struct SharedScales {
     for (std::int64_t s = 0, left = panel.groups(); left > 0; ++s, left -= most) {
       const std::int64_t groups = std::min(most, left);
       typename V::Sums total[R][N];
-      small_sums<P, DotsOf<P>, R, N>(run, groups, column, total);
+      if (reads_ahead)
+        small_sums<P, DotsOf<P>, R, N, true>(run, groups, column, total);
+      else
+        small_sums<P, DotsOf<P>, R, N, false>(run, groups, column, total);
       for (int r = 0; r < R; ++r) {
         const Floats scale = scales.at(s * kBlockRows + row + r * kFloats);
         for (int n = 0; n < N; ++n)
@@ -350,6 +491,11 @@ void small_of(const Rows& rows, int n) {
   for (; c + 4 <= n; c += 4)
     for (int row = 0; row < kBlockRows; row += kFour * kFloats)
       rows.template take<P, kFour, 4>(c, row);
+  if (n - c == 3 && fits_in_place<P>(1, 3)) {
+    for (int row = 0; row < kBlockRows; row += kTwo * kFloats)
+      rows.template take<P, kTwo, 3>(c, row);
+    return;
+  }
   for (; c + 2 <= n; c += 2)
     for (int row = 0; row < kBlockRows; row += kTwo * kFloats)
       rows.template take<P, kTwo, 2>(c, row);
@@ -496,6 +642,8 @@ void multiply_with(const std::int8_t* weights, std::int64_t span, std::int64_t r
   constexpr int kStep = V::kTileVectors * V::kBytes / 4;
   std::int64_t length = 0;
   for (int run = 0; run < runs.count; ++run) length += runs.length[run];
+  if (rows <= kFloats && length <= span)  // the other vectors would hold nothing
+    return multiply_rows<Dots, 1, V::kTileColumns, true>(weights, span, runs, x, sink, 0);
   const auto part = length <= span
                         ? multiply_rows<Dots, V::kTileVectors, V::kTileColumns, true, Sink>
                         : multiply_rows<Dots, V::kTileVectors, V::kTileColumns, false, Sink>;
@@ -623,25 +771,34 @@ void multiply_float(const float* weights, std::int64_t rows, const Runs& runs, s
 
 // ---------------------------------------------------------------- results
 
-inline Floats exact(const std::int32_t* sums, const std::int32_t* excess, bool twice) {
-  Ints sum, more;
-  std::memcpy(&sum, sums, sizeof sum);
-  std::memcpy(&more, excess, sizeof more);
-  return __builtin_convertvector((twice ? sum + sum : sum) - more, Floats);
-}
-inline Floats exact(const float* sums, const std::int32_t*, bool) { return floats(sums); }
+// Sums as floats, less what they have too much: the same for all columns of some rows.
+template <bool Twice>
+struct Exact {
+  Ints excess;
+
+  explicit Exact(const std::int32_t* from) { std::memcpy(&excess, from, sizeof excess); }
+  Floats operator()(const std::int32_t* sums) const {
+    Ints sum;
+    std::memcpy(&sum, sums, sizeof sum);
+    return __builtin_convertvector((Twice ? sum + sum : sum) - excess, Floats);
+  }
+  Floats operator()(const float* sums) const { return floats(sums); }
+};
 
 template <bool Twice, class Sum>
-void values_of(const Sum* sums, std::int64_t n, const Scaling& s, float* y, std::int64_t step) {
-  for (std::int64_t c = 0; c < n; ++c, sums += kBlockRows, y += step) {
-    const Floats scale = s.scale[c * s.scale_step] + Floats{};
-    for (int i = 0; i < kBlockRows; i += kFloats) {
-      Floats start = s.bias ? floats(s.bias + i) : Floats{};
-      if (s.plus) start += floats(s.plus + c * s.plus_step + i);
-      const Floats product =
-          exact(sums + i, s.excess + i, Twice) * (scale * floats(s.row_scale + i));
+void values_of(const Sum* sums, std::int64_t n, const Scaling& scaling, float* y,
+               std::int64_t step) {
+  const Scaling s = scaling;  // a copy that no value written can change: it stays in registers
+  for (int i = 0; i < s.rows; i += kFloats) {
+    const Exact<Twice> exact(s.excess + i);
+    const Floats row_scale = floats(s.row_scale + i);
+    const Floats bias = s.bias ? floats(s.bias + i) : Floats{};
+    for (std::int64_t c = 0; c < n; ++c) {
+      const Floats scale = s.scale[c * s.scale_step] + Floats{};
+      const Floats start = s.plus ? bias + floats(s.plus + c * s.plus_step + i) : bias;
+      const Floats product = exact(sums + c * kBlockRows + i) * (scale * row_scale);
       const Floats value = limited(product + start, s);
-      std::memcpy(y + i, &value, sizeof value);
+      std::memcpy(y + c * step + i, &value, sizeof value);
     }
   }
 }
@@ -661,51 +818,61 @@ void values_float(const float* sums, std::int64_t n, const Scaling& scaling, flo
 
 // ---------------------------------------------------------------- float32
 
+typedef float Four __attribute__((vector_size(16)));
+
+template <class Vector>
+inline Vector loaded(const float* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
 // P pixels, and N vectors of their channels.
-template <int P, int N>
+template <class Vector, int P, int N>
 inline void window(const Taps& taps, const float* x, std::int64_t step, const float* weights,
                    std::int64_t channels, const Finish& finish, float* y) {
-  Floats sum[P][N];
+  constexpr int kWidth = sizeof(Vector) / sizeof(float);
+  Vector sum[P][N];
   for (int p = 0; p < P; ++p)
     for (int i = 0; i < N; ++i)
-      sum[p][i] = finish.bias ? floats(finish.bias + i * kFloats) : Floats{};
+      sum[p][i] = finish.bias ? loaded<Vector>(finish.bias + i * kWidth) : Vector{};
   for (int t = 0; t < taps.count; ++t) {
     const float *value = x + taps.x[t], *weight = weights + taps.weights[t];
     for (int i = 0; i < N; ++i) {
-      const Floats w = floats(weight + i * kFloats);
-      for (int p = 0; p < P; ++p) sum[p][i] += w * floats(value + p * step + i * kFloats);
+      const Vector w = loaded<Vector>(weight + i * kWidth);
+      for (int p = 0; p < P; ++p) sum[p][i] += w * loaded<Vector>(value + p * step + i * kWidth);
     }
   }
   for (int p = 0; p < P; ++p)
     for (int i = 0; i < N; ++i) {
-      const std::int64_t place = p * channels + i * kFloats;
-      if (finish.plus) sum[p][i] += floats(finish.plus + place);
+      const std::int64_t place = p * channels + i * kWidth;
+      if (finish.plus) sum[p][i] += loaded<Vector>(finish.plus + place);
       sum[p][i] = limited(sum[p][i], finish);
-      std::memcpy(y + place, &sum[p][i], sizeof(Floats));
+      std::memcpy(y + place, &sum[p][i], sizeof(Vector));
     }
 }
 
-// P pixels, all channels.
+// P pixels, all channels. What is left of the channels behind whole vectors is done by one more
+// that ends with them.
 template <int P>
 inline void windows(const Taps& taps, const float* x, std::int64_t step, const float* weights,
                     std::int64_t channels, const Finish& finish, float* y) {
-  std::int64_t c = 0;
-  const auto rest = [&] {
-    return Finish{finish.bias ? finish.bias + c : nullptr, finish.plus ? finish.plus + c : nullptr,
-                  finish.low, finish.high};
+  const auto at = [&](auto vector, auto count, std::int64_t c) {
+    const Finish rest{finish.bias ? finish.bias + c : nullptr,
+                      finish.plus ? finish.plus + c : nullptr, finish.low, finish.high};
+    window<decltype(vector), P, count>(taps, x + c, step, weights + c, channels, rest, y + c);
   };
-  for (; c + 2 * kFloats <= channels; c += 2 * kFloats)
-    window<P, 2>(taps, x + c, step, weights + c, channels, rest(), y + c);
-  for (; c + kFloats <= channels; c += kFloats)
-    window<P, 1>(taps, x + c, step, weights + c, channels, rest(), y + c);
-  for (; c < channels; ++c)
-    for (int p = 0; p < P; ++p) {
-      float sum = finish.bias ? finish.bias[c] : 0.0f;
-      for (int t = 0; t < taps.count; ++t)
-        sum += weights[taps.weights[t] + c] * x[taps.x[t] + p * step + c];
-      if (finish.plus) sum += finish.plus[p * channels + c];
-      y[p * channels + c] = limited(sum, finish);
-    }
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::integral_constant<int, 2> two;
+  std::int64_t c = 0;
+  for (; c + 2 * kFloats <= channels; c += 2 * kFloats) at(Floats{}, two, c);
+  for (; c + kFloats <= channels; c += kFloats) at(Floats{}, one, c);
+  if (c == channels) return;
+  if (c > 0) return at(Floats{}, one, channels - kFloats);
+  for (; c + 4 <= channels; c += 4) at(Four{}, one, c);
+  if (c == channels) return;
+  if (c > 0) return at(Four{}, one, channels - 4);
+  for (; c < channels; ++c) at(0.0f, one, c);
 }
 
 void pixels(const Taps& taps, const float* x, std::int64_t step, const float* weights,

@@ -65,11 +65,11 @@ struct Sink {
              const std::int32_t* excess) const {
     const std::int64_t row = block * kBlockRows;
     const std::int64_t rows = std::min<std::int64_t>(kBlockRows, panel.rows - row);
-    const bool whole = rows == kBlockRows;
+    const bool whole = rows == whole_rows(rows);
     alignas(64) float bias[kBlockRows] = {}, value[kBlockRows];
     if (finish.bias) std::memcpy(bias, finish.bias + row, rows * sizeof(float));
-    Scaling scaling{factor, excess,  nullptr,    1,          row_scale(row),
-                    bias,   nullptr, panel.rows, finish.low, finish.high};
+    Scaling scaling{factor,  excess,     nullptr,    1,           row_scale(row),  bias,
+                    nullptr, panel.rows, finish.low, finish.high, whole_rows(rows)};
     if (columns.planes == 1 && whole) {
       const std::int64_t place = first * panel.rows + row;
       scaling.scale = columns.scale.data() + first;
@@ -220,7 +220,8 @@ std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, con
   Sink sink{kernels, panel, columns, y, finish, {}};
   sink.units.fill(panel.unit);
   const std::int64_t cost = columns.count() * panel.rows * k * (single ? 4 : 1);
-  const int team = cost < kSerial ? 1 : threads;
+  // Of a few columns all is one parallel loop: it pays sooner.
+  const int team = cost < (columns.count() <= kMaxSmall ? kSerial / 2 : kSerial) ? 1 : threads;
   if (single) {
     many_columns(kernels, panel, columns, x, k, sink, team);
     const float most = static_cast<float>(panel.max_abs) * (panel.shared ? panel.max_scale : 1.0f);

@@ -67,6 +67,13 @@ void floats_avx2(std::int64_t rounds) { SUBBYTE_SPIN(__m256, _mm256_setzero_ps()
 #pragma GCC pop_options
 
 #pragma GCC push_options
+#pragma GCC target("avxvnni,avx2")
+void bytes_avxvnni(std::int64_t rounds) {
+  SUBBYTE_SPIN(__m256i, _mm256_setzero_si256(), "x", _mm256_dpbusd_avx_epi32)
+}
+#pragma GCC pop_options
+
+#pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512vnni")
 inline __m512 fused_512(__m512 sum, __m512 a, __m512 b) { return _mm512_fmadd_ps(a, b, sum); }
 void bytes_avx512(std::int64_t rounds) {
@@ -106,6 +113,7 @@ void plain(std::int64_t rounds) {
 Spin bytes_of([[maybe_unused]] const std::string& tier) {
 #if defined(SUBBYTE_X86)
   if (tier == "avx512vnni" || tier == "avx512vbmi") return {64 * kSums, &bytes_avx512};
+  if (tier == "avxvnni") return {32 * kSums, &bytes_avxvnni};
   if (tier == "avx2") return {32 * kSums, &bytes_avx2};
 #elif defined(__aarch64__)
   if (tier == "neon") return {16 * kSums, &bytes_neon};

@@ -17,6 +17,7 @@ namespace neon {
 struct V {
   static constexpr const char* kName = "neon";
   static constexpr std::uint8_t kFlip = 0;
+  static constexpr bool kInPlace = false;  // dots take bytes up to 255, exactly
   static constexpr int kBytes = 16, kRegisters = 32, kTileVectors = 4, kTileColumns = 4;
   using Bytes = uint8x16_t;
   using Sums = int32x4_t;

@@ -7,6 +7,7 @@ namespace portable {
 struct V {
   static constexpr const char* kName = "portable";
   static constexpr std::uint8_t kFlip = 0x80;
+  static constexpr bool kInPlace = false;  // dots take bytes up to 255, exactly
   static constexpr int kBytes = 16, kRegisters = 8, kTileVectors = 2, kTileColumns = 4;
   struct Bytes {
     std::uint8_t at[kBytes];
