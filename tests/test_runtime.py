@@ -219,7 +219,7 @@ def test_fused_networks(name, tmp_path):
     path = tmp_path / "net.safetensors"
     opened = saved(sb.fuse(net), inputs, path)
     compared = check_each(path, opened, inputs(2))
-    assert sum(exact for op, exact in compared if op == LAYER) >= 3
+    assert sum(exact for op, exact in compared if op == LAYER) >= 2
 
 
 def layers(*, group=None, adapter=False):

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Build tests/native/tiers.cpp with the C++ core and run it: run.sh host|san|old|avx512|neon.
+# Build tests/native/tiers.cpp with the C++ core and run it: run.sh host|san|old|avx512|neon;
+# the runtime, on files with faults: run.sh fuzz [SECONDS] [SEED].
 # What a machine lacks (Debian: libsimde-dev; g++-aarch64-linux-gnu and qemu-user) is skipped by name.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -39,6 +40,29 @@ case "$1" in
     }
     qemu-aarch64 -cpu max "$out/neon"
     ;;
+  fuzz)  # the reader and the runtime on damaged files, under sanitizers
+    runtime="tests/native/fuzz.cpp"
+    for file in "$core"/*.cpp native/runtime/*.cpp; do
+      case "$file" in
+        */bindings.cpp | */origin.cpp | */roofs.cpp | */main.cpp | */npy.cpp) ;;
+        "$core"/threads.cpp) ;;  # the runtime has its own
+        *) runtime="$runtime $file" ;;
+      esac
+    done
+    mkdir -p "$out/objects"
+    objects=""
+    for file in $runtime; do  # one by one: what has not changed is not compiled again
+      object="$out/objects/$(echo "$file" | tr / _).o"
+      objects="$objects $object"
+      [ "$object" -nt "$file" ] && continue
+      ${CXX:-g++} $flags -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
+        -Inative/include -Inative/runtime -c "$file" -o "$object"
+    done
+    ${CXX:-g++} -fsanitize=address,undefined $objects -o "$out/fuzz" -ldl -lpthread
+    root=$PWD
+    cd "$out"
+    ./fuzz "$root/tests/native/corpus" "${2:-20}" "${3:-1}"
+    ;;
   old)
     [ "$(uname -m)" = x86_64 ] || skip "this is no x86-64 machine"
     command -v qemu-x86_64 > /dev/null || skip "no qemu-x86_64"
@@ -49,7 +73,7 @@ case "$1" in
     grep -q avx2 "$out/old.log" && ! grep -q -e avx512 -e avxvnni "$out/old.log"
     ;;
   *)
-    echo "run.sh $1: expected host, san, old, avx512 or neon" >&2
+    echo "run.sh $1: expected host, san, fuzz, old, avx512 or neon" >&2
     exit 2
     ;;
 esac
