@@ -5,11 +5,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-NATIVE := CMakeLists.txt $(wildcard src/subbyte/kernels/csrc/*)
+NATIVE := CMakeLists.txt $(wildcard src/subbyte/kernels/csrc/* native/CMakeLists.txt native/include/* native/runtime/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # SUBBYTE_ISA=avx2 (avx512vnni, neon, portable) forces an instruction set in anything below.
-.PHONY: demo test test-all test-tiers test-san test-old test-avx512 test-neon wheel check format bench bench-peers mutants reproduce clean
+.PHONY: demo test test-all test-tiers test-san test-fuzz test-old test-avx512 test-neon wheel check format bench bench-peers mutants reproduce clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
@@ -38,6 +38,9 @@ test-tiers: $(STAMP)  ## The kernels' tests on each other instruction set that t
 test-san:  ## The C++ core under the address and undefined-behaviour sanitizers
 	tests/native/run.sh san
 
+test-fuzz:  ## The runtime on damaged files, under the same (FUZZ_SECONDS=3600 for an hour)
+	tests/native/run.sh fuzz $(or $(FUZZ_SECONDS),60)
+
 test-old:  ## The same as on CPUs without AVX2, and with no more than it (skipped without qemu-user)
 	tests/native/run.sh old
 
@@ -56,12 +59,12 @@ check: $(STAMP)  ## Format, lint and types, Python and C++
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard src/subbyte/kernels/csrc/*.[chi]??) tests/native/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(wildcard src/subbyte/kernels/csrc/*.[chi]?? native/*/*.[ch]pp native/*/*.h) tests/native/*.cpp
 
 format: $(STAMP)  ## Put everything into the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(wildcard src/subbyte/kernels/csrc/*.[chi]??) tests/native/*.cpp
+	$(BIN)/clang-format -i $(wildcard src/subbyte/kernels/csrc/*.[chi]?? native/*/*.[ch]pp native/*/*.h) tests/native/*.cpp
 
 bench: $(STAMP)  ## Measure what the documents claim; JSON lines go to benchmarks/results/
 	$(BIN)/python benchmarks/train_step.py

@@ -44,7 +44,8 @@ int classify(const char* path, const char* values) {
   subbyte_tensor input = one_input(network), output;
   std::vector<float> x(count(input));
   std::ifstream(values, std::ios::binary)
-      .read(reinterpret_cast<char*>(x.data()), static_cast<std::streamsize>(x.size() * sizeof x[0]));
+      .read(reinterpret_cast<char*>(x.data()),
+            static_cast<std::streamsize>(x.size() * sizeof x[0]));
   input.data = x.data();
   int32_t outputs = 0;
   check(subbyte_outputs(network.get(), &input, 1, &output, 1, &outputs));

@@ -1,4 +1,5 @@
-/* Runs packed networks: files that subbyte.save wrote with an example of the input (docs/runtime.md).
+/* Runs packed networks: files that subbyte.save wrote with an example of the input
+ * (docs/runtime.md).
  *
  * A network may be run from several threads at once. Every function that can fail returns 0 for
  * success and -1 for failure; subbyte_last_error then says in one line what was wrong. */

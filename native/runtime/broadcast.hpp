@@ -53,16 +53,17 @@ void map_pairs(const Value& a, const Value& b, const Value& y, const Run& run, F
   const Shape sa = broadcast_strides(a.shape, y.shape), sb = broadcast_strides(b.shape, y.shape);
   const T *left = run.in<T>(a), *right = run.in<T>(b);
   R* out = run.out<R>(y);
-  for_pairs(y.shape, sa, sb, [&](std::int64_t at, std::int64_t n, std::int64_t p,
-                                 std::int64_t step_p, std::int64_t q, std::int64_t step_q) {
-    const T *l = left + p, *r = right + q;
-    if (step_p == 1 && step_q == 1)
-      for (std::int64_t i = 0; i < n; ++i) out[at + i] = f(l[i], r[i]);
-    else if (step_p == 1 && step_q == 0)
-      for (std::int64_t i = 0; i < n; ++i) out[at + i] = f(l[i], *r);
-    else
-      for (std::int64_t i = 0; i < n; ++i) out[at + i] = f(l[i * step_p], r[i * step_q]);
-  });
+  for_pairs(y.shape, sa, sb,
+            [&](std::int64_t at, std::int64_t n, std::int64_t p, std::int64_t step_p,
+                std::int64_t q, std::int64_t step_q) {
+              const T *l = left + p, *r = right + q;
+              if (step_p == 1 && step_q == 1)
+                for (std::int64_t i = 0; i < n; ++i) out[at + i] = f(l[i], r[i]);
+              else if (step_p == 1 && step_q == 0)
+                for (std::int64_t i = 0; i < n; ++i) out[at + i] = f(l[i], *r);
+              else
+                for (std::int64_t i = 0; i < n; ++i) out[at + i] = f(l[i * step_p], r[i * step_q]);
+            });
 }
 
 // call(T{}) with the type that lies in memory.

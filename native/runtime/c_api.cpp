@@ -105,8 +105,8 @@ int subbyte_open_memory(const void* data, size_t bytes, const subbyte_options* o
     require_that((data || !bytes) && network, "the data or the place for the network is missing");
     *network = nullptr;
     const Settings settings = settings_of(options);
-    File file = File::of_memory(static_cast<const std::uint8_t*>(data), bytes,
-                                !options || options->verify);
+    File file =
+        File::of_memory(static_cast<const std::uint8_t*>(data), bytes, !options || options->verify);
     *network = new subbyte_network{{std::move(file), settings}};
   });
 }

@@ -7,7 +7,8 @@ namespace {
 
 Shape spread_over(Op& op, Shape given, int dims, std::int64_t least, const char* what) {
   if (given.size() == 1) given.resize(dims, given[0]);
-  if (given.size() != static_cast<std::size_t>(dims)) op.fail(std::string(what) + " has no size for each dimension");
+  if (given.size() != static_cast<std::size_t>(dims))
+    op.fail(std::string(what) + " has no size for each dimension");
   for (const std::int64_t size : given)
     if (size < least || size >= std::int64_t{1} << 31)
       op.fail(std::string(what) + " is " + text_of(given));
@@ -20,7 +21,8 @@ ConvSettings conv_settings(Op& op, int dims, std::int64_t groups, Shape stride, 
                            Shape dilation) {
   ConvSettings found;
   found.dims = dims, found.groups = groups;
-  if (groups < 1 || groups >= std::int64_t{1} << 31) op.fail("groups are " + std::to_string(groups));
+  if (groups < 1 || groups >= std::int64_t{1} << 31)
+    op.fail("groups are " + std::to_string(groups));
   found.stride = spread_over(op, stride, dims, 1, "the stride");
   found.padding = found.after = spread_over(op, padding, dims, 0, "the padding");
   found.dilation = spread_over(op, dilation, dims, 1, "the dilation");
@@ -51,14 +53,15 @@ Geometry geometry_of(Op& op, const ConvSettings& s, const Value& x, const Shape&
   for (int d = 0; d < s.dims; ++d) {
     const int place = 3 - s.dims + d;
     const std::int64_t size = x.shape[2 + d], kernel = weight[2 + d];
-    if (kernel < 1 || kernel >= std::int64_t{1} << 31 || size < 1) op.fail("x or the weight is empty");
+    if (kernel < 1 || kernel >= std::int64_t{1} << 31 || size < 1)
+      op.fail("x or the weight is empty");
     const std::int64_t reach = s.dilation[d] * (kernel - 1);
     g.in[place] = size, g.kernel[place] = kernel, g.stride[place] = s.stride[d];
     g.dilation[place] = s.dilation[d], g.before[place] = s.padding[d];
     const std::int64_t room = size + s.padding[d] + s.after[d] - reach - 1;
-    g.out[place] = transposed ? (size - 1) * s.stride[d] - s.padding[d] - s.after[d] + reach + 1 +
-                                    s.extra[d]
-                              : room / s.stride[d] + 1;
+    g.out[place] =
+        transposed ? (size - 1) * s.stride[d] - s.padding[d] - s.after[d] + reach + 1 + s.extra[d]
+                   : room / s.stride[d] + 1;
     if ((!transposed && room < 0) || g.out[place] < 1)
       op.fail("x is " + text_of(x.shape) + ", smaller than the kernel " + text_of(weight));
   }

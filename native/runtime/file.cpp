@@ -83,7 +83,8 @@ std::int64_t scales_of(const Entry& entry) {
 
 unsigned digits_of(std::uint64_t levels, std::uint64_t top) {  // most with levels^d <= top + 1
   unsigned digits = 0;
-  for (std::uint64_t rest = top; rest >= levels - 1; ++digits) rest = (rest - (levels - 1)) / levels;
+  for (std::uint64_t rest = top; rest >= levels - 1; ++digits)
+    rest = (rest - (levels - 1)) / levels;
   return digits;
 }
 
@@ -252,7 +253,8 @@ void File::take_layers() {
       entry.codes = *part("codes"), entry.scale = *part("scale");
       if (stated.at("bias", Kind::kBool).integer) entry.bias = part("bias");
       if (stated.find("adapter") && stated.at("adapter", Kind::kBool).integer)
-        entry.up = part("up"), entry.down = part("down"), entry.adapter_scale = part("adapter_scale");
+        entry.up = part("up"), entry.down = part("down"),
+        entry.adapter_scale = part("adapter_scale");
       if (entry.codes.dtype != Dtype::kUint8 || entry.codes.shape.size() != 1)
         throw Error("its codes are no bytes");
       const std::uint64_t levels = entry.grid.levels.size();
@@ -263,8 +265,8 @@ void File::take_layers() {
                     std::to_string(count) + " weights");
       if (entry.scale.dtype != entry.grid.scale || entry.scale.shape != Shape{scales_of(entry)})
         throw Error("its scale is " + std::string(name_of(entry.scale.dtype)) + " " +
-                    text_of(entry.scale.shape) + ", the grid needs " +
-                    name_of(entry.grid.scale) + " [" + std::to_string(scales_of(entry)) + "]");
+                    text_of(entry.scale.shape) + ", the grid needs " + name_of(entry.grid.scale) +
+                    " [" + std::to_string(scales_of(entry)) + "]");
       if (is_float(entry.scale.dtype) && !finite(entry.scale))
         throw Error("its scales are NaN or infinite");
       for (std::size_t k = 0; !is_float(entry.scale.dtype) && k < entry.scale.bytes; ++k)

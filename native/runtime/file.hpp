@@ -15,8 +15,8 @@ namespace subbyte::runtime {
 
 struct Grid {
   std::vector<double> levels;
-  int axis = -1;            // the dimension that has a scale for each index; -1: none
-  std::int64_t group = 0;   // weights of a row that share a scale; 0: no groups
+  int axis = -1;           // the dimension that has a scale for each index; -1: none
+  std::int64_t group = 0;  // weights of a row that share a scale; 0: no groups
   Dtype scale = Dtype::kFloat32;
 };
 

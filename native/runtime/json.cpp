@@ -42,8 +42,8 @@ class Parser {
   char peek() const { return at_ < text_.size() ? text_[at_] : '\0'; }
 
   void space() {
-    while (at_ < text_.size() && (text_[at_] == ' ' || text_[at_] == '\n' || text_[at_] == '\t' ||
-                                  text_[at_] == '\r'))
+    while (at_ < text_.size() &&
+           (text_[at_] == ' ' || text_[at_] == '\n' || text_[at_] == '\t' || text_[at_] == '\r'))
       ++at_;
   }
 
@@ -228,8 +228,8 @@ class Parser {
 };
 
 const char* name_of(Json::Kind kind) {
-  static constexpr const char* kNames[] = {"null", "true or false", "a whole number", "a number",
-                                           "a text", "a list", "a map"};
+  static constexpr const char* kNames[] = {"null",   "true or false", "a whole number", "a number",
+                                           "a text", "a list",        "a map"};
   return kNames[static_cast<int>(kind)];
 }
 

@@ -13,8 +13,8 @@ class Json {
   enum class Kind : std::uint8_t { kNull, kBool, kInteger, kReal, kText, kList, kMap };
 
   Kind kind = Kind::kNull;
-  std::int64_t integer = 0;       // of a bool, too
-  double real = 0.0;              // of an integer, too
+  std::int64_t integer = 0;  // of a bool, too
+  double real = 0.0;         // of an integer, too
   std::string text;
   std::vector<std::string> keys;  // of a map, in the order of `items`
   std::vector<Json> items;        // of a list or map

@@ -66,7 +66,8 @@ Line line_of(int count, char** words) {
 subbyte_tensor tensor_of(Npy& array) {
   subbyte_tensor tensor{};
   tensor.dtype = static_cast<subbyte_dtype>(array.dtype);
-  if (array.shape.size() > SUBBYTE_MOST_DIMENSIONS) throw Failure{"an input has too many dimensions"};
+  if (array.shape.size() > SUBBYTE_MOST_DIMENSIONS)
+    throw Failure{"an input has too many dimensions"};
   tensor.rank = static_cast<int32_t>(array.shape.size());
   std::copy(array.shape.begin(), array.shape.end(), tensor.shape);
   tensor.data = array.data.data();
@@ -88,7 +89,8 @@ void measure(subbyte_network* network, const std::vector<subbyte_tensor>& in,
     const auto start = std::chrono::steady_clock::now();
     check(subbyte_run(network, in.data(), static_cast<int32_t>(in.size()), out.data(),
                       static_cast<int32_t>(out.size()), threads));
-    times.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    times.push_back(
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     total += times.back();
   }
   std::sort(times.begin(), times.end());
@@ -97,8 +99,8 @@ void measure(subbyte_network* network, const std::vector<subbyte_tensor>& in,
 }
 
 void print_step(void*, const subbyte_step* step) {
-  std::printf("%9.1f us  %-20s %-8s %s  %s\n", 1e6 * step->seconds, step->op, step->out, step->layer,
-              step->how);
+  std::printf("%9.1f us  %-20s %-8s %s  %s\n", 1e6 * step->seconds, step->op, step->out,
+              step->layer, step->how);
 }
 
 struct Closer {
@@ -122,8 +124,9 @@ void run(const Line& line) {
   std::vector<subbyte_tensor> out(static_cast<std::size_t>(count));
   check(subbyte_outputs(held.network, in.data(), given, out.data(), count, &count));
   for (subbyte_tensor& tensor : out) {
-    results.push_back(subbyte::runtime::empty_npy(
-        static_cast<subbyte::runtime::Dtype>(tensor.dtype), {tensor.shape, tensor.shape + tensor.rank}));
+    results.push_back(
+        subbyte::runtime::empty_npy(static_cast<subbyte::runtime::Dtype>(tensor.dtype),
+                                    {tensor.shape, tensor.shape + tensor.rank}));
     tensor.data = results.back().data.data();
   }
   if (line.profile)
@@ -133,7 +136,8 @@ void run(const Line& line) {
     check(subbyte_run(held.network, in.data(), given, out.data(), count, line.threads));
   if (line.bench) measure(held.network, in, out, line.threads);
   for (std::size_t i = 0; i < out.size(); ++i)
-    subbyte::runtime::write_npy(path_of(line.files.back(), out[i].name, out.size() > 1), results[i]);
+    subbyte::runtime::write_npy(path_of(line.files.back(), out[i].name, out.size() > 1),
+                                results[i]);
 }
 
 }  // namespace

@@ -148,15 +148,17 @@ void convolve(const Geometry& g, const float* x, const float* weight, const floa
              for (std::int64_t c = 0; c < in; ++c) {
                const float* image = x + (i / g.out_channels * g.channels + group * in + c) * plane;
                const float* taps = weight + (channel * in + c) * g.taps();
-               for_runs(g, g.in, g.out, [&](std::int64_t tap, std::int64_t from, std::int64_t to,
-                                            std::int64_t count) {
-                 const float factor = taps[tap];
-                 if (step == 1)
-                   for (std::int64_t k = 0; k < count; ++k) out[to + k] += factor * image[from + k];
-                 else
-                   for (std::int64_t k = 0; k < count; ++k)
-                     out[to + k] += factor * image[from + k * step];
-               });
+               for_runs(
+                   g, g.in, g.out,
+                   [&](std::int64_t tap, std::int64_t from, std::int64_t to, std::int64_t count) {
+                     const float factor = taps[tap];
+                     if (step == 1)
+                       for (std::int64_t k = 0; k < count; ++k)
+                         out[to + k] += factor * image[from + k];
+                     else
+                       for (std::int64_t k = 0; k < count; ++k)
+                         out[to + k] += factor * image[from + k * step];
+                   });
              }
              if (bias)
                for (std::int64_t k = 0; k < result; ++k) out[k] += bias[channel];
@@ -178,12 +180,13 @@ void convolve_transposed(const Geometry& g, const float* x, const float* weight,
                const std::int64_t from = group * in + c;
                const float* image = x + (i / g.out_channels * g.channels + from) * plane;
                const float* taps = weight + (from * rows + channel % rows) * g.taps();
-               for_runs(g, g.out, g.in, [&](std::int64_t tap, std::int64_t to, std::int64_t at,
-                                            std::int64_t count) {
-                 const float factor = taps[tap];
-                 for (std::int64_t k = 0; k < count; ++k)
-                   out[to + k * step] += factor * image[at + k];
-               });
+               for_runs(
+                   g, g.out, g.in,
+                   [&](std::int64_t tap, std::int64_t to, std::int64_t at, std::int64_t count) {
+                     const float factor = taps[tap];
+                     for (std::int64_t k = 0; k < count; ++k)
+                       out[to + k * step] += factor * image[at + k];
+                   });
              }
              if (bias)
                for (std::int64_t k = 0; k < result; ++k) out[k] += bias[channel];

@@ -16,7 +16,8 @@ class Inputs {
  public:
   explicit Inputs(const std::vector<Given>& given) {
     for (const Given& input : given) {
-      const std::size_t bytes = static_cast<std::size_t>(count_of(input.shape)) * size_of(input.dtype);
+      const std::size_t bytes =
+          static_cast<std::size_t>(count_of(input.shape)) * size_of(input.dtype);
       if (!input.data && bytes) throw Error("an input has no data");
       const std::uint8_t* at = input.data;
       if (!at || reinterpret_cast<std::uintptr_t>(at) % size_of(input.dtype)) {

@@ -23,7 +23,8 @@ class Network {
   Network(const Network&) = delete;
 
   const std::vector<Input>& inputs() const { return program_.inputs; }
-  // For inputs of these types and shapes; lives as long as the network, or until forgotten: hold it.
+  // For inputs of these types and shapes; lives as long as the network, or until forgotten: hold
+  // it.
   std::shared_ptr<const Plan> plan(const std::vector<Given>& inputs);
 
   using Seen = std::function<void(const Step&, double seconds)>;

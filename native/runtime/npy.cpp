@@ -11,12 +11,14 @@ namespace {
 
 constexpr char kMagic[] = "\x93NUMPY";
 // In the order of Dtype; "" for types that NumPy has not.
-constexpr const char* kTypes[] = {"<f4", "<f8", "<f2", "", "<i8", "<i4", "<i2", "|i1", "|u1", "|b1"};
+constexpr const char* kTypes[] = {"<f4", "<f8", "<f2", "",    "<i8",
+                                  "<i4", "<i2", "|i1", "|u1", "|b1"};
 
 using Stream = std::unique_ptr<std::FILE, int (*)(std::FILE*)>;
 
 Stream stream(const std::string& path, const char* mode) {
-  return {std::fopen(path.c_str(), mode), [](std::FILE* file) { return file ? std::fclose(file) : 0; }};
+  return {std::fopen(path.c_str(), mode),
+          [](std::FILE* file) { return file ? std::fclose(file) : 0; }};
 }
 
 std::string word_after(const std::string& text, const std::string& key) {
@@ -48,8 +50,10 @@ Shape shape_in(const std::string& header) {
     std::int64_t size = 0;
     const std::size_t first = i;
     for (; rest[i] >= '0' && rest[i] <= '9'; ++i)
-      if (i - first > 15) throw Error("its shape is malformed");
-      else size = 10 * size + (rest[i] - '0');
+      if (i - first > 15)
+        throw Error("its shape is malformed");
+      else
+        size = 10 * size + (rest[i] - '0');
     if (i == first) throw Error("its shape is malformed");
     shape.push_back(size);
   }
@@ -112,14 +116,21 @@ void write_npy(const std::string& path, const Npy& array) {
   {
     const Stream file = stream(part, "wb");
     if (!file) throw Error(shown(path) + ": cannot be written");
-    const unsigned char start[10] = {0x93, 'N', 'U', 'M', 'P', 'Y', 1, 0,
+    const unsigned char start[10] = {0x93,
+                                     'N',
+                                     'U',
+                                     'M',
+                                     'P',
+                                     'Y',
+                                     1,
+                                     0,
                                      static_cast<unsigned char>(header.size() & 255),
                                      static_cast<unsigned char>(header.size() >> 8)};
-    const bool done = std::fwrite(start, 1, 10, file.get()) == 10 &&
-                      std::fwrite(header.data(), 1, header.size(), file.get()) == header.size() &&
-                      std::fwrite(array.data.data(), 1, array.data.size(), file.get()) ==
-                          array.data.size() &&
-                      std::fflush(file.get()) == 0;
+    const bool done =
+        std::fwrite(start, 1, 10, file.get()) == 10 &&
+        std::fwrite(header.data(), 1, header.size(), file.get()) == header.size() &&
+        std::fwrite(array.data.data(), 1, array.data.size(), file.get()) == array.data.size() &&
+        std::fflush(file.get()) == 0;
     if (!done) {
       std::remove(part.c_str());
       throw Error(shown(path) + ": cannot be written to its end");

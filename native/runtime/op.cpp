@@ -44,9 +44,7 @@ Value Op::floats(const char* name) {
   return value;
 }
 
-Value Op::maybe_floats(const char* name) {
-  return has(name) ? floats(name) : (arg(name), Value{});
-}
+Value Op::maybe_floats(const char* name) { return has(name) ? floats(name) : (arg(name), Value{}); }
 
 std::vector<Value> Op::list(const char* name) {
   const Arg& given = arg(name);
@@ -239,8 +237,8 @@ Build operator_named(const std::string& name) {
     std::unordered_map<std::string, Build> known;
     for (const auto& list :
          {layer_operators(), product_operators(), window_operators(), norm_operators(),
-          elementwise_operators(), activation_operators(), reduction_operators(),
-          shape_operators(), index_operators(), image_operators(), constant_operators()})
+          elementwise_operators(), activation_operators(), reduction_operators(), shape_operators(),
+          index_operators(), image_operators(), constant_operators()})
       for (const auto& [own, build] : list) known.emplace(own, build);
     return known;
   }();

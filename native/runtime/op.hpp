@@ -24,9 +24,9 @@ class Op {
   // Arguments; they count as understood then. A missing one without a default throws Error.
   bool has(const char* name);
   const Arg& arg(const char* name);
-  Value in(const char* name);         // a tensor
-  Value maybe(const char* name);      // the same, without an id if there is none
-  Value floats(const char* name);     // a float32 tensor
+  Value in(const char* name);      // a tensor
+  Value maybe(const char* name);   // the same, without an id if there is none
+  Value floats(const char* name);  // a float32 tensor
   Value maybe_floats(const char* name);
   std::vector<Value> list(const char* name);
   std::int64_t integer(const char* name);
@@ -44,11 +44,11 @@ class Op {
   void finish() const;  // throws Error for an argument that nobody asked for
 
   // Values.
-  Value make(Dtype dtype, const Shape& shape);                // of this operation's own
-  Value view(const Value& x, const Shape& shape);             // the same memory
+  Value make(Dtype dtype, const Shape& shape);     // of this operation's own
+  Value view(const Value& x, const Shape& shape);  // the same memory
   Value constant(Dtype dtype, const Shape& shape, const void* data);
-  Value number(double value, Dtype dtype);                    // of shape []
-  Value state(const std::string& name);                       // Error if the file has none
+  Value number(double value, Dtype dtype);  // of shape []
+  Value state(const std::string& name);     // Error if the file has none
   Value maybe_state(const std::string& name);
   const Tensor* stored(const std::string& name) const { return plan_.file_.state(name); }
   Value constant_floats(const std::vector<float>& values, const Shape& shape);

@@ -12,13 +12,16 @@ template <class F>
 void map(Op& op, F f) {
   const Value x = op.floats("x");
   const Value y = op.make(Dtype::kFloat32, x.shape);
-  op.step({x}, {y}, [=](const Run& run) {
-    const float* in = run.in<float>(x);
-    float* out = run.out<float>(y);
-    spread(run.threads, x.count(), 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) out[i] = f(in[i]);
-    });
-  }, "float32", x);
+  op.step(
+      {x}, {y},
+      [=](const Run& run) {
+        const float* in = run.in<float>(x);
+        float* out = run.out<float>(y);
+        spread(run.threads, x.count(), 1, [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t i = begin; i < end; ++i) out[i] = f(in[i]);
+        });
+      },
+      "float32", x);
   op.result(y);
 }
 
@@ -62,8 +65,12 @@ void gelu(Op& op) {
 }
 
 void sigmoid(Op& op) { map(op, sigmoid_of); }
-void tanh_(Op& op) { map(op, [](float x) { return std::tanh(x); }); }
-void silu(Op& op) { map(op, [](float x) { return x / (1.0f + std::exp(-x)); }); }
+void tanh_(Op& op) {
+  map(op, [](float x) { return std::tanh(x); });
+}
+void silu(Op& op) {
+  map(op, [](float x) { return x / (1.0f + std::exp(-x)); });
+}
 
 void mish(Op& op) {
   map(op, [](float x) { return x * std::tanh(std::log1p(std::exp(x))); });
@@ -73,9 +80,7 @@ void elu(Op& op) {
   const float alpha = static_cast<float>(op.real("alpha", 1.0));
   const float scale = static_cast<float>(op.real("scale", 1.0));
   const float inner = static_cast<float>(op.real("input_scale", 1.0));
-  map(op, [=](float x) {
-    return x <= 0.0f ? std::expm1(x * inner) * alpha * scale : x * scale;
-  });
+  map(op, [=](float x) { return x <= 0.0f ? std::expm1(x * inner) * alpha * scale : x * scale; });
 }
 
 void leaky_relu(Op& op) {
@@ -94,25 +99,28 @@ void hard_swish(Op& op) {
 void softplus(Op& op) {
   const float beta = static_cast<float>(op.real("beta", 1.0));
   const float threshold = static_cast<float>(op.real("threshold", 20.0));
-  map(op, [=](float x) {
-    return x * beta > threshold ? x : std::log1p(std::exp(x * beta)) / beta;
-  });
+  map(op,
+      [=](float x) { return x * beta > threshold ? x : std::log1p(std::exp(x * beta)) / beta; });
 }
 
 void prelu(Op& op) {
   const Value x = op.floats("x"), slope = op.floats("slope");
   const std::int64_t n = slope.count(), channels = x.rank() > 1 ? x.shape[1] : 1;
-  if (n != 1 && n != channels) op.fail("x is " + text_of(x.shape) + ", slopes " + text_of(slope.shape));
+  if (n != 1 && n != channels)
+    op.fail("x is " + text_of(x.shape) + ", slopes " + text_of(slope.shape));
   const std::int64_t rows = x.rank() ? x.shape[0] * channels : 1;
   const std::int64_t plane = rows ? std::max<std::int64_t>(1, x.count() / rows) : 1;
   const Value y = op.make(Dtype::kFloat32, x.shape);
-  op.step({x, slope}, {y}, [=](const Run& run) {
-    for (std::int64_t i = 0, count = x.count(); i < count; ++i) {
-      const float value = run.in<float>(x)[i];
-      const float factor = run.in<float>(slope)[n == 1 ? 0 : i / plane % channels];
-      run.out<float>(y)[i] = value > 0.0f ? value : value * factor;
-    }
-  }, "float32", x);
+  op.step(
+      {x, slope}, {y},
+      [=](const Run& run) {
+        for (std::int64_t i = 0, count = x.count(); i < count; ++i) {
+          const float value = run.in<float>(x)[i];
+          const float factor = run.in<float>(slope)[n == 1 ? 0 : i / plane % channels];
+          run.out<float>(y)[i] = value > 0.0f ? value : value * factor;
+        }
+      },
+      "float32", x);
   op.result(y);
 }
 
@@ -150,15 +158,33 @@ void neg(Op& op) {
   op.result(y);
 }
 
-void abs_(Op& op) { map(op, [](float x) { return std::abs(x); }); }
-void exp_(Op& op) { map(op, [](float x) { return std::exp(x); }); }
-void log_(Op& op) { map(op, [](float x) { return std::log(x); }); }
-void sqrt_(Op& op) { map(op, [](float x) { return std::sqrt(x); }); }
-void rsqrt(Op& op) { map(op, [](float x) { return 1.0f / std::sqrt(x); }); }
-void reciprocal(Op& op) { map(op, [](float x) { return 1.0f / x; }); }
-void sin_(Op& op) { map(op, [](float x) { return std::sin(x); }); }
-void cos_(Op& op) { map(op, [](float x) { return std::cos(x); }); }
-void erf_(Op& op) { map(op, [](float x) { return std::erf(x); }); }
+void abs_(Op& op) {
+  map(op, [](float x) { return std::abs(x); });
+}
+void exp_(Op& op) {
+  map(op, [](float x) { return std::exp(x); });
+}
+void log_(Op& op) {
+  map(op, [](float x) { return std::log(x); });
+}
+void sqrt_(Op& op) {
+  map(op, [](float x) { return std::sqrt(x); });
+}
+void rsqrt(Op& op) {
+  map(op, [](float x) { return 1.0f / std::sqrt(x); });
+}
+void reciprocal(Op& op) {
+  map(op, [](float x) { return 1.0f / x; });
+}
+void sin_(Op& op) {
+  map(op, [](float x) { return std::sin(x); });
+}
+void cos_(Op& op) {
+  map(op, [](float x) { return std::cos(x); });
+}
+void erf_(Op& op) {
+  map(op, [](float x) { return std::erf(x); });
+}
 
 void softmax_operator(Op& op, bool log) {
   Value x = op.in("x");
@@ -170,27 +196,30 @@ void softmax_operator(Op& op, bool log) {
   for (int d = axis + 1; d < x.rank(); ++d) inner *= x.shape[d];
   const std::int64_t rows = n ? x.count() / n : 0;
   const Value y = op.make(Dtype::kFloat32, x.shape);
-  op.step({x}, {y}, [=](const Run& run) {
-    const float* in = run.in<float>(x);
-    float* out = run.out<float>(y);
-    spread(run.threads, rows, 8 * n, [&](std::int64_t begin, std::int64_t end) {
-      std::vector<float> row(n), given(n);
-      for (std::int64_t r = begin; r < end; ++r) {
-        const std::int64_t at = r / inner * n * inner + r % inner;
-        for (std::int64_t i = 0; i < n; ++i) given[i] = in[at + i * inner];
-        softmax(given.data(), n, row.data());
-        if (log) {
-          const float most = *std::max_element(given.begin(), given.end());
-          double sum = 0.0;
-          for (const float value : given) sum += std::exp(static_cast<double>(value) - most);
-          const double total = std::log(sum);
-          for (std::int64_t i = 0; i < n; ++i)
-            row[i] = static_cast<float>(static_cast<double>(given[i]) - most - total);
-        }
-        for (std::int64_t i = 0; i < n; ++i) out[at + i * inner] = row[i];
-      }
-    });
-  }, "float32", x);
+  op.step(
+      {x}, {y},
+      [=](const Run& run) {
+        const float* in = run.in<float>(x);
+        float* out = run.out<float>(y);
+        spread(run.threads, rows, 8 * n, [&](std::int64_t begin, std::int64_t end) {
+          std::vector<float> row(n), given(n);
+          for (std::int64_t r = begin; r < end; ++r) {
+            const std::int64_t at = r / inner * n * inner + r % inner;
+            for (std::int64_t i = 0; i < n; ++i) given[i] = in[at + i * inner];
+            softmax(given.data(), n, row.data());
+            if (log) {
+              const float most = *std::max_element(given.begin(), given.end());
+              double sum = 0.0;
+              for (const float value : given) sum += std::exp(static_cast<double>(value) - most);
+              const double total = std::log(sum);
+              for (std::int64_t i = 0; i < n; ++i)
+                row[i] = static_cast<float>(static_cast<double>(given[i]) - most - total);
+            }
+            for (std::int64_t i = 0; i < n; ++i) out[at + i * inner] = row[i];
+          }
+        });
+      },
+      "float32", x);
   op.result(y);
 }
 

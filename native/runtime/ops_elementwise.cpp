@@ -11,7 +11,8 @@ Shape broadcast_shape(Op& op, const Shape& a, const Shape& b) {
   for (std::size_t i = 0; i < found.size(); ++i) {
     const std::int64_t x = i < a.size() ? a[a.size() - 1 - i] : 1;
     const std::int64_t y = i < b.size() ? b[b.size() - 1 - i] : 1;
-    if (x != y && x != 1 && y != 1) op.fail("sizes " + text_of(a) + " and " + text_of(b) + " differ");
+    if (x != y && x != 1 && y != 1)
+      op.fail("sizes " + text_of(a) + " and " + text_of(b) + " differ");
     found[found.size() - 1 - i] = x == 1 ? y : x;
   }
   return found;
@@ -103,12 +104,15 @@ Value arithmetic(Op& op, Value a, Value b, F f) {
   a = cast(op, a, dtype), b = cast(op, b, dtype);
   const Value y = op.make(dtype, broadcast_shape(op, a.shape, b.shape));
   const Value& reuse = a.shape == y.shape ? a : b.shape == y.shape ? b : Value{};
-  op.step({a, b}, {y}, [=](const Run& run) {
-    with_type(dtype, [&](auto unit) {
-      using T = decltype(unit);
-      map_pairs<T, T>(a, b, y, run, f);
-    });
-  }, "", reuse);
+  op.step(
+      {a, b}, {y},
+      [=](const Run& run) {
+        with_type(dtype, [&](auto unit) {
+          using T = decltype(unit);
+          map_pairs<T, T>(a, b, y, run, f);
+        });
+      },
+      "", reuse);
   return y;
 }
 
@@ -215,8 +219,12 @@ void whole(Op& op, F f) {
   }));
 }
 
-void bitwise_and(Op& op) { whole(op, [](auto x, auto y) { return x & y; }); }
-void bitwise_or(Op& op) { whole(op, [](auto x, auto y) { return x | y; }); }
+void bitwise_and(Op& op) {
+  whole(op, [](auto x, auto y) { return x & y; });
+}
+void bitwise_or(Op& op) {
+  whole(op, [](auto x, auto y) { return x | y; });
+}
 
 template <class F>
 void comparison(Op& op, F f) {
@@ -233,12 +241,24 @@ void comparison(Op& op, F f) {
   op.result(y);
 }
 
-void equal(Op& op) { comparison(op, [](auto x, auto y) { return x == y; }); }
-void not_equal(Op& op) { comparison(op, [](auto x, auto y) { return x != y; }); }
-void less(Op& op) { comparison(op, [](auto x, auto y) { return x < y; }); }
-void less_or_equal(Op& op) { comparison(op, [](auto x, auto y) { return x <= y; }); }
-void greater(Op& op) { comparison(op, [](auto x, auto y) { return x > y; }); }
-void greater_or_equal(Op& op) { comparison(op, [](auto x, auto y) { return x >= y; }); }
+void equal(Op& op) {
+  comparison(op, [](auto x, auto y) { return x == y; });
+}
+void not_equal(Op& op) {
+  comparison(op, [](auto x, auto y) { return x != y; });
+}
+void less(Op& op) {
+  comparison(op, [](auto x, auto y) { return x < y; });
+}
+void less_or_equal(Op& op) {
+  comparison(op, [](auto x, auto y) { return x <= y; });
+}
+void greater(Op& op) {
+  comparison(op, [](auto x, auto y) { return x > y; });
+}
+void greater_or_equal(Op& op) {
+  comparison(op, [](auto x, auto y) { return x >= y; });
+}
 
 void logical_and(Op& op) {
   comparison(op, [](auto x, auto y) { return x != decltype(x){} && y != decltype(y){}; });
@@ -280,8 +300,8 @@ void choose(Op& op, Value condition, Value a, Value b) {
           const std::int64_t at = rest % shape[d];
           at_c += at * sc[d], at_a += at * sa[d], at_b += at * sb[d];
         }
-        run.out<T>(y)[i] = run.in<std::uint8_t>(condition)[at_c] ? run.in<T>(a)[at_a]
-                                                                 : run.in<T>(b)[at_b];
+        run.out<T>(y)[i] =
+            run.in<std::uint8_t>(condition)[at_c] ? run.in<T>(a)[at_a] : run.in<T>(b)[at_b];
       }
     });
   });

@@ -52,22 +52,25 @@ void nearest(Op& op) {
                             : static_cast<float>(in[at]) / static_cast<float>(out[at]);
     from[at].clear();
     for (std::int64_t i = 0; i < out[at]; ++i)
-      from[at].push_back(std::min(static_cast<std::int64_t>(std::floor(static_cast<float>(i) * scale)),
-                                  in[at] - 1));
+      from[at].push_back(std::min(
+          static_cast<std::int64_t>(std::floor(static_cast<float>(i) * scale)), in[at] - 1));
   }
-  op.step({x}, {y}, [=](const Run& run) {
-    const std::int64_t planes = x.shape[0] * x.shape[1], n = out[0] * out[1] * out[2];
-    spread(run.threads, planes, n, [&](std::int64_t begin, std::int64_t end) {
-      float* to = run.out<float>(y) + begin * n;
-      for (std::int64_t plane = begin; plane < end; ++plane)
-        for (std::int64_t a = 0; a < out[0]; ++a)
-          for (std::int64_t b = 0; b < out[1]; ++b) {
-            const float* row = run.in<float>(x) +
-                               ((plane * in[0] + from[0][a]) * in[1] + from[1][b]) * in[2];
-            for (std::int64_t c = 0; c < out[2]; ++c) *to++ = row[from[2][c]];
-          }
-    });
-  }, "float32");
+  op.step(
+      {x}, {y},
+      [=](const Run& run) {
+        const std::int64_t planes = x.shape[0] * x.shape[1], n = out[0] * out[1] * out[2];
+        spread(run.threads, planes, n, [&](std::int64_t begin, std::int64_t end) {
+          float* to = run.out<float>(y) + begin * n;
+          for (std::int64_t plane = begin; plane < end; ++plane)
+            for (std::int64_t a = 0; a < out[0]; ++a)
+              for (std::int64_t b = 0; b < out[1]; ++b) {
+                const float* row =
+                    run.in<float>(x) + ((plane * in[0] + from[0][a]) * in[1] + from[1][b]) * in[2];
+                for (std::int64_t c = 0; c < out[2]; ++c) *to++ = row[from[2][c]];
+              }
+        });
+      },
+      "float32");
   op.result(y);
 }
 
@@ -79,10 +82,10 @@ struct Between {
 
 std::vector<Between> places(std::int64_t in, std::int64_t out, bool corners, double factor) {
   std::vector<Between> found;
-  const float step = corners     ? (out > 1 ? static_cast<float>(in - 1) / static_cast<float>(out - 1)
-                                            : 0.0f)
-                     : factor > 0 ? static_cast<float>(1.0 / factor)
-                                  : static_cast<float>(in) / static_cast<float>(out);
+  const float step =
+      corners      ? (out > 1 ? static_cast<float>(in - 1) / static_cast<float>(out - 1) : 0.0f)
+      : factor > 0 ? static_cast<float>(1.0 / factor)
+                   : static_cast<float>(in) / static_cast<float>(out);
   for (std::int64_t i = 0; i < out; ++i) {
     const float at = corners ? step * static_cast<float>(i)
                              : std::max(0.0f, step * (static_cast<float>(i) + 0.5f) - 0.5f);
@@ -101,22 +104,26 @@ void bilinear(Op& op) {
   const std::int64_t h = x.shape[2], w = x.shape[3];
   const auto rows = places(h, sizes.shape[2], corners, sizes.factor[0]);
   const auto columns = places(w, sizes.shape[3], corners, sizes.factor[1]);
-  op.step({x}, {y}, [=](const Run& run) {
-    const std::int64_t n = static_cast<std::int64_t>(rows.size() * columns.size());
-    spread(run.threads, x.shape[0] * x.shape[1], 4 * n, [&](std::int64_t begin, std::int64_t end) {
-      float* to = run.out<float>(y) + begin * n;
-      for (std::int64_t plane = begin; plane < end; ++plane)
-        for (const Between& row : rows) {
-          const float* image = run.in<float>(x) + plane * h * w;
-          const float *top = image + row.low * w, *bottom = image + row.high * w;
-          for (const Between& c : columns) {
-            const float above = (1.0f - c.share) * top[c.low] + c.share * top[c.high];
-            const float below = (1.0f - c.share) * bottom[c.low] + c.share * bottom[c.high];
-            *to++ = (1.0f - row.share) * above + row.share * below;
-          }
-        }
-    });
-  }, "float32");
+  op.step(
+      {x}, {y},
+      [=](const Run& run) {
+        const std::int64_t n = static_cast<std::int64_t>(rows.size() * columns.size());
+        spread(
+            run.threads, x.shape[0] * x.shape[1], 4 * n, [&](std::int64_t begin, std::int64_t end) {
+              float* to = run.out<float>(y) + begin * n;
+              for (std::int64_t plane = begin; plane < end; ++plane)
+                for (const Between& row : rows) {
+                  const float* image = run.in<float>(x) + plane * h * w;
+                  const float *top = image + row.low * w, *bottom = image + row.high * w;
+                  for (const Between& c : columns) {
+                    const float above = (1.0f - c.share) * top[c.low] + c.share * top[c.high];
+                    const float below = (1.0f - c.share) * bottom[c.low] + c.share * bottom[c.high];
+                    *to++ = (1.0f - row.share) * above + row.share * below;
+                  }
+                }
+            });
+      },
+      "float32");
   op.result(y);
 }
 

@@ -80,6 +80,70 @@ void gather_elements(Op& op) {
   op.result(y);
 }
 
+// As x[i, j, ...] with tensors for some of the dimensions, which broadcast.
+struct Picked {
+  std::vector<Value> index;  // of the dimensions in `dims`
+  std::vector<int> dims;
+  Shape chosen{}, rest{}, rest_strides{}, result{};
+  std::size_t before = 0;  // dimensions of the result before those of the indices
+};
+
+Picked picked_of(Op& op, const Value& x) {
+  const Arg given = op.arg("indices");
+  Picked p;
+  if (given.kind != Arg::Kind::kList || given.list.size() > x.shape.size())
+    op.fail("indices are no list of tensors");
+  const Shape strides = strides_of(x.shape);
+  for (int d = 0; d < x.rank(); ++d) {
+    const bool here =
+        d < static_cast<int>(given.list.size()) && given.list[d].kind == Arg::Kind::kTensor;
+    if (!here) {
+      p.rest.push_back(x.shape[d]), p.rest_strides.push_back(strides[d]);
+      continue;
+    }
+    p.dims.push_back(d), p.index.push_back(given.list[d].value);
+    if (p.index.back().dtype != Dtype::kInt64 && p.index.back().dtype != Dtype::kInt32)
+      op.fail("indices are " + std::string(name_of(p.index.back().dtype)));
+    p.chosen = p.index.size() == 1 ? p.index[0].shape
+                                   : broadcast_shape(op, p.chosen, p.index.back().shape);
+  }
+  if (p.dims.empty()) op.fail("there are no indices");
+  const bool together = p.dims.back() - p.dims.front() + 1 == static_cast<int>(p.dims.size());
+  p.before = together ? static_cast<std::size_t>(p.dims.front()) : 0;
+  p.result = p.rest;
+  p.result.insert(p.result.begin() + static_cast<std::ptrdiff_t>(p.before), p.chosen.begin(),
+                  p.chosen.end());
+  return p;
+}
+
+void index(Op& op) {
+  const Value x = op.in("x");
+  const Picked p = picked_of(op, x);
+  const Value y = op.make(x.dtype, p.result);
+  std::vector<Value> reads = p.index;
+  reads.push_back(x);
+  const Shape strides = strides_of(x.shape);
+  op.step(reads, {y}, [=](const Run& run) {
+    const std::size_t size = size_of(x.dtype), first = p.before, last = first + p.chosen.size();
+    for (std::int64_t i = 0, n = y.count(); i < n; ++i) {
+      std::int64_t rest = i, place = 0;
+      Shape at(p.result.size());
+      for (std::size_t d = at.size(); d-- > 0; rest /= p.result[d]) at[d] = rest % p.result[d];
+      for (std::size_t d = 0; d < p.rest.size(); ++d)
+        place += at[d < first ? d : d + p.chosen.size()] * p.rest_strides[d];
+      for (std::size_t k = 0; k < p.index.size(); ++k) {
+        const Shape own = broadcast_strides(p.index[k].shape, p.chosen);
+        std::int64_t of_index = 0;
+        for (std::size_t d = first; d < last; ++d) of_index += at[d] * own[d - first];
+        place += index_at(run, p.index[k], of_index, x.shape[p.dims[k]]) * strides[p.dims[k]];
+      }
+      std::memcpy(run.out<std::uint8_t>(y) + i * size, run.in<std::uint8_t>(x) + place * size,
+                  size);
+    }
+  });
+  op.result(y);
+}
+
 // Matrices with what lies above (or below) a diagonal set to 0.
 template <bool Upper>
 void triangle(Op& op) {
@@ -197,6 +261,7 @@ Operators index_operators() {
   return {{"Gather", gather},
           {"IndexSelect", index_select_operator},
           {"GatherElements", gather_elements},
+          {"Index", index},
           {"Trilu", triangle<false>},
           {"Triu", triangle<true>},
           {"Pad", pad},
@@ -207,18 +272,12 @@ Operators index_operators() {
 }
 
 Operators constant_operators() {
-  return {{"Range", range_operator},
-          {"RangeTo", range_to},
-          {"RangeFrom", range_from},
-          {"ConstantOfShape", full},
-          {"FullLike", full_like},
-          {"Zeros", constant<0, false>},
-          {"Ones", constant<1, false>},
-          {"NewZeros", constant<0, false>},
-          {"NewOnes", constant<1, false>},
-          {"ZerosLike", constant<0, true>},
-          {"OnesLike", constant<1, true>},
-          {"ScalarTensor", scalar_tensor}};
+  return {{"Range", range_operator},       {"RangeTo", range_to},
+          {"RangeFrom", range_from},       {"ConstantOfShape", full},
+          {"FullLike", full_like},         {"Zeros", constant<0, false>},
+          {"Ones", constant<1, false>},    {"NewZeros", constant<0, false>},
+          {"NewOnes", constant<1, false>}, {"ZerosLike", constant<0, true>},
+          {"OnesLike", constant<1, true>}, {"ScalarTensor", scalar_tensor}};
 }
 
 }  // namespace subbyte::runtime

@@ -100,11 +100,15 @@ Value packed_linear(Op& op, const Value& x, const Packed& packed, const Value& b
   const Value y = op.make(Dtype::kFloat32, shape);
   if (!packed.served(k)) {
     const auto weight = std::make_shared<std::vector<float>>(packed.decoded(true));
-    op.step({x, bias, plus}, {y}, [=](const Run& run) {
-      multiply_rows(run.in<float>(x), weight->data(), bias.given() ? run.in<float>(bias) : nullptr,
-                    n, rows, k, run.out<float>(y), run.threads);
-      finish(run.out<float>(y), plus.given() ? run.in<float>(plus) : nullptr, n * rows, limits);
-    }, "float32, decoded");
+    op.step(
+        {x, bias, plus}, {y},
+        [=](const Run& run) {
+          multiply_rows(run.in<float>(x), weight->data(),
+                        bias.given() ? run.in<float>(bias) : nullptr, n, rows, k, run.out<float>(y),
+                        run.threads);
+          finish(run.out<float>(y), plus.given() ? run.in<float>(plus) : nullptr, n * rows, limits);
+        },
+        "float32, decoded");
     return y;
   }
   Value more = plus;
@@ -113,29 +117,35 @@ Value packed_linear(Op& op, const Value& x, const Packed& packed, const Value& b
       op.fail("the adapter does not fit its weight");
     const Value inner = op.make(Dtype::kFloat32, {n, packed.rank()});
     const Value extra = op.make(Dtype::kFloat32, shape);
-    op.step({x}, {inner, extra}, [=, &packed](const Run& run) {
-      multiply_rows(run.in<float>(x), packed.down().data(), nullptr, n, packed.rank(), k,
-                    run.out<float>(inner), run.threads);
-      multiply_rows(run.in<float>(inner), packed.up().data(), nullptr, n, rows, packed.rank(),
-                    run.out<float>(extra), run.threads);
-    }, "float32, adapter");
+    op.step(
+        {x}, {inner, extra},
+        [=, &packed](const Run& run) {
+          multiply_rows(run.in<float>(x), packed.down().data(), nullptr, n, packed.rank(), k,
+                        run.out<float>(inner), run.threads);
+          multiply_rows(run.in<float>(inner), packed.up().data(), nullptr, n, rows, packed.rank(),
+                        run.out<float>(extra), run.threads);
+        },
+        "float32, adapter");
     more = sum_of(op, plus, extra);
   }
   const Panel& panel = packed.panel();
   const Precision precision = op.precision();
-  op.step({x, bias, more}, {y}, [=, &panel, &packed](const Run& run) {
-    const float *in = run.in<float>(x), *shift = bias.given() ? run.in<float>(bias) : nullptr;
-    const float* side = more.given() ? run.in<float>(more) : nullptr;
-    float* out = run.out<float>(y);
-    const auto odd = linear(kernels(), panel, in, n, out, finish_of(shift, side, limits),
-                            precision, run.threads);
-    if (odd.empty()) return;
-    const std::vector<float> weight = packed.decoded(false);
-    for (const std::int64_t i : odd) {
-      multiply_rows(in + i * k, weight.data(), shift, 1, rows, k, out + i * rows, run.threads);
-      finish(out + i * rows, side ? side + i * rows : nullptr, rows, limits);
-    }
-  }, how(precision));
+  op.step(
+      {x, bias, more}, {y},
+      [=, &panel, &packed](const Run& run) {
+        const float *in = run.in<float>(x), *shift = bias.given() ? run.in<float>(bias) : nullptr;
+        const float* side = more.given() ? run.in<float>(more) : nullptr;
+        float* out = run.out<float>(y);
+        const auto odd = linear(kernels(), panel, in, n, out, finish_of(shift, side, limits),
+                                precision, run.threads);
+        if (odd.empty()) return;
+        const std::vector<float> weight = packed.decoded(false);
+        for (const std::int64_t i : odd) {
+          multiply_rows(in + i * k, weight.data(), shift, 1, rows, k, out + i * rows, run.threads);
+          finish(out + i * rows, side ? side + i * rows : nullptr, rows, limits);
+        }
+      },
+      how(precision));
   return y;
 }
 
@@ -168,10 +178,9 @@ Shape sizes_at(Op& op, const char* key) {
 ConvSettings settings_of(Op& op, int dims, const Shape& weight) {
   const Json* padding = op.settings().find("padding");
   const bool words = padding && padding->is(Kind::kText);
-  ConvSettings s =
-      conv_settings(op, dims, op.settings().at("groups", Kind::kInteger).integer,
-                    sizes_at(op, "stride"), words ? Shape{0} : sizes_at(op, "padding"),
-                    sizes_at(op, "dilation"));
+  ConvSettings s = conv_settings(op, dims, op.settings().at("groups", Kind::kInteger).integer,
+                                 sizes_at(op, "stride"), words ? Shape{0} : sizes_at(op, "padding"),
+                                 sizes_at(op, "dilation"));
   if (words && padding->text != "same" && padding->text != "valid")
     op.fail("padding '" + shown(padding->text) + "' is unknown");
   if (words && padding->text == "same") pad_same(s, {weight.begin() + 2, weight.end()});
@@ -187,15 +196,18 @@ Value adapted(Op& op, const Value& x, const Packed& packed, const Geometry& g, c
   const std::int64_t n = x.shape[0], values = g.out_values(), rank = packed.rank();
   const Value inner = op.make(Dtype::kFloat32, {n, narrow.out_channels, values});
   const Value extra = op.make(Dtype::kFloat32, shape);
-  op.step({x}, {inner, extra}, [=, &packed](const Run& run) {
-    convolve(narrow, run.in<float>(x), packed.down().data(), nullptr, n, run.out<float>(inner),
-             run.threads);
-    Geometry wide;
-    wide.channels = rank * g.groups, wide.out_channels = g.out_channels, wide.groups = g.groups;
-    wide.in[2] = wide.out[2] = values;
-    convolve(wide, run.in<float>(inner), packed.up().data(), nullptr, n, run.out<float>(extra),
-             run.threads);
-  }, "float32, adapter");
+  op.step(
+      {x}, {inner, extra},
+      [=, &packed](const Run& run) {
+        convolve(narrow, run.in<float>(x), packed.down().data(), nullptr, n, run.out<float>(inner),
+                 run.threads);
+        Geometry wide;
+        wide.channels = rank * g.groups, wide.out_channels = g.out_channels, wide.groups = g.groups;
+        wide.in[2] = wide.out[2] = values;
+        convolve(wide, run.in<float>(inner), packed.up().data(), nullptr, n, run.out<float>(extra),
+                 run.threads);
+      },
+      "float32, adapter");
   return extra;
 }
 
@@ -212,20 +224,23 @@ void conv_by_kernels(Op& op, const Value& x, const Packed& packed, const ConvSet
   const Precision precision = op.precision();
   const std::int64_t n = x.shape[0], in = g.channels * g.in_values();
   const std::int64_t out = g.out_channels * g.out_values();
-  op.step({x, bias, plus}, {y}, [=, &panels, &packed](const Run& run) {
-    const float* image = run.in<float>(x);
-    const float* shift = bias.given() ? run.in<float>(bias) : nullptr;
-    const float* side = plus.given() ? run.in<float>(plus) : nullptr;
-    float* to = run.out<float>(y);
-    const auto odd = conv2d(kernels(), panels, image, n, g.in[1], g.in[2], to, false,
-                            finish_of(shift, side, limits), precision, run.threads);
-    if (odd.empty()) return;
-    const std::vector<float> weight = packed.decoded(false);
-    for (const std::int64_t i : odd) {
-      convolve(g, image + i * in, weight.data(), shift, 1, to + i * out, run.threads);
-      finish(to + i * out, side ? side + i * out : nullptr, out, limits);
-    }
-  }, panels.shape().depthwise() ? "float32" : how(precision));
+  op.step(
+      {x, bias, plus}, {y},
+      [=, &panels, &packed](const Run& run) {
+        const float* image = run.in<float>(x);
+        const float* shift = bias.given() ? run.in<float>(bias) : nullptr;
+        const float* side = plus.given() ? run.in<float>(plus) : nullptr;
+        float* to = run.out<float>(y);
+        const auto odd = conv2d(kernels(), panels, image, n, g.in[1], g.in[2], to, false,
+                                finish_of(shift, side, limits), precision, run.threads);
+        if (odd.empty()) return;
+        const std::vector<float> weight = packed.decoded(false);
+        for (const std::int64_t i : odd) {
+          convolve(g, image + i * in, weight.data(), shift, 1, to + i * out, run.threads);
+          finish(to + i * out, side ? side + i * out : nullptr, out, limits);
+        }
+      },
+      panels.shape().depthwise() ? "float32" : how(precision));
   op.result(y);
 }
 
@@ -248,28 +263,31 @@ void conv_layer(Op& op, int dims) {
   const std::int64_t of_group = g.out_channels / g.groups;
   const bool depthwise = g.channels == g.groups && g.out_channels == g.channels;
   const std::int64_t length = g.channels / g.groups * g.taps();
-  if (dims == 2 && zeros && !packed.by_groups() &&
-      (of_group >= kFewChannels || depthwise) && packed.served(length))
+  if (dims == 2 && zeros && !packed.by_groups() && (of_group >= kFewChannels || depthwise) &&
+      packed.served(length))
     return conv_by_kernels(op, x, packed, s, g, bias);
   const auto decoded = std::make_shared<std::vector<float>>(packed.decoded(true));
   const Shape shape = result_of(g, x, dims);
   const Value y = op.make(Dtype::kFloat32, shape);
   const Value plus = plus_of(op, shape);
   const Limits limits = activation_of(op);
-  op.step({x, bias, plus}, {y}, [=](const Run& run) {
-    convolve(g, run.in<float>(x), decoded->data(), bias.given() ? run.in<float>(bias) : nullptr,
-             x.shape[0], run.out<float>(y), run.threads);
-    finish(run.out<float>(y), plus.given() ? run.in<float>(plus) : nullptr, y.count(), limits);
-  }, "float32, decoded");
+  op.step(
+      {x, bias, plus}, {y},
+      [=](const Run& run) {
+        convolve(g, run.in<float>(x), decoded->data(), bias.given() ? run.in<float>(bias) : nullptr,
+                 x.shape[0], run.out<float>(y), run.threads);
+        finish(run.out<float>(y), plus.given() ? run.in<float>(plus) : nullptr, y.count(), limits);
+      },
+      "float32, decoded");
   op.result(y);
 }
 
 void transposed_layer(Op& op, int dims) {
   const Value x = op.floats("x");
   const Packed& packed = packed_of(op, op.layer());
-  ConvSettings s = conv_settings(op, dims, op.settings().at("groups", Kind::kInteger).integer,
-                                 sizes_at(op, "stride"), sizes_at(op, "padding"),
-                                 sizes_at(op, "dilation"));
+  ConvSettings s =
+      conv_settings(op, dims, op.settings().at("groups", Kind::kInteger).integer,
+                    sizes_at(op, "stride"), sizes_at(op, "padding"), sizes_at(op, "dilation"));
   s.extra = sizes_at(op, "output_padding");
   if (s.extra.size() == 1) s.extra.resize(dims, s.extra[0]);
   if (static_cast<int>(s.extra.size()) != dims) op.fail("output_padding is malformed");
@@ -280,11 +298,14 @@ void transposed_layer(Op& op, int dims) {
   const Value bias = bias_of(op, packed, g.out_channels);
   const auto decoded = std::make_shared<std::vector<float>>(packed.decoded(true, 1));
   const Value y = op.make(Dtype::kFloat32, result_of(g, x, dims));
-  op.step({x, bias}, {y}, [=](const Run& run) {
-    convolve_transposed(g, run.in<float>(x), decoded->data(),
-                        bias.given() ? run.in<float>(bias) : nullptr, x.shape[0],
-                        run.out<float>(y), run.threads);
-  }, "float32, decoded");
+  op.step(
+      {x, bias}, {y},
+      [=](const Run& run) {
+        convolve_transposed(g, run.in<float>(x), decoded->data(),
+                            bias.given() ? run.in<float>(bias) : nullptr, x.shape[0],
+                            run.out<float>(y), run.threads);
+      },
+      "float32, decoded");
   op.result(y);
 }
 
@@ -299,16 +320,19 @@ void embedding_layer(Op& op) {
   const std::int64_t entries = packed.rows(), width = packed.shape()[1];
   shape.push_back(width);
   const Value y = op.make(Dtype::kFloat32, shape);
-  op.step({x}, {y}, [=, &packed](const Run& run) {
-    for (std::int64_t i = 0, n = x.count(); i < n; ++i) {
-      const std::int64_t row = x.dtype == Dtype::kInt64 ? run.in<std::int64_t>(x)[i]
-                                                        : run.in<std::int32_t>(x)[i];
-      if (row < 0 || row >= entries)
-        throw Error("index " + std::to_string(row) + " is none of a table of " +
-                    std::to_string(entries));
-      packed.decode_row(row, run.out<float>(y) + i * width);
-    }
-  }, "float32, decoded");
+  op.step(
+      {x}, {y},
+      [=, &packed](const Run& run) {
+        for (std::int64_t i = 0, n = x.count(); i < n; ++i) {
+          const std::int64_t row =
+              x.dtype == Dtype::kInt64 ? run.in<std::int64_t>(x)[i] : run.in<std::int32_t>(x)[i];
+          if (row < 0 || row >= entries)
+            throw Error("index " + std::to_string(row) + " is none of a table of " +
+                        std::to_string(entries));
+          packed.decode_row(row, run.out<float>(y) + i * width);
+        }
+      },
+      "float32, decoded");
   op.result(y);
 }
 
@@ -320,9 +344,9 @@ void norm_layer(Op& op) {
     return op.result(
         affine(op, x, op.state(before + "scale"), op.state(before + "shift"), x.shape[1]));
   const Json& eps = op.settings().at("eps", Kind::kReal);
-  op.result(batch_norm(op, x, {op.maybe_state(before + "weight"), op.maybe_state(before + "bias"),
-                               op.state(before + "running_mean"),
-                               op.state(before + "running_var")},
+  op.result(batch_norm(op, x,
+                       {op.maybe_state(before + "weight"), op.maybe_state(before + "bias"),
+                        op.state(before + "running_mean"), op.state(before + "running_var")},
                        eps.real));
 }
 

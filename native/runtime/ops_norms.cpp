@@ -24,16 +24,19 @@ Value affine(Op& op, const Value& x, const Value& scale, const Value& shift,
   check_parts(op, {scale, shift}, channels);
   const Value y = op.make(Dtype::kFloat32, x.shape);
   const std::int64_t planes = x.shape[0] * channels, n = planes ? x.count() / planes : 0;
-  op.step({x, scale, shift}, {y}, [=](const Run& run) {
-    const float *in = run.in<float>(x), *a = run.in<float>(scale), *b = run.in<float>(shift);
-    float* out = run.out<float>(y);
-    spread(run.threads, planes, n, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) {
-        const float factor = a[i % channels], offset = b[i % channels];
-        for (std::int64_t k = i * n; k < (i + 1) * n; ++k) out[k] = offset + in[k] * factor;
-      }
-    });
-  }, "float32", x);
+  op.step(
+      {x, scale, shift}, {y},
+      [=](const Run& run) {
+        const float *in = run.in<float>(x), *a = run.in<float>(scale), *b = run.in<float>(shift);
+        float* out = run.out<float>(y);
+        spread(run.threads, planes, n, [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t i = begin; i < end; ++i) {
+            const float factor = a[i % channels], offset = b[i % channels];
+            for (std::int64_t k = i * n; k < (i + 1) * n; ++k) out[k] = offset + in[k] * factor;
+          }
+        });
+      },
+      "float32", x);
   return y;
 }
 
@@ -61,9 +64,10 @@ namespace {
 
 void batch_normalization(Op& op) {
   const Value x = op.floats("x");
-  const Value y = batch_norm(op, x, {op.maybe_floats("scale"), op.maybe_floats("bias"),
-                                     op.floats("mean"), op.floats("var")},
-                             op.real("epsilon"));
+  const Value y = batch_norm(
+      op, x,
+      {op.maybe_floats("scale"), op.maybe_floats("bias"), op.floats("mean"), op.floats("var")},
+      op.real("epsilon"));
   op.ignore({"momentum"});
   op.result(std::vector<Value>{y});
 }
@@ -89,11 +93,10 @@ void normalize(const RowNorm& norm, const float* x, const float* weight, const f
       for (std::int64_t i = 0; i < norm.n; ++i) square += (in[i] - mean) * (in[i] - mean);
       const double factor = 1.0 / std::sqrt(square / static_cast<double>(norm.n) + norm.eps);
       for (std::int64_t i = 0; i < norm.n; ++i) {
-        const std::int64_t place =
-            norm.plane ? (row * norm.n + i) / norm.plane % norm.channels : i;
+        const std::int64_t place = norm.plane ? (row * norm.n + i) / norm.plane % norm.channels : i;
         const double value = (in[i] - mean) * factor;
-        out[i] = static_cast<float>(value * (weight ? weight[place] : 1.0) +
-                                    (bias ? bias[place] : 0.0));
+        out[i] =
+            static_cast<float>(value * (weight ? weight[place] : 1.0) + (bias ? bias[place] : 0.0));
       }
     }
   });
@@ -103,10 +106,13 @@ void norm_of_rows(Op& op, RowNorm norm, const Value& x, const Value& weight, con
   check_parts(op, {weight, bias}, norm.plane ? norm.channels : norm.n);
   if (norm.n < 1) op.fail("x is " + text_of(x.shape));
   const Value y = op.make(Dtype::kFloat32, x.shape);
-  op.step({x, weight, bias}, {y}, [=](const Run& run) {
-    normalize(norm, run.in<float>(x), maybe(run, weight), maybe(run, bias), run.out<float>(y),
-              run.threads);
-  }, "float32", x);
+  op.step(
+      {x, weight, bias}, {y},
+      [=](const Run& run) {
+        normalize(norm, run.in<float>(x), maybe(run, weight), maybe(run, bias), run.out<float>(y),
+                  run.threads);
+      },
+      "float32", x);
   op.result(y);
 }
 
@@ -144,8 +150,9 @@ void instance_normalization(Op& op) {
   const Value bias = op.maybe_floats("bias");
   if (!op.flag("use_input_stats", true)) {
     op.ignore({"momentum", "cudnn_enabled"});
-    return op.result(batch_norm(op, x, {weight, bias, op.floats("running_mean"),
-                                        op.floats("running_var")}, op.real("epsilon")));
+    return op.result(batch_norm(op, x,
+                                {weight, bias, op.floats("running_mean"), op.floats("running_var")},
+                                op.real("epsilon")));
   }
   op.ignore({"running_mean", "running_var", "momentum", "cudnn_enabled"});
   if (x.rank() < 2 || x.count() < 1) op.fail("x is " + text_of(x.shape));

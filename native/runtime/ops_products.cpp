@@ -20,11 +20,14 @@ void linear_operator(Op& op) {
   Shape shape = x.shape;
   shape.back() = n;
   const Value y = op.make(Dtype::kFloat32, shape);
-  op.step({x, weight, bias}, {y}, [=](const Run& run) {
-    multiply_rows(run.in<float>(x), run.in<float>(weight),
-                  bias.given() ? run.in<float>(bias) : nullptr, m, n, k, run.out<float>(y),
-                  run.threads);
-  }, "float32");
+  op.step(
+      {x, weight, bias}, {y},
+      [=](const Run& run) {
+        multiply_rows(run.in<float>(x), run.in<float>(weight),
+                      bias.given() ? run.in<float>(bias) : nullptr, m, n, k, run.out<float>(y),
+                      run.threads);
+      },
+      "float32");
   op.result(y);
 }
 
@@ -53,17 +56,20 @@ Value product(Op& op, Value a, Value b) {
   shape.push_back(m), shape.push_back(n);
   const Value y = op.make(Dtype::kFloat32, shape);
   const std::int64_t count = count_of(batch);
-  op.step({a, b}, {y}, [=](const Run& run) {
-    for (std::int64_t i = 0; i < count; ++i) {
-      std::int64_t rest = i, at_a = 0, at_b = 0;
-      for (int d = rank; d-- > 0; rest /= batch[d]) {
-        at_a += rest % batch[d] * of_a[d];
-        at_b += rest % batch[d] * of_b[d];
-      }
-      multiply_plain(run.in<float>(a) + at_a * m * k, run.in<float>(b) + at_b * k * n, m, n, k,
-                     run.out<float>(y) + i * m * n, run.threads);
-    }
-  }, "float32");
+  op.step(
+      {a, b}, {y},
+      [=](const Run& run) {
+        for (std::int64_t i = 0; i < count; ++i) {
+          std::int64_t rest = i, at_a = 0, at_b = 0;
+          for (int d = rank; d-- > 0; rest /= batch[d]) {
+            at_a += rest % batch[d] * of_a[d];
+            at_b += rest % batch[d] * of_b[d];
+          }
+          multiply_plain(run.in<float>(a) + at_a * m * k, run.in<float>(b) + at_b * k * n, m, n, k,
+                         run.out<float>(y) + i * m * n, run.threads);
+        }
+      },
+      "float32");
   if (!row && !column) return y;
   shape = batch;
   if (!row) shape.push_back(m);
@@ -87,14 +93,17 @@ void add_matmul(Op& op) {
   if (c.rank() > 2 || (rows != 1 && rows != m) || (width != 1 && width != n))
     op.fail("c is " + text_of(c.shape) + ", the product " + text_of(p.shape));
   const Value y = op.make(Dtype::kFloat32, p.shape);
-  op.step({c, p}, {y}, [=](const Run& run) {
-    const float *in = run.in<float>(c), *x = run.in<float>(p);
-    float* out = run.out<float>(y);
-    for (std::int64_t i = 0; i < m * n; ++i) {
-      const float other = in[(rows == 1 ? 0 : i / n) * width + (width == 1 ? 0 : i % n)];
-      out[i] = alpha * x[i] + (beta == 0.0f ? 0.0f : beta * other);
-    }
-  }, "float32");
+  op.step(
+      {c, p}, {y},
+      [=](const Run& run) {
+        const float *in = run.in<float>(c), *x = run.in<float>(p);
+        float* out = run.out<float>(y);
+        for (std::int64_t i = 0; i < m * n; ++i) {
+          const float other = in[(rows == 1 ? 0 : i / n) * width + (width == 1 ? 0 : i % n)];
+          out[i] = alpha * x[i] + (beta == 0.0f ? 0.0f : beta * other);
+        }
+      },
+      "float32");
   op.result(y);
 }
 
@@ -203,27 +212,32 @@ void attention(Op& op) {
   Shape shape = q.shape;
   shape.back() = c[3];
   const Value y = op.make(Dtype::kFloat32, shape);
-  op.step({q, k, v, mask}, {y}, [=](const Run& run) {
-    // Several heads of queries share one of keys: heads of queries count as rows of `groups`.
-    const auto of = [&](const Value& x, const Shape& t) {
-      return Part{run.in<float>(x), t[1] * t[2] * t[3], t[2] * t[3], t[3]};
-    };
-    const Part keys = of(k, b), values = of(v, c);
-    for (std::int64_t g = 0; g < groups; ++g) {
-      Sizes sizes = s;
-      sizes.heads = b[1];
-      Part rows = of(q, a), out = of(y, {a[0], a[1], a[2], c[3]});
-      rows.at += g * rows.head, out.at += g * out.head;
-      rows.head *= groups, out.head *= groups;
-      attend(sizes, rows, keys, values,
-             [&](std::int64_t n, std::int64_t h, std::int64_t i, std::int64_t j) {
-               if (causal && j > i) return -std::numeric_limits<float>::infinity();
-               return masked(run, own, n * own.batch + (h * groups + g) * own.head + i * own.row +
-                                           j * own.key, false);
-             },
-             out, nullptr, run.threads);
-    }
-  }, "float32");
+  op.step(
+      {q, k, v, mask}, {y},
+      [=](const Run& run) {
+        // Several heads of queries share one of keys: heads of queries count as rows of `groups`.
+        const auto of = [&](const Value& x, const Shape& t) {
+          return Part{run.in<float>(x), t[1] * t[2] * t[3], t[2] * t[3], t[3]};
+        };
+        const Part keys = of(k, b), values = of(v, c);
+        for (std::int64_t g = 0; g < groups; ++g) {
+          Sizes sizes = s;
+          sizes.heads = b[1];
+          Part rows = of(q, a), out = of(y, {a[0], a[1], a[2], c[3]});
+          rows.at += g * rows.head, out.at += g * out.head;
+          rows.head *= groups, out.head *= groups;
+          attend(
+              sizes, rows, keys, values,
+              [&](std::int64_t n, std::int64_t h, std::int64_t i, std::int64_t j) {
+                if (causal && j > i) return -std::numeric_limits<float>::infinity();
+                return masked(
+                    run, own,
+                    n * own.batch + (h * groups + g) * own.head + i * own.row + j * own.key, false);
+              },
+              out, nullptr, run.threads);
+        }
+      },
+      "float32");
   op.result(y);
 }
 
@@ -245,15 +259,20 @@ void self_attention(Op& op, const Layer& layer, const Value& x, const Packed& in
   const Value mixed = op.make(Dtype::kFloat32, x.shape);
   const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(size)));
   const Sizes s{batch, layer.heads, rows, rows, size, size, scale, true};
-  op.step({all}, {mixed}, [=](const Run& run) {
-    const auto of = [&](const float* at, std::int64_t step) {
-      return Part{at, layer.first ? rows * step : step, size, layer.first ? step : batch * step};
-    };
-    const float* at = run.in<float>(all);
-    attend(s, of(at, 3 * width), of(at + width, 3 * width), of(at + 2 * width, 3 * width),
-           [](std::int64_t, std::int64_t, std::int64_t, std::int64_t) { return 0.0f; },
-           of(run.out<float>(mixed), width), nullptr, run.threads);
-  }, "float32");
+  op.step(
+      {all}, {mixed},
+      [=](const Run& run) {
+        const auto of = [&](const float* at, std::int64_t step) {
+          return Part{at, layer.first ? rows * step : step, size,
+                      layer.first ? step : batch * step};
+        };
+        const float* at = run.in<float>(all);
+        attend(
+            s, of(at, 3 * width), of(at + width, 3 * width), of(at + 2 * width, 3 * width),
+            [](std::int64_t, std::int64_t, std::int64_t, std::int64_t) { return 0.0f; },
+            of(run.out<float>(mixed), width), nullptr, run.threads);
+      },
+      "float32");
   const std::string name = layer.part("out_proj");
   const Packed* out = op.packed(name);
   if (out) return op.result({packed_layer(op, mixed, name, *out), op.make(Dtype::kFloat32, {0})});
@@ -263,11 +282,14 @@ void self_attention(Op& op, const Layer& layer, const Value& x, const Packed& in
   if (bias.given() && (bias.dtype != Dtype::kFloat32 || bias.shape != Shape{width}))
     op.fail("out_proj.bias is " + text_of(bias.shape));
   const Value y = op.make(Dtype::kFloat32, x.shape);
-  op.step({mixed, weight, bias}, {y}, [=](const Run& run) {
-    multiply_rows(run.in<float>(mixed), run.in<float>(weight),
-                  bias.given() ? run.in<float>(bias) : nullptr, batch * rows, width, width,
-                  run.out<float>(y), run.threads);
-  }, "float32");
+  op.step(
+      {mixed, weight, bias}, {y},
+      [=](const Run& run) {
+        multiply_rows(run.in<float>(mixed), run.in<float>(weight),
+                      bias.given() ? run.in<float>(bias) : nullptr, batch * rows, width, width,
+                      run.out<float>(y), run.threads);
+      },
+      "float32");
   op.result({y, op.make(Dtype::kFloat32, {0})});
 }
 
@@ -296,9 +318,9 @@ void general_attention(Op& op, const Layer& layer, const std::array<Value, 3>& x
   if (x[1].shape[first] != batch || x[2].shape[first] != batch || x[2].shape[1 - first] != keys)
     op.fail("keys are " + text_of(x[1].shape) + ", queries " + text_of(x[0].shape));
   const Floats joint = op.packed(layer.part("in_proj")) || op.stored(layer.part("in_proj.weight"))
-      ? weight_of(op, layer.part("in_proj"), layer.part("in_proj.weight"), {3 * width, width},
-                  op.stored(layer.part("in_proj.weight")))
-      : nullptr;
+                           ? weight_of(op, layer.part("in_proj"), layer.part("in_proj.weight"),
+                                       {3 * width, width}, op.stored(layer.part("in_proj.weight")))
+                           : nullptr;
   std::array<Floats, 3> own;
   const char* const names[3] = {"q_proj", "k_proj", "v_proj"};
   for (int i = 0; i < 3; ++i) {
@@ -329,7 +351,8 @@ void general_attention(Op& op, const Layer& layer, const std::array<Value, 3>& x
   const Masked scores = broadcast_mask(op, by_heads, {batch, layer.heads, rows, keys});
   Value over = padding;
   if (padding.given()) {
-    if (padding.shape != Shape{batch, keys}) op.fail("key_padding_mask is " + text_of(padding.shape));
+    if (padding.shape != Shape{batch, keys})
+      op.fail("key_padding_mask is " + text_of(padding.shape));
     over = op.view(padding, {batch, 1, 1, keys});
   }
   const Masked hidden = broadcast_mask(op, over, {batch, layer.heads, rows, keys});
@@ -342,47 +365,61 @@ void general_attention(Op& op, const Layer& layer, const std::array<Value, 3>& x
     shape.back() = width;
     part[i] = op.make(Dtype::kFloat32, shape);
     const std::int64_t k = x[i].shape.back(), n = k ? x[i].count() / k : 0;
-    op.step({x[i], bias}, {part[i]},
-            [=, from = x[i], to = part[i], weight = own[i]](const Run& run) {
-              const float* shift = bias.given() ? run.in<float>(bias) + i * width : nullptr;
-              multiply_rows(run.in<float>(from), weight->data(), shift, n, width, k,
-                            run.out<float>(to), run.threads);
-            }, "float32, decoded");
+    op.step(
+        {x[i], bias}, {part[i]},
+        [=, from = x[i], to = part[i], weight = own[i]](const Run& run) {
+          const float* shift = bias.given() ? run.in<float>(bias) + i * width : nullptr;
+          multiply_rows(run.in<float>(from), weight->data(), shift, n, width, k, run.out<float>(to),
+                        run.threads);
+        },
+        "float32, decoded");
   }
   const Value mixed = op.make(Dtype::kFloat32, part[0].shape);
   const Value y = op.make(Dtype::kFloat32, part[0].shape);
-  const Value heads = op.make(
-      Dtype::kFloat32, layer.weights ? Shape{batch, layer.heads, rows, keys} : Shape{0});
-  op.step({part[0], part[1], part[2], by_heads, over}, {mixed, heads}, [=](const Run& run) {
-    const auto of = [&](const Value& value) {
-      const std::int64_t n = value.shape[1 - first];
-      return Part{run.in<float>(value), first ? width : n * width, size,
-                  first ? batch * width : width};
-    };
-    attend(s, of(part[0]), of(part[1]), of(part[2]),
-           [&](std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) {
-             return masked(run, scores, b * scores.batch + h * scores.head + i * scores.row +
-                                            j * scores.key, true) +
-                    masked(run, hidden, b * hidden.batch + j * hidden.key, true);
-           },
-           of(mixed), layer.weights ? run.out<float>(heads) : nullptr, run.threads);
-  }, "float32");
-  op.step({mixed, last}, {y}, [=](const Run& run) {
-    multiply_rows(run.in<float>(mixed), out->data(), last.given() ? run.in<float>(last) : nullptr,
-                  batch * rows, width, width, run.out<float>(y), run.threads);
-  }, "float32, decoded");
+  const Value heads =
+      op.make(Dtype::kFloat32, layer.weights ? Shape{batch, layer.heads, rows, keys} : Shape{0});
+  op.step(
+      {part[0], part[1], part[2], by_heads, over}, {mixed, heads},
+      [=](const Run& run) {
+        const auto of = [&](const Value& value) {
+          const std::int64_t n = value.shape[1 - first];
+          return Part{run.in<float>(value), first ? width : n * width, size,
+                      first ? batch * width : width};
+        };
+        attend(
+            s, of(part[0]), of(part[1]), of(part[2]),
+            [&](std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) {
+              return masked(run, scores,
+                            b * scores.batch + h * scores.head + i * scores.row + j * scores.key,
+                            true) +
+                     masked(run, hidden, b * hidden.batch + j * hidden.key, true);
+            },
+            of(mixed), layer.weights ? run.out<float>(heads) : nullptr, run.threads);
+      },
+      "float32");
+  op.step(
+      {mixed, last}, {y},
+      [=](const Run& run) {
+        multiply_rows(run.in<float>(mixed), out->data(),
+                      last.given() ? run.in<float>(last) : nullptr, batch * rows, width, width,
+                      run.out<float>(y), run.threads);
+      },
+      "float32, decoded");
   if (!layer.weights || !layer.average) return op.result({y, heads});
   const Value mean = op.make(Dtype::kFloat32, {batch, rows, keys});
-  op.step({heads}, {mean}, [=](const Run& run) {
-    const std::int64_t n = rows * keys;
-    for (std::int64_t b = 0; b < batch; ++b)
-      for (std::int64_t i = 0; i < n; ++i) {
-        float sum = 0.0f;
-        for (std::int64_t h = 0; h < layer.heads; ++h)
-          sum += run.in<float>(heads)[(b * layer.heads + h) * n + i];
-        run.out<float>(mean)[b * n + i] = sum / static_cast<float>(layer.heads);
-      }
-  }, "float32");
+  op.step(
+      {heads}, {mean},
+      [=](const Run& run) {
+        const std::int64_t n = rows * keys;
+        for (std::int64_t b = 0; b < batch; ++b)
+          for (std::int64_t i = 0; i < n; ++i) {
+            float sum = 0.0f;
+            for (std::int64_t h = 0; h < layer.heads; ++h)
+              sum += run.in<float>(heads)[(b * layer.heads + h) * n + i];
+            run.out<float>(mean)[b * n + i] = sum / static_cast<float>(layer.heads);
+          }
+      },
+      "float32");
   op.result({y, mean});
 }
 
@@ -391,9 +428,11 @@ void general_attention(Op& op, const Layer& layer, const std::array<Value, 3>& x
 void attention_layer(Op& op) {
   const Json& settings = op.settings();
   const std::array<Value, 3> x{op.floats("query"), op.floats("key"), op.floats("value")};
-  Layer layer{op.layer(), settings.at("embed_dim", Kind::kInteger).integer,
+  Layer layer{op.layer(),
+              settings.at("embed_dim", Kind::kInteger).integer,
               settings.at("num_heads", Kind::kInteger).integer,
-              settings.at("batch_first", Kind::kBool).integer != 0, op.flag("need_weights", true),
+              settings.at("batch_first", Kind::kBool).integer != 0,
+              op.flag("need_weights", true),
               op.flag("average_attn_weights", true)};
   const bool hint = op.flag("is_causal", false);
   const bool good = layer.width >= 1 && layer.heads >= 1 && layer.width % layer.heads == 0 &&
@@ -420,7 +459,7 @@ void attention_layer(Op& op) {
 }
 
 Operators product_operators() {
-  return {{"Linear", linear_operator}, {"MatMul", matmul},       {"BatchMatMul", matmul},
+  return {{"Linear", linear_operator}, {"MatMul", matmul},        {"BatchMatMul", matmul},
           {"MatMul2d", matmul},        {"AddMatMul", add_matmul}, {"Attention", attention}};
 }
 

@@ -49,9 +49,7 @@ void for_rows(const Walk& walk, int threads, F&& f) {
   spread(threads, walk.rows, walk.n, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
       const std::int64_t first = place(row, walk.kept, walk.kept_strides);
-      f(row, [&](std::int64_t i) {
-        return first + (line ? i * walk.gone_strides[0] : places[i]);
-      });
+      f(row, [&](std::int64_t i) { return first + (line ? i * walk.gone_strides[0] : places[i]); });
     }
   });
 }
@@ -71,15 +69,18 @@ void sum_operator(Op& op, bool all, F f, G g) {
   if (x.dtype != Dtype::kFloat32) op.fail(std::string("x is ") + name_of(x.dtype));
   const Walk walk = walk_of(op, x, all);
   const Value y = op.make(Dtype::kFloat32, walk.result);
-  op.step({x}, {y}, [=](const Run& run) {
-    const float* in = run.in<float>(x);
-    float* out = run.out<float>(y);
-    for_rows(walk, run.threads, [&](std::int64_t row, auto&& at) {
-      double sum = 0.0;
-      for (std::int64_t i = 0; i < walk.n; ++i) sum += f(static_cast<double>(in[at(i)]));
-      out[row] = static_cast<float>(g(sum, static_cast<double>(walk.n)));
-    });
-  }, "float32");
+  op.step(
+      {x}, {y},
+      [=](const Run& run) {
+        const float* in = run.in<float>(x);
+        float* out = run.out<float>(y);
+        for_rows(walk, run.threads, [&](std::int64_t row, auto&& at) {
+          double sum = 0.0;
+          for (std::int64_t i = 0; i < walk.n; ++i) sum += f(static_cast<double>(in[at(i)]));
+          out[row] = static_cast<float>(g(sum, static_cast<double>(walk.n)));
+        });
+      },
+      "float32");
   op.result(y);
 }
 
@@ -107,16 +108,17 @@ void whole_sum(Op& op) {
 }
 
 void sum(Op& op) {
-  const bool whole = op.in("x").dtype != Dtype::kFloat32 &&
-                     op.dtype("dtype", Dtype::kInt64) == Dtype::kInt64;
+  const bool whole =
+      op.in("x").dtype != Dtype::kFloat32 && op.dtype("dtype", Dtype::kInt64) == Dtype::kInt64;
   if (whole) return whole_sum(op);
   sum_operator(op, false, [](double x) { return x; }, [](double total, double) { return total; });
 }
 
 void norm(Op& op) {
   if (op.real("ord", 2.0) != 2.0) op.fail("a norm that is not of order 2");
-  sum_operator(op, false, [](double x) { return x * x; },
-               [](double total, double) { return std::sqrt(total); });
+  sum_operator(
+      op, false, [](double x) { return x * x; },
+      [](double total, double) { return std::sqrt(total); });
 }
 
 void variance(Op& op) {
@@ -124,17 +126,21 @@ void variance(Op& op) {
   const double correction = op.real("correction", 1.0);
   const Walk walk = walk_of(op, x, false);
   const Value y = op.make(Dtype::kFloat32, walk.result);
-  op.step({x}, {y}, [=](const Run& run) {
-    const float* in = run.in<float>(x);
-    for_rows(walk, run.threads, [&](std::int64_t row, auto&& at) {
-      double total = 0.0, square = 0.0;
-      for (std::int64_t i = 0; i < walk.n; ++i) total += in[at(i)];
-      const double middle = total / static_cast<double>(walk.n);
-      for (std::int64_t i = 0; i < walk.n; ++i) square += (in[at(i)] - middle) * (in[at(i)] - middle);
-      const double n = std::max(0.0, static_cast<double>(walk.n) - correction);
-      run.out<float>(y)[row] = static_cast<float>(square / n);
-    });
-  }, "float32");
+  op.step(
+      {x}, {y},
+      [=](const Run& run) {
+        const float* in = run.in<float>(x);
+        for_rows(walk, run.threads, [&](std::int64_t row, auto&& at) {
+          double total = 0.0, square = 0.0;
+          for (std::int64_t i = 0; i < walk.n; ++i) total += in[at(i)];
+          const double middle = total / static_cast<double>(walk.n);
+          for (std::int64_t i = 0; i < walk.n; ++i)
+            square += (in[at(i)] - middle) * (in[at(i)] - middle);
+          const double n = std::max(0.0, static_cast<double>(walk.n) - correction);
+          run.out<float>(y)[row] = static_cast<float>(square / n);
+        });
+      },
+      "float32");
   op.result(y);
 }
 
@@ -144,17 +150,20 @@ void extreme(Op& op) {
   const Walk walk = walk_of(op, x, false);
   if (walk.n < 1) op.fail("an extreme of no values");
   const Value y = op.make(Dtype::kFloat32, walk.result);
-  op.step({x}, {y}, [=](const Run& run) {
-    const float* in = run.in<float>(x);
-    for_rows(walk, run.threads, [&](std::int64_t row, auto&& at) {
-      float found = in[at(0)];
-      for (std::int64_t i = 1; i < walk.n; ++i) {
-        const float value = in[at(i)];
-        if ((Most ? value > found : value < found) || std::isnan(value)) found = value;
-      }
-      run.out<float>(y)[row] = found;
-    });
-  }, "float32");
+  op.step(
+      {x}, {y},
+      [=](const Run& run) {
+        const float* in = run.in<float>(x);
+        for_rows(walk, run.threads, [&](std::int64_t row, auto&& at) {
+          float found = in[at(0)];
+          for (std::int64_t i = 1; i < walk.n; ++i) {
+            const float value = in[at(i)];
+            if ((Most ? value > found : value < found) || std::isnan(value)) found = value;
+          }
+          run.out<float>(y)[row] = found;
+        });
+      },
+      "float32");
   op.result(y);
 }
 
@@ -224,11 +233,16 @@ void cumulative_sum(Op& op) {
 }  // namespace
 
 Operators reduction_operators() {
-  return {{"ReduceMean", mean},          {"ReduceMeanAll", mean_of_all},
-          {"ReduceSum", sum},            {"ReduceL2", norm},
-          {"Variance", variance},        {"ReduceMax", extreme<true>},
-          {"ReduceMin", extreme<false>}, {"ReduceAny", truth<true>},
-          {"ReduceAll", truth<false>},   {"ArgMax", arg_max},
+  return {{"ReduceMean", mean},
+          {"ReduceMeanAll", mean_of_all},
+          {"ReduceSum", sum},
+          {"ReduceL2", norm},
+          {"Variance", variance},
+          {"ReduceMax", extreme<true>},
+          {"ReduceMin", extreme<false>},
+          {"ReduceAny", truth<true>},
+          {"ReduceAll", truth<false>},
+          {"ArgMax", arg_max},
           {"CumSum", cumulative_sum}};
 }
 

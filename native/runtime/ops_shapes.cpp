@@ -372,8 +372,10 @@ void roll(Op& op) {
     if (!x.rank() || !x.shape[axis]) continue;
     const std::int64_t size = x.shape[axis], shift = (shifts[i] % size + size) % size;
     if (shift)
-      x = joined(op, {sliced(op, x, axis, size - shift, shift, 1),
-                      sliced(op, x, axis, 0, size - shift, 1)}, axis);
+      x = joined(
+          op,
+          {sliced(op, x, axis, size - shift, shift, 1), sliced(op, x, axis, 0, size - shift, 1)},
+          axis);
   }
   op.result(x.id == op.in("x").id ? op.view(x, x.shape) : x);
 }
@@ -433,24 +435,42 @@ void int_neg(Op& op) {
 }  // namespace
 
 Operators shape_operators() {
-  return {{"Reshape", reshape},   {"ReshapeCopy", reshape},
-          {"Flatten", flatten},   {"Unflatten", unflatten},
-          {"Transpose", transpose}, {"SwapAxes", swap_axes},
-          {"MoveAxis", move_axis}, {"T", transpose_matrix},
-          {"Squeeze", squeeze},   {"SqueezeAxes", squeeze_several},
-          {"Unsqueeze", unsqueeze}, {"Expand", expand},
-          {"Tile", tile},         {"Repeat", repeat},
-          {"Concat", concat},     {"Stack", stack},
-          {"Slice", slice},       {"Select", select},
-          {"Split", split},       {"SplitSizes", split_sizes},
-          {"Chunk", chunk},       {"Unbind", unbind},
-          {"Flip", flip},         {"Unfold", unfold},
-          {"Roll", roll},         {"Identity", same},
-          {"Contiguous", same},   {"Alias", same},
-          {"Dropout", same},      {"Item", item},
-          {"Size", size},         {"IntAdd", int_add},
-          {"IntSub", int_sub},    {"IntMul", int_mul},
-          {"IntFloorDiv", int_floor_div}, {"IntNeg", int_neg}};
+  return {{"Reshape", reshape},
+          {"ReshapeCopy", reshape},
+          {"Flatten", flatten},
+          {"Unflatten", unflatten},
+          {"Transpose", transpose},
+          {"SwapAxes", swap_axes},
+          {"MoveAxis", move_axis},
+          {"T", transpose_matrix},
+          {"Squeeze", squeeze},
+          {"SqueezeAxes", squeeze_several},
+          {"Unsqueeze", unsqueeze},
+          {"Expand", expand},
+          {"Tile", tile},
+          {"Repeat", repeat},
+          {"Concat", concat},
+          {"Stack", stack},
+          {"Slice", slice},
+          {"Select", select},
+          {"Split", split},
+          {"SplitSizes", split_sizes},
+          {"Chunk", chunk},
+          {"Unbind", unbind},
+          {"Flip", flip},
+          {"Unfold", unfold},
+          {"Roll", roll},
+          {"Identity", same},
+          {"Contiguous", same},
+          {"Alias", same},
+          {"Dropout", same},
+          {"Item", item},
+          {"Size", size},
+          {"IntAdd", int_add},
+          {"IntSub", int_sub},
+          {"IntMul", int_mul},
+          {"IntFloorDiv", int_floor_div},
+          {"IntNeg", int_neg}};
 }
 
 }  // namespace subbyte::runtime

@@ -10,9 +10,9 @@ namespace {
 template <int Dims, bool Same>
 void conv_operator(Op& op) {
   const Value x = op.floats("x"), weight = op.floats("weight"), bias = op.maybe_floats("bias");
-  ConvSettings s = conv_settings(op, Dims, op.integer("group", 1), op.integers("strides", {1}),
-                                 Same ? Shape{0} : op.integers("pads", {0}),
-                                 op.integers("dilations", {1}));
+  ConvSettings s =
+      conv_settings(op, Dims, op.integer("group", 1), op.integers("strides", {1}),
+                    Same ? Shape{0} : op.integers("pads", {0}), op.integers("dilations", {1}));
   if (weight.rank() != Dims + 2) op.fail("the weight is " + text_of(weight.shape));
   if (Same) {
     const std::string word = op.word("pads", "valid");
@@ -20,13 +20,17 @@ void conv_operator(Op& op) {
     if (word == "same") pad_same(s, {weight.shape.begin() + 2, weight.shape.end()});
   }
   const Geometry g = geometry_of(op, s, x, weight.shape, false);
-  if (bias.given() && bias.shape != Shape{g.out_channels}) op.fail("the bias is " + text_of(bias.shape));
+  if (bias.given() && bias.shape != Shape{g.out_channels})
+    op.fail("the bias is " + text_of(bias.shape));
   const Value y = op.make(Dtype::kFloat32, result_of(g, x, Dims));
-  op.step({x, weight, bias}, {y}, [=](const Run& run) {
-    convolve(g, run.in<float>(x), run.in<float>(weight),
-             bias.given() ? run.in<float>(bias) : nullptr, x.shape[0], run.out<float>(y),
-             run.threads);
-  }, "float32");
+  op.step(
+      {x, weight, bias}, {y},
+      [=](const Run& run) {
+        convolve(g, run.in<float>(x), run.in<float>(weight),
+                 bias.given() ? run.in<float>(bias) : nullptr, x.shape[0], run.out<float>(y),
+                 run.threads);
+      },
+      "float32");
   op.result(y);
 }
 
@@ -42,13 +46,17 @@ void transposed_operator(Op& op) {
     if (s.extra[d] < 0 || s.extra[d] >= std::max(s.stride[d], s.dilation[d]))
       op.fail("output_padding is " + text_of(s.extra));
   const Geometry g = geometry_of(op, s, x, weight.shape, true);
-  if (bias.given() && bias.shape != Shape{g.out_channels}) op.fail("the bias is " + text_of(bias.shape));
+  if (bias.given() && bias.shape != Shape{g.out_channels})
+    op.fail("the bias is " + text_of(bias.shape));
   const Value y = op.make(Dtype::kFloat32, result_of(g, x, Dims));
-  op.step({x, weight, bias}, {y}, [=](const Run& run) {
-    convolve_transposed(g, run.in<float>(x), run.in<float>(weight),
-                        bias.given() ? run.in<float>(bias) : nullptr, x.shape[0],
-                        run.out<float>(y), run.threads);
-  }, "float32");
+  op.step(
+      {x, weight, bias}, {y},
+      [=](const Run& run) {
+        convolve_transposed(g, run.in<float>(x), run.in<float>(weight),
+                            bias.given() ? run.in<float>(bias) : nullptr, x.shape[0],
+                            run.out<float>(y), run.threads);
+      },
+      "float32");
   op.result(y);
 }
 
@@ -67,7 +75,8 @@ Pool pool_of(Op& op, const Value& x, int dims, Shape& shape) {
     Shape found = op.integers(name, otherwise);
     if (found.empty()) found = otherwise;
     if (found.size() == 1) found.resize(dims, found[0]);
-    if (static_cast<int>(found.size()) != dims) op.fail(std::string(name) + " is " + text_of(found));
+    if (static_cast<int>(found.size()) != dims)
+      op.fail(std::string(name) + " is " + text_of(found));
     return found;
   };
   const Shape kernel = sizes("kernel_shape", {});
@@ -89,7 +98,8 @@ Pool pool_of(Op& op, const Value& x, int dims, Shape& shape) {
     const std::int64_t room = size + 2 * pads[d] - dilation[d] * (kernel[d] - 1) - 1;
     std::int64_t out = room < 0 ? 0 : (room + (ceil ? stride[d] - 1 : 0)) / stride[d] + 1;
     if (ceil && (out - 1) * stride[d] >= size + pads[d]) --out;
-    if (out < 1) op.fail("x is " + text_of(x.shape) + ", smaller than the window " + text_of(kernel));
+    if (out < 1)
+      op.fail("x is " + text_of(x.shape) + ", smaller than the window " + text_of(kernel));
     pool.g.in[place] = size, pool.g.out[place] = out, pool.g.kernel[place] = kernel[d];
     pool.g.stride[place] = stride[d], pool.g.dilation[place] = dilation[d];
     pool.g.before[place] = pads[d];
@@ -109,20 +119,20 @@ void inside(std::int64_t start, std::int64_t kernel, std::int64_t dilation, std:
 template <class F>
 void for_windows(const Pool& pool, int threads, F&& f) {
   const Geometry& g = pool.g;
-  spread(threads, pool.planes, g.out_values() * g.taps(), [&](std::int64_t begin,
-                                                              std::int64_t end) {
-    std::array<std::int64_t, 3> first, last, start;
-    for (std::int64_t plane = begin; plane < end; ++plane)
-      for (std::int64_t i = 0; i < g.out_values(); ++i) {
-        const std::int64_t at[3] = {i / (g.out[1] * g.out[2]), i / g.out[2] % g.out[1],
-                                    i % g.out[2]};
-        for (int d = 0; d < 3; ++d) {
-          start[d] = at[d] * g.stride[d] - g.before[d];
-          inside(start[d], g.kernel[d], g.dilation[d], g.in[d], first[d], last[d]);
-        }
-        f(plane, i, first, last, start);
-      }
-  });
+  spread(threads, pool.planes, g.out_values() * g.taps(),
+         [&](std::int64_t begin, std::int64_t end) {
+           std::array<std::int64_t, 3> first, last, start;
+           for (std::int64_t plane = begin; plane < end; ++plane)
+             for (std::int64_t i = 0; i < g.out_values(); ++i) {
+               const std::int64_t at[3] = {i / (g.out[1] * g.out[2]), i / g.out[2] % g.out[1],
+                                           i % g.out[2]};
+               for (int d = 0; d < 3; ++d) {
+                 start[d] = at[d] * g.stride[d] - g.before[d];
+                 inside(start[d], g.kernel[d], g.dilation[d], g.in[d], first[d], last[d]);
+               }
+               f(plane, i, first, last, start);
+             }
+         });
 }
 
 // g(value) for the values of a window.
@@ -132,8 +142,8 @@ void for_values(const Geometry& g, const float* x, const std::array<std::int64_t
                 F&& f) {
   for (std::int64_t a = first[0]; a < last[0]; ++a)
     for (std::int64_t b = first[1]; b < last[1]; ++b) {
-      const float* row = x + ((start[0] + a * g.dilation[0]) * g.in[1] + start[1] +
-                              b * g.dilation[1]) * g.in[2];
+      const float* row =
+          x + ((start[0] + a * g.dilation[0]) * g.in[1] + start[1] + b * g.dilation[1]) * g.in[2];
       for (std::int64_t c = first[2]; c < last[2]; ++c) f(row[start[2] + c * g.dilation[2]]);
     }
 }
@@ -144,18 +154,23 @@ void max_pool(Op& op) {
   Shape shape;
   const Pool pool = pool_of(op, x, Dims, shape);
   const Value y = op.make(Dtype::kFloat32, shape);
-  op.step({x}, {y}, [=](const Run& run) {
-    const float* in = run.in<float>(x);
-    float* out = run.out<float>(y);
-    for_windows(pool, run.threads, [&](std::int64_t plane, std::int64_t i, const auto& first,
-                                       const auto& last, const auto& start) {
-      float most = -std::numeric_limits<float>::infinity();
-      for_values(pool.g, in + plane * pool.g.in_values(), first, last, start, [&](float value) {
-        if (value > most || std::isnan(value)) most = value;
-      });
-      out[plane * pool.g.out_values() + i] = most;
-    });
-  }, "float32");
+  op.step(
+      {x}, {y},
+      [=](const Run& run) {
+        const float* in = run.in<float>(x);
+        float* out = run.out<float>(y);
+        for_windows(pool, run.threads,
+                    [&](std::int64_t plane, std::int64_t i, const auto& first, const auto& last,
+                        const auto& start) {
+                      float most = -std::numeric_limits<float>::infinity();
+                      for_values(pool.g, in + plane * pool.g.in_values(), first, last, start,
+                                 [&](float value) {
+                                   if (value > most || std::isnan(value)) most = value;
+                                 });
+                      out[plane * pool.g.out_values() + i] = most;
+                    });
+      },
+      "float32");
   op.result(y);
 }
 
@@ -168,23 +183,28 @@ void average_pool(Op& op) {
   const std::int64_t divisor = op.integer("divisor_override", 0);
   if (divisor < 0) op.fail("divisor_override is " + std::to_string(divisor));
   const Value y = op.make(Dtype::kFloat32, shape);
-  op.step({x}, {y}, [=](const Run& run) {
-    const float* in = run.in<float>(x);
-    float* out = run.out<float>(y);
-    const Geometry& g = pool.g;
-    for_windows(pool, run.threads, [&](std::int64_t plane, std::int64_t i, const auto& first,
-                                       const auto& last, const auto& start) {
-      float sum = 0.0f;
-      for_values(g, in + plane * g.in_values(), first, last, start,
-                 [&](float value) { sum += value; });
-      std::int64_t count = 1;
-      for (int d = 3 - Dims; d < 3; ++d) {
-        const std::int64_t end = std::min(start[d] + g.kernel[d], g.in[d] + g.before[d]);
-        count *= padding ? end - start[d] : last[d] - first[d];
-      }
-      out[plane * g.out_values() + i] = sum / static_cast<float>(divisor ? divisor : count);
-    });
-  }, "float32");
+  op.step(
+      {x}, {y},
+      [=](const Run& run) {
+        const float* in = run.in<float>(x);
+        float* out = run.out<float>(y);
+        const Geometry& g = pool.g;
+        for_windows(
+            pool, run.threads,
+            [&](std::int64_t plane, std::int64_t i, const auto& first, const auto& last,
+                const auto& start) {
+              float sum = 0.0f;
+              for_values(g, in + plane * g.in_values(), first, last, start,
+                         [&](float value) { sum += value; });
+              std::int64_t count = 1;
+              for (int d = 3 - Dims; d < 3; ++d) {
+                const std::int64_t end = std::min(start[d] + g.kernel[d], g.in[d] + g.before[d]);
+                count *= padding ? end - start[d] : last[d] - first[d];
+              }
+              out[plane * g.out_values() + i] = sum / static_cast<float>(divisor ? divisor : count);
+            });
+      },
+      "float32");
   op.result(y);
 }
 
@@ -199,7 +219,8 @@ void adaptive_average(Op& op) {
   for (int d = 0; d < x.rank() - Dims; ++d) planes *= x.shape[d];
   for (int d = 0; d < Dims; ++d) {
     const int at = x.rank() - Dims + d;
-    const Arg& own = sizes.kind == Arg::Kind::kList && sizes.list.size() == Dims ? sizes.list[d] : sizes;
+    const Arg& own =
+        sizes.kind == Arg::Kind::kList && sizes.list.size() == Dims ? sizes.list[d] : sizes;
     if (own.kind == Arg::Kind::kInteger)
       shape[at] = own.integer;
     else if (own.kind != Arg::Kind::kNone)
@@ -209,27 +230,32 @@ void adaptive_average(Op& op) {
       op.fail("x is " + text_of(x.shape) + ", the result " + text_of(shape));
   }
   const Value y = op.make(Dtype::kFloat32, shape);
-  op.step({x}, {y}, [=](const Run& run) {
-    const float* from = run.in<float>(x);
-    float* to = run.out<float>(y);
-    const std::int64_t n = in[0] * in[1] * in[2], m = out[0] * out[1] * out[2];
-    const auto low = [](std::int64_t i, std::int64_t of, std::int64_t size) { return i * size / of; };
-    const auto high = [](std::int64_t i, std::int64_t of, std::int64_t size) {
-      return ((i + 1) * size + of - 1) / of;
-    };
-    spread(run.threads, planes, n, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin * m; i < end * m; ++i) {
-        const std::int64_t b = i / out[2] % out[1], c = i % out[2];
-        const std::int64_t top = low(b, out[1], in[1]), bottom = high(b, out[1], in[1]);
-        const std::int64_t left = low(c, out[2], in[2]), right = high(c, out[2], in[2]);
-        double sum = 0.0;
-        for (std::int64_t row = top; row < bottom; ++row)
-          for (std::int64_t column = left; column < right; ++column)
-            sum += from[i / m * n + row * in[2] + column];
-        to[i] = static_cast<float>(sum / static_cast<double>((bottom - top) * (right - left)));
-      }
-    });
-  }, "float32");
+  op.step(
+      {x}, {y},
+      [=](const Run& run) {
+        const float* from = run.in<float>(x);
+        float* to = run.out<float>(y);
+        const std::int64_t n = in[0] * in[1] * in[2], m = out[0] * out[1] * out[2];
+        const auto low = [](std::int64_t i, std::int64_t of, std::int64_t size) {
+          return i * size / of;
+        };
+        const auto high = [](std::int64_t i, std::int64_t of, std::int64_t size) {
+          return ((i + 1) * size + of - 1) / of;
+        };
+        spread(run.threads, planes, n, [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t i = begin * m; i < end * m; ++i) {
+            const std::int64_t b = i / out[2] % out[1], c = i % out[2];
+            const std::int64_t top = low(b, out[1], in[1]), bottom = high(b, out[1], in[1]);
+            const std::int64_t left = low(c, out[2], in[2]), right = high(c, out[2], in[2]);
+            double sum = 0.0;
+            for (std::int64_t row = top; row < bottom; ++row)
+              for (std::int64_t column = left; column < right; ++column)
+                sum += from[i / m * n + row * in[2] + column];
+            to[i] = static_cast<float>(sum / static_cast<double>((bottom - top) * (right - left)));
+          }
+        });
+      },
+      "float32");
   op.result(y);
 }
 

@@ -14,7 +14,8 @@ constexpr std::size_t kNodes = 100000;
 constexpr int kDepth = 6;
 
 Input input_of(const Json& json) {
-  Input input{json.at("name", Kind::kText).text, {}, dtype_named(json.at("dtype", Kind::kText).text)};
+  Input input{
+      json.at("name", Kind::kText).text, {}, dtype_named(json.at("dtype", Kind::kText).text)};
   for (const Json& size : json.at("shape", Kind::kList).items) {
     if (!size.is(Kind::kNull) && (!size.is(Kind::kInteger) || size.integer < 0))
       throw Error("input '" + shown(input.name) + "' has a size that is none");

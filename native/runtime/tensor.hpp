@@ -9,7 +9,16 @@
 namespace subbyte::runtime {
 
 enum class Dtype : std::uint8_t {
-  kFloat32, kFloat64, kFloat16, kBFloat16, kInt64, kInt32, kInt16, kInt8, kUint8, kBool
+  kFloat32,
+  kFloat64,
+  kFloat16,
+  kBFloat16,
+  kInt64,
+  kInt32,
+  kInt16,
+  kInt8,
+  kUint8,
+  kBool
 };
 
 using Shape = std::vector<std::int64_t>;

@@ -166,7 +166,8 @@ bool Packed::served(std::int64_t row_length) const {
 std::vector<float> Packed::row_scales() const {
   std::vector<float> found(rows());
   const float divisor = static_cast<float>(affine_.factor * inverse_);
-  for (std::size_t i = 0; i < found.size(); ++i) found[i] = unit_[unit_.size() == 1 ? 0 : i] / divisor;
+  for (std::size_t i = 0; i < found.size(); ++i)
+    found[i] = unit_[unit_.size() == 1 ? 0 : i] / divisor;
   return found;
 }
 

@@ -21,7 +21,7 @@ class Packed {
   const Shape& shape() const { return entry_.shape; }
   const std::vector<float>& bias() const { return bias_; }  // empty: none
   std::int64_t rows() const { return entry_.shape.empty() ? 1 : entry_.shape[0]; }
-  std::int64_t rank() const { return rank_; }  // of the adapter, 0: none
+  std::int64_t rank() const { return rank_; }               // of the adapter, 0: none
   const std::vector<float>& up() const { return up_; }      // [out][rank], scaled
   const std::vector<float>& down() const { return down_; }  // [groups * rank][width]
   bool by_groups() const { return entry_.grid.group > 0; }

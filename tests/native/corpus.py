@@ -58,8 +58,8 @@ class Words(nn.Module):
         z = F.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).flatten(2)
         z = torch.where(z > 0, z, z.exp().masked_fill(z < -1, 0.0))
         first, second = z.chunk(2, -1)
-        z = torch.cat([first @ second.transpose(1, 2), z.softmax(-1)], -1)[..., :8]
-        return F.gelu(self.head(z)), weights.argmax(-1)
+        z = torch.cat([first * second, z.softmax(-1)], -1)[..., :8]
+        return F.gelu(self.head(z)), weights.amax(-1)
 
 
 def write(name, net, example, method):

@@ -65,8 +65,9 @@ Bytes read(const std::string& path) {
 
 // A number, a letter, a bit or a piece of the header is another; the header's length stays right.
 Bytes mutated(const std::vector<Bytes>& corpus, std::mt19937_64& random) {
-  static const char* const kWords[] = {"0", "-1", "1", "2", "3", "255", "4294967296", "null", "true",
-                                       "9223372036854775807", "1e308", "[]", "{}", "\"\"", "1000000"};
+  static const char* const kWords[] = {"0",     "-1",         "1",    "2",    "3",
+                                       "255",   "4294967296", "null", "true", "9223372036854775807",
+                                       "1e308", "[]",         "{}",   "\"\"", "1000000"};
   Bytes bytes = corpus[random() % corpus.size()];
   for (int i = static_cast<int>(random() % 4); i >= 0; --i) {
     std::uint64_t length = 0;
@@ -117,20 +118,23 @@ int main(int argc, char** argv) {
   std::vector<Bytes> corpus;
   if (DIR* folder = opendir(argv[1])) {
     while (const dirent* entry = readdir(folder))
-      if (entry->d_name[0] != '.') corpus.push_back(read(std::string(argv[1]) + "/" + entry->d_name));
+      if (entry->d_name[0] != '.')
+        corpus.push_back(read(std::string(argv[1]) + "/" + entry->d_name));
     closedir(folder);
   }
   if (corpus.empty()) return std::fprintf(stderr, "%s: no files\n", argv[1]), 2;
   for (const Bytes& bytes : corpus) attempt(bytes);
   if (counts.ran != static_cast<long>(corpus.size()))
     return std::fprintf(stderr, "%ld of %zu files of the corpus run: %s\n", counts.ran,
-                        corpus.size(), subbyte_last_error()), 1;
+                        corpus.size(), subbyte_last_error()),
+           1;
   std::mt19937_64 random(argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 1);
   const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(std::atoi(argv[2]));
   while (std::chrono::steady_clock::now() < end) {
     const Bytes bytes = mutated(corpus, random);
     std::ofstream("fuzz-last.bin", std::ios::binary)
-        .write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
+        .write(reinterpret_cast<const char*>(bytes.data()),
+               static_cast<std::streamsize>(bytes.size()));
     attempt(bytes);
   }
   std::printf("%ld files, %ld opened, %ld ran\n", counts.files, counts.opened, counts.ran);
