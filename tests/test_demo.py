@@ -25,6 +25,7 @@ def test_the_demo_compares_three_versions(short, tmp_path):
     assert five.bits_per_weight <= 2.39
     assert three.reduction >= 18
     assert result.picture.read_bytes().startswith(b"\x89PNG")
+    assert 0 < result.without_torch_us < 1e5
     assert (tmp_path / "5-levels" / "net.safetensors").stat().st_size == five.file_bytes
 
 

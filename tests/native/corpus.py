@@ -1,6 +1,6 @@
 """Write the corpus of tests/native/fuzz.cpp: tiny packed files of every kind of layer.
 
-    python tests/native/corpus.py
+python tests/native/corpus.py
 """
 
 import sys
@@ -55,7 +55,12 @@ class Words(nn.Module):
         y, weights = self.attend(x, x, x, attn_mask=self.mask)
         z = self.group(self.one(self.norm(x + y).transpose(1, 2))).transpose(1, 2)
         q = z.reshape(z.shape[0], 4, 2, 4).permute(0, 2, 1, 3)
-        z = F.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).flatten(2)
+        z = (
+            F.scaled_dot_product_attention(q, q, q, is_causal=True)
+            .transpose(1, 2)
+            .contiguous()
+            .flatten(2)
+        )
         z = torch.where(z > 0, z, z.exp().masked_fill(z < -1, 0.0))
         first, second = z.chunk(2, -1)
         z = torch.cat([first * second, z.softmax(-1)], -1)[..., :8]

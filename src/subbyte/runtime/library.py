@@ -20,7 +20,9 @@ except ImportError:  # the package `subbyte_runtime`, on its own
 
 
 MOST_DIMENSIONS = 16
-LIBRARY = "SUBBYTE_RUNTIME"  # environment variable: the library's path, instead of the package's own
+LIBRARY = (
+    "SUBBYTE_RUNTIME"  # environment variable: the library's path, instead of the package's own
+)
 _NAME = "libsubbyte_runtime" + (".dylib" if sys.platform == "darwin" else ".so")
 
 
