@@ -13,6 +13,9 @@ void check_parts(Op& op, const std::vector<Value>& parts, std::int64_t count) {
       op.fail("a norm of " + std::to_string(count) + " values has a tensor " + text_of(part.shape));
 }
 
+// a * b + c, rounded once (but for one case in 2^29), as PyTorch's vectors do.
+inline float fused(float a, double b, double c) { return static_cast<float>(a * b + c); }
+
 const float* maybe(const Run& run, const Value& value) {
   return value.given() ? run.in<float>(value) : nullptr;
 }
@@ -31,8 +34,8 @@ Value affine(Op& op, const Value& x, const Value& scale, const Value& shift,
         float* out = run.out<float>(y);
         spread(run.threads, planes, n, [&](std::int64_t begin, std::int64_t end) {
           for (std::int64_t i = begin; i < end; ++i) {
-            const float factor = a[i % channels], offset = b[i % channels];
-            for (std::int64_t k = i * n; k < (i + 1) * n; ++k) out[k] = offset + in[k] * factor;
+            const double factor = a[i % channels], offset = b[i % channels];
+            for (std::int64_t k = i * n; k < (i + 1) * n; ++k) out[k] = fused(in[k], factor, offset);
           }
         });
       },
@@ -54,7 +57,7 @@ Value batch_norm(Op& op, const Value& x, const std::array<Value, 4>& parts, doub
     for (std::int64_t c = 0; c < channels; ++c) {
       const float inverse = 1.0f / std::sqrt(variance[c] + static_cast<float>(eps));
       a[c] = inverse * (weight ? weight[c] : 1.0f);
-      b[c] = (bias ? bias[c] : 0.0f) - mean[c] * a[c];
+      b[c] = fused(-mean[c], a[c], bias ? bias[c] : 0.0f);
     }
   });
   return affine(op, x, scale, shift, channels);

@@ -123,8 +123,8 @@ class Network:
 
         def seen(_: Any, step: Any) -> None:
             own = step.contents
-            words = (word.decode() for word in (own.op, own.out, own.layer, own.how))
-            steps.append(StepTime(*words, own.seconds))
+            op, out, layer, how = (w.decode() for w in (own.op, own.out, own.layer, own.how))
+            steps.append(StepTime(op, out, layer, how, own.seconds))
 
         check(
             self._library.subbyte_profile(
