@@ -204,7 +204,7 @@ def test_every_operation_of_every_network_is_pytorchs(name, tmp_path):
 
 @pytest.mark.parametrize("name", [n for n in SMALL if n not in ("mobilenetv1", "vit2", "vgg7")])
 def test_whole_networks_agree_without_rounding(name, tmp_path):
-    """In float32 nothing jumps: what is left is the order of sums, some eps of the largest value."""
+    """In float32 nothing jumps: what is left is the order of sums, some eps of the largest."""
     net, inputs = network(name)
     path = tmp_path / "net.safetensors"
     saved(net, inputs, path)
