@@ -19,10 +19,12 @@ import gc
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -217,6 +219,9 @@ def resnet18(batch: int, options: argparse.Namespace) -> dict[str, Any]:
             module(f"subbyte {levels} levels, fused", sb.fuse(net), exact)
             if levels != LEVELS[0]:
                 continue
+            peer = runtime_peer(sb.fuse(net), x, options.threads)
+            entries[peer.name] = (peer, 0)
+            errors[peer.name] = check(peer.name, peer.result(), exact.numpy())
             single = sb.fuse(net)
             for layer in single.modules():
                 if hasattr(layer, "precision"):
@@ -241,6 +246,24 @@ def resnet18(batch: int, options: argparse.Namespace) -> dict[str, Any]:
             errors[peer.name] = check(peer.name, peer.result(), wanted.numpy())
     what = {"network": "ResNet-18", "input": [3, 224, 224], "batch": batch, "errors": errors}
     return measured(entries, options, operations=2 * 1_814_073_344 * batch, **what)
+
+
+def runtime_peer(net: nn.Module, x: Tensor, threads: int) -> Any:
+    """A packed network of 3 levels as the C++ runtime runs its file, NumPy in and out."""
+    from peers import Peer
+
+    import subbyte.runtime
+
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
+        path = Path(folder) / "net.safetensors"
+        sb.save(net, path, example=torch.zeros(2, *x.shape[1:]))
+        opened = subbyte.runtime.open(path, threads=threads)
+    images = x.contiguous().numpy()
+    return Peer(
+        f"subbyte runtime, {LEVELS[0]} levels",
+        lambda: opened.run(images),
+        lambda: opened.run(images),
+    )
 
 
 # ---------------------------------------------------------------- every layer of the zoo
