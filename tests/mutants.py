@@ -30,6 +30,7 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = (
     "src",
+    "native",
     "tests",
     "examples",
     "docs",
@@ -110,7 +111,16 @@ def copy_tree(tree: Path) -> Path:
     if spec is None or spec.origin is None:
         raise SystemExit("the C++ core (subbyte._native) is not built; run `make test` first")
     shutil.copy(spec.origin, tree / "src/subbyte")
+    runtime = next(path for path in runtime_places() if path.is_file())
+    shutil.copy(runtime, tree / "src/subbyte")
     return tree
+
+
+def runtime_places() -> Iterator[Path]:
+    """Where the runtime's library may lie."""
+    from subbyte.runtime import library
+
+    return library.places()
 
 
 def check_unmutated(tree: Path, mutants: list[Mutant]) -> None:
@@ -159,8 +169,8 @@ def build_core(tree: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps"]
     subprocess.run([*pip, "--target", str(target), str(tree)], check=True)
-    (library,) = (target / "subbyte").glob("_native*.so")
-    shutil.copy(library, tree / "src/subbyte")
+    for library in (target / "subbyte").glob("*.so"):
+        shutil.copy(library, tree / "src/subbyte")
 
 
 def run_tests(tree: Path, tests: list[str]) -> tuple[int, str]:

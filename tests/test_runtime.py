@@ -306,6 +306,17 @@ def test_profile_names_every_step(digits):
     assert len({step.out for step in steps}) > 5
 
 
+def test_inputs_by_name_and_with_strides(digits):
+    path, inputs = digits
+    x, net = inputs(4)[0].numpy(), rt.open(path)
+    (own,) = net.inputs
+    assert (own.shape, own.dtype) == ((None, 1, 8, 8), np.dtype("float32"))
+    assert np.array_equal(net.run(**{own.name: x}), net.run(x))
+    assert np.array_equal(net.run(x.swapaxes(2, 3)), net.run(x.swapaxes(2, 3).copy()))
+    assert not np.array_equal(net.run(x.swapaxes(2, 3)), net.run(x))
+    assert net.run(x[:0]).shape == (0, 10)
+
+
 WITHOUT = """
 import importlib.util, sys, numpy as np
 spec = importlib.util.spec_from_file_location("subbyte_runtime", sys.argv[1] + "/__init__.py",

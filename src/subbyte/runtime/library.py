@@ -83,7 +83,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # what each takes; they return an in
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library, loaded. Raises SubbyteError if it is not there."""
-    for path in _places():
+    for path in places():
         if path.is_file():
             return _declared(ctypes.CDLL(str(path)))
     raise SubbyteError(
@@ -92,7 +92,8 @@ def library() -> ctypes.CDLL:
     )
 
 
-def _places() -> Iterator[Path]:
+def places() -> Iterator[Path]:
+    """Where the library may lie, the first that counts first."""
     if os.environ.get(LIBRARY):
         yield Path(os.environ[LIBRARY])
         return
