@@ -6,6 +6,7 @@
 This folder needs NumPy alone, and is the package `subbyte_runtime` where PyTorch is not installed.
 """
 
+from .library import SubbyteError
 from .network import Network, Precision, StepTime, open
 
-__all__ = ["Network", "Precision", "StepTime", "open"]
+__all__ = ["Network", "Precision", "StepTime", "SubbyteError", "open"]
