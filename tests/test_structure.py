@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "subbyte"
 
 ORDER = [
-    "errors", "core", "_native", "packing", "kernels", "methods", "modules", "graph", "models",
-    "storage", "bench", "export", "data", "tasks", "ptq", "train", "report", "commands", "cli",
+    "errors", "runtime", "core", "_native", "packing", "kernels", "methods", "modules", "graph",
+    "models", "storage", "bench", "export", "data", "tasks", "ptq", "train", "report", "commands", "cli",
 ]  # fmt: skip
 
 

@@ -143,23 +143,36 @@ void power_of_tensors(Op& op) {
   op.result(y);
 }
 
-void neg(Op& op) {
-  const Value x = op.in("x");
-  if (x.dtype == Dtype::kFloat32) return map(op, [](float value) { return -value; });
+// f of every whole number, by its bits.
+template <class F>
+void map_whole(Op& op, const Value& x, F f) {
   if (x.dtype != Dtype::kInt64 && x.dtype != Dtype::kInt32) op.fail("a sign of such values");
   const Value y = op.make(x.dtype, x.shape);
   op.step({x}, {y}, [=](const Run& run) {
     with_type(x.dtype, [&](auto unit) {
       using T = decltype(unit);
       for (std::int64_t i = 0, n = x.count(); i < n; ++i)
-        run.out<T>(y)[i] = static_cast<T>(-static_cast<std::uint64_t>(run.in<T>(x)[i]));
+        run.out<T>(y)[i] = static_cast<T>(f(static_cast<std::int64_t>(run.in<T>(x)[i])));
     });
   });
   op.result(y);
 }
 
+std::uint64_t negated(std::int64_t x) { return -static_cast<std::uint64_t>(x); }
+
+void neg(Op& op) {
+  const Value x = op.in("x");
+  if (x.dtype != Dtype::kFloat32) return map_whole(op, x, negated);
+  map(op, [](float value) { return -value; });
+}
+
 void abs_(Op& op) {
-  map(op, [](float x) { return std::abs(x); });
+  const Value x = op.in("x");
+  if (x.dtype != Dtype::kFloat32)
+    return map_whole(op, x, [](std::int64_t value) {
+      return value < 0 ? negated(value) : static_cast<std::uint64_t>(value);
+    });
+  map(op, [](float value) { return std::abs(value); });
 }
 void exp_(Op& op) {
   map(op, [](float x) { return std::exp(x); });
