@@ -54,7 +54,8 @@ case "$1" in
     for file in $runtime; do  # one by one: what has not changed is not compiled again
       object="$out/objects/$(echo "$file" | tr / _).o"
       objects="$objects $object"
-      [ "$object" -nt "$file" ] && continue
+      [ "$object" -nt "$file" ] && [ -z "$(find native "$core" -name '*.[hi]*' -newer "$object")" ] &&
+        continue
       ${CXX:-g++} $flags -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
         -Inative/include -Inative/runtime -c "$file" -o "$object"
     done
