@@ -148,6 +148,9 @@ void for_values(const Geometry& g, const float* x, const std::array<std::int64_t
     }
 }
 
+// NaN stays.
+inline float larger(float x, float y) { return x > y || x != x ? x : y; }
+
 template <int Dims>
 void max_pool(Op& op) {
   const Value x = op.floats("x");
@@ -159,16 +162,24 @@ void max_pool(Op& op) {
       [=](const Run& run) {
         const float* in = run.in<float>(x);
         float* out = run.out<float>(y);
-        for_windows(pool, run.threads,
-                    [&](std::int64_t plane, std::int64_t i, const auto& first, const auto& last,
-                        const auto& start) {
-                      float most = -std::numeric_limits<float>::infinity();
-                      for_values(pool.g, in + plane * pool.g.in_values(), first, last, start,
-                                 [&](float value) {
-                                   if (value > most || std::isnan(value)) most = value;
-                                 });
-                      out[plane * pool.g.out_values() + i] = most;
-                    });
+        const Geometry& g = pool.g;
+        const std::int64_t n = g.out_values(), step = g.stride[2];
+        spread(run.threads, pool.planes, n * g.taps(), [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t plane = begin; plane < end; ++plane) {
+            const float* image = in + plane * g.in_values();
+            float* most = out + plane * n;
+            std::fill_n(most, n, -std::numeric_limits<float>::infinity());
+            for_runs(g, g.in, g.out,
+                     [&](std::int64_t, std::int64_t from, std::int64_t to, std::int64_t count) {
+                       const float* x = image + from;
+                       float* y = most + to;
+                       if (step == 2)  // for the compiler: this one it can do in vectors
+                         for (std::int64_t k = 0; k < count; ++k) y[k] = larger(x[2 * k], y[k]);
+                       else
+                         for (std::int64_t k = 0; k < count; ++k) y[k] = larger(x[k * step], y[k]);
+                     });
+          }
+        });
       },
       "float32");
   op.result(y);
