@@ -35,7 +35,8 @@ Value affine(Op& op, const Value& x, const Value& scale, const Value& shift,
         spread(run.threads, planes, n, [&](std::int64_t begin, std::int64_t end) {
           for (std::int64_t i = begin; i < end; ++i) {
             const double factor = a[i % channels], offset = b[i % channels];
-            for (std::int64_t k = i * n; k < (i + 1) * n; ++k) out[k] = fused(in[k], factor, offset);
+            for (std::int64_t k = i * n; k < (i + 1) * n; ++k)
+              out[k] = fused(in[k], factor, offset);
           }
         });
       },

@@ -1,8 +1,8 @@
 // Every tier of this binary against plain loops over the codes: integers, so equal or wrong.
 //
-// It needs no Python, so that it runs where only a compiler and an emulator are: AVX-512 and AVX-VNNI under
-// SIMDe (make test-avx512), ARM under QEMU (make test-neon), any tier under sanitizers (make
-// test-san).
+// It needs no Python, so that it runs where only a compiler and an emulator are: AVX-512 and
+// AVX-VNNI under SIMDe (make test-avx512), ARM under QEMU (make test-neon), any tier under
+// sanitizers (make test-san).
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
