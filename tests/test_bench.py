@@ -1,5 +1,6 @@
 """`bench` reports what it should, honestly; never how fast this machine is."""
 
+import copy
 import json
 import math
 from dataclasses import FrozenInstanceError, fields, is_dataclass
@@ -55,6 +56,16 @@ def report(digits):
     return bench(digits, torch.randn(1, 8, 8), batches=(1, 3), seconds=SHORT, target="digits")
 
 
+@pytest.fixture(scope="module")
+def in_int8(digits):
+    """The report of a network that the kernels multiply on every instruction set."""
+    net = copy.deepcopy(digits)
+    for module in net.modules():
+        if hasattr(module, "precision"):
+            module.precision = "int8"
+    return bench(net, torch.randn(1, 8, 8), batches=(1, 3), seconds=SHORT, target="digits")
+
+
 # ---------------------------------------------------------------- timing
 
 
@@ -107,9 +118,9 @@ def test_rates_follow_from_the_times(report):
 
 
 @needs_core
-def test_layers_that_the_kernels_serve_have_panels(report):
-    assert report.fallbacks == {}
-    assert all(row.panel_bytes > 0 and row.roof_seconds > 0 for row in report.layers)
+def test_layers_that_the_kernels_serve_have_panels(in_int8):
+    assert in_int8.fallbacks == {}
+    assert all(row.panel_bytes > 0 and row.roof_seconds > 0 for row in in_int8.layers)
 
 
 def test_values_are_frozen_and_json_has_them_all(report):
@@ -304,10 +315,10 @@ def test_a_network_for_any_size_asks_for_one(tmp_path, monkeypatch, capsys):
 
 
 @needs_core
-def test_inspect_says_what_the_panels_take(digits, file, report):
+def test_inspect_says_what_the_panels_take(digits, file, in_int8):
     sizes = size_report(file)
     panels = {layer.name: layer.panel_bytes for layer in sizes.layers}
-    assert panels == {row.name: row.panel_bytes for row in report.layers if row.batch == 1}
+    assert panels == {row.name: row.panel_bytes for row in in_int8.layers if row.batch == 1}
     value = sizes.to_dict()
     assert value["panels"] == {"tier": tier(), "bytes": sum(panels.values())}
     assert [layer["panel_bytes"] for layer in value["layers"]] == list(panels.values())
