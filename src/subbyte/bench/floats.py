@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.kernels import Activation, finish
-from subbyte.modules import PACKED, SEVERAL, PackedMultiheadAttention
+from subbyte.modules import PACKED, SEVERAL
 
 _FLOAT: dict[Any, Any] = {packed: kind for kind, packed in PACKED.items()}
 PACKED_TYPES: tuple[type[nn.Module], ...] = (*_FLOAT, *SEVERAL.values())
@@ -28,10 +28,9 @@ def float_twin(net: nn.Module) -> nn.Module:
 
 
 def _float_layer(layer: Any) -> nn.Module:
-    if isinstance(layer, PackedMultiheadAttention):
-        return _attention(layer)
-    if type(layer) in SEVERAL.values():
-        return layer.float_layer()
+    if isinstance(layer, tuple(SEVERAL.values())):
+        found: nn.Module = layer.float_layer()
+        return found
     kind, weight = _FLOAT[type(layer)], layer.weight
     twin: Any
     with torch.device("meta"):
@@ -66,28 +65,6 @@ def _convolution(kind: Any, layer: Any, weight: Tensor) -> Any:
     if kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
         ends = (weight.shape[0], weight.shape[1] * layer.groups)
     return kind(*ends, tuple(weight.shape[2:]), bias=layer.bias is not None, **settings)
-
-
-def _attention(layer: PackedMultiheadAttention) -> nn.Module:
-    """Projections as `nn.MultiheadAttention` holds them."""
-    with torch.device("meta"):
-        twin: Any = nn.MultiheadAttention(
-            layer.embed_dim, layer.num_heads, layer.dropout, layer.in_proj_bias is not None,
-            layer.bias_k is not None, layer.add_zero_attn, batch_first=layer.batch_first,
-        )  # fmt: skip
-    if layer.joint:
-        twin.in_proj_weight = _parameter(layer.in_proj())
-    else:
-        twin._qkv_same_embed_dim, twin.in_proj_weight = False, None
-        for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(twin, f"{name}_weight", _parameter(getattr(layer, name)()))
-    for name in ("in_proj_bias", "bias_k", "bias_v"):
-        value = getattr(layer, name)
-        setattr(twin, name, None if value is None else _parameter(value))
-    out: Any = layer.out_proj
-    twin.out_proj.weight = _parameter(out.weight)
-    twin.out_proj.bias = None if out.bias is None else _parameter(out.bias)
-    return twin
 
 
 def _parameter(value: Tensor) -> nn.Parameter:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -137,6 +138,26 @@ class PackedMultiheadAttention(nn.Module):
             mixed = mixed.transpose(0, 1)
         out: Tensor = self.out_proj(mixed)
         return out
+
+    def float_layer(self) -> nn.MultiheadAttention:
+        """The layer of torch.nn with the decoded weights."""
+        with torch.device("meta"):
+            twin: Any = nn.MultiheadAttention(
+                self.embed_dim, self.num_heads, self.dropout, self.in_proj_bias is not None,
+                self.bias_k is not None, self.add_zero_attn, batch_first=self.batch_first,
+            )  # fmt: skip
+        if self.joint:
+            twin.in_proj_weight = frozen_bias(self.in_proj_weight)
+        else:
+            twin._qkv_same_embed_dim, twin.in_proj_weight = False, None
+            for name in ("q_proj", "k_proj", "v_proj"):
+                setattr(twin, f"{name}_weight", frozen_bias(getattr(self, name)()))
+        for name in ("in_proj_bias", "bias_k", "bias_v"):
+            setattr(twin, name, frozen_bias(getattr(self, name)))
+        twin.out_proj.weight = frozen_bias(self.out_proj.weight)
+        twin.out_proj.bias = frozen_bias(self.out_proj.bias)
+        found: nn.MultiheadAttention = twin
+        return found
 
     def _separate_weights(self, query: Tensor) -> dict[str, Tensor]:
         names = () if self.joint else ("q_proj", "k_proj", "v_proj")

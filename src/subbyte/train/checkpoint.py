@@ -97,7 +97,11 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
 
 def sealed(data: bytes) -> bytes:
     """The bytes with their checksum behind them; torch.load reads them as before."""
-    return data + _MARK + hashlib.sha256(data).digest()
+    return data + _seal(data)
+
+
+def _seal(data: bytes) -> bytes:
+    return _MARK + hashlib.sha256(data).digest()
 
 
 def load_checkpoint(path: Path, config: RunConfig) -> Checkpoint:
@@ -121,13 +125,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise SubbyteError(f"{path}: no checkpoint to resume; start the run without resume")
     data = path.read_bytes()
     end = max(0, len(data) - len(_MARK) - 32)
-    if sealed(data[:end]) != data:
+    content_bytes = data[:end]
+    if data[end:] != _seal(content_bytes):
         raise SubbyteError(
             f"{path}: the checksum does not fit, the checkpoint is damaged or of an older version; "
             "take a copy, or delete it and start again"
         )
     try:
-        content = torch.load(io.BytesIO(data[:end]), map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(content_bytes), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make the unpickler raise almost anything
         raise SubbyteError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); delete it and start again"
