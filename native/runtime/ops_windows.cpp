@@ -7,6 +7,27 @@
 namespace subbyte::runtime {
 namespace {
 
+struct Operands {
+  Value x, weight, bias;
+};
+
+// The result of a convolution whose geometry is known, plain or transposed.
+void convolution(Op& op, const Geometry& g, const Operands& given, int dims,
+                 decltype(&convolve) product) {
+  if (given.bias.given() && given.bias.shape != Shape{g.out_channels})
+    op.fail("the bias is " + text_of(given.bias.shape));
+  const Value y = op.make(Dtype::kFloat32, result_of(g, given.x, dims));
+  op.step(
+      {given.x, given.weight, given.bias}, {y},
+      [=](const Run& run) {
+        product(g, run.in<float>(given.x), run.in<float>(given.weight),
+                given.bias.given() ? run.in<float>(given.bias) : nullptr, given.x.shape[0],
+                run.out<float>(y), run.threads);
+      },
+      "float32");
+  op.result(y);
+}
+
 template <int Dims, bool Same>
 void conv_operator(Op& op) {
   const Value x = op.floats("x"), weight = op.floats("weight"), bias = op.maybe_floats("bias");
@@ -20,18 +41,7 @@ void conv_operator(Op& op) {
     if (word == "same") pad_same(s, {weight.shape.begin() + 2, weight.shape.end()});
   }
   const Geometry g = geometry_of(op, s, x, weight.shape, false);
-  if (bias.given() && bias.shape != Shape{g.out_channels})
-    op.fail("the bias is " + text_of(bias.shape));
-  const Value y = op.make(Dtype::kFloat32, result_of(g, x, Dims));
-  op.step(
-      {x, weight, bias}, {y},
-      [=](const Run& run) {
-        convolve(g, run.in<float>(x), run.in<float>(weight),
-                 bias.given() ? run.in<float>(bias) : nullptr, x.shape[0], run.out<float>(y),
-                 run.threads);
-      },
-      "float32");
-  op.result(y);
+  convolution(op, g, {x, weight, bias}, Dims, convolve);
 }
 
 template <int Dims>
@@ -46,18 +56,7 @@ void transposed_operator(Op& op) {
     if (s.extra[d] < 0 || s.extra[d] >= std::max(s.stride[d], s.dilation[d]))
       op.fail("output_padding is " + text_of(s.extra));
   const Geometry g = geometry_of(op, s, x, weight.shape, true);
-  if (bias.given() && bias.shape != Shape{g.out_channels})
-    op.fail("the bias is " + text_of(bias.shape));
-  const Value y = op.make(Dtype::kFloat32, result_of(g, x, Dims));
-  op.step(
-      {x, weight, bias}, {y},
-      [=](const Run& run) {
-        convolve_transposed(g, run.in<float>(x), run.in<float>(weight),
-                            bias.given() ? run.in<float>(bias) : nullptr, x.shape[0],
-                            run.out<float>(y), run.threads);
-      },
-      "float32");
-  op.result(y);
+  convolution(op, g, {x, weight, bias}, Dims, convolve_transposed);
 }
 
 // ---------------------------------------------------------------- pooling
