@@ -12,7 +12,8 @@ from subbyte.kernels import Activation, finish
 from subbyte.modules import PACKED, SEVERAL
 
 _FLOAT: dict[Any, Any] = {packed: kind for kind, packed in PACKED.items()}
-PACKED_TYPES: tuple[type[nn.Module], ...] = (*_FLOAT, *SEVERAL.values())
+_SEVERAL: Any = tuple(SEVERAL.values())
+PACKED_TYPES: tuple[type[nn.Module], ...] = (*_FLOAT, *_SEVERAL)
 
 
 def float_twin(net: nn.Module) -> nn.Module:
@@ -28,7 +29,7 @@ def float_twin(net: nn.Module) -> nn.Module:
 
 
 def _float_layer(layer: Any) -> nn.Module:
-    if isinstance(layer, tuple(SEVERAL.values())):
+    if isinstance(layer, _SEVERAL):
         found: nn.Module = layer.float_layer()
         return found
     kind, weight = _FLOAT[type(layer)], layer.weight
