@@ -17,7 +17,7 @@ using subbyte::runtime::Npy;
 
 constexpr char kUsage[] =
     "subbyte-run FILE input.npy [input.npy ...] output.npy [--threads N] "
-    "[--precision int8|int16|float32] [--bench] [--profile]";
+    "[--precision int8|dynamic|int16|float32] [--bench] [--profile]";
 
 struct Line {
   std::vector<std::string> files;
@@ -48,11 +48,11 @@ Line line_of(int count, char** words) {
       if (line.threads < 1) throw Failure{"--threads takes a number from 1 up"};
     } else if (word == "--precision") {
       const std::string name = next();
-      if (name != "int8" && name != "int16" && name != "float32")
-        throw Failure{"--precision takes int8, int16 or float32, not '" + name + "'"};
-      line.options.precision = name == "int8"    ? SUBBYTE_PRECISION_INT8
-                               : name == "int16" ? SUBBYTE_PRECISION_INT16
-                                                 : SUBBYTE_PRECISION_FLOAT32;
+      static const char* const kNames[] = {"int8", "int16", "float32", "dynamic"};
+      const auto found = std::find(std::begin(kNames), std::end(kNames), name);
+      if (found == std::end(kNames))
+        throw Failure{"--precision takes int8, dynamic, int16 or float32, not '" + name + "'"};
+      line.options.precision = static_cast<subbyte_precision>(found - kNames);
     } else if (word.rfind("--", 0) == 0) {
       throw Failure{"'" + word + "' is unknown; " + kUsage};
     } else {

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "broadcast.hpp"
+#include "bytes.hpp"
 #include "convs.hpp"
 
 namespace subbyte::runtime {
@@ -167,7 +168,21 @@ void triangle(Op& op) {
   op.result(y);
 }
 
+// Zeros around images in bytes: the last dimension in memory is that of the channels.
+bool pad_bytes(Op& op) {
+  const Value x = op.bytes("x");
+  Shape pads = op.integers("pads");
+  const bool zeros = op.word("mode", "constant") == "constant" && op.real("value", 0.0) == 0.0;
+  if (x.rank() != 4 || !zeros || pads.size() % 2 || pads.size() > 8) return false;
+  pads.resize(8, 0);  // of w, h, c, n
+  const Shape own{pads[4], pads[5], pads[0], pads[1], pads[2], pads[3], pads[6], pads[7]};
+  const Value y = padded(op, plain(op, x), own, "constant", x.scale.zero);
+  op.result(as_bytes(op, y, {y.shape[0], y.shape[3], y.shape[1], y.shape[2]}, x.scale));
+  return true;
+}
+
 void pad(Op& op) {
+  if (pad_bytes(op)) return;
   const Value x = op.in("x");
   const std::string mode = op.word("mode", "constant");
   op.result(padded(op, x, op.integers("pads"), mode, op.real("value", 0.0)));

@@ -62,11 +62,23 @@ struct Frame {
 struct Call {
   const Kernels& kernels;
   const ConvPanels& weight;
+  const Images& x;
   std::int64_t n, h, w;
-  bool last;
+  const Target& y;
   int planes, threads;
   Frame frame;
-  std::uint8_t flip;
+
+  // What a byte of a frame is more than its value, to the dot product: 0, 128 or -128.
+  int offset() const {
+    const int zero = x.bytes ? x.scale.zero : 128;
+    return kernels.flip ? zero : zero - 128;
+  }
+  // What bytes in memory are xored with, so that they are the dot product's.
+  std::uint8_t turn() const { return kernels.flip ^ 0x80; }
+  // The byte of a frame that means 0.
+  std::uint8_t nothing() const {
+    return x.bytes ? static_cast<std::uint8_t>(x.scale.zero ^ turn()) : kernels.flip;
+  }
 
   const ConvShape& shape() const { return weight.shape(); }
   std::int64_t values() const { return shape().channels * h * w; }  // of an image
@@ -74,7 +86,8 @@ struct Call {
 };
 
 // The bits of the largest magnitude of each image.
-std::vector<std::int32_t> peaks_of(const Call& call, const float* x) {
+std::vector<std::int32_t> peaks_of(const Call& call) {
+  const float* x = call.x.floats;
   const std::int64_t parts = (call.threads + call.n - 1) / call.n;
   std::vector<std::int32_t> peaks(call.n * parts), of(call.n);
   parallel(call.threads, call.n * parts, [&](std::int64_t begin, std::int64_t end) {
@@ -100,41 +113,71 @@ void interleave(const std::int8_t* q, std::int64_t stride, std::int64_t n, std::
   }
 }
 
-// Rows [first, last) of one image into its frame, all planes. q: of the image's first plane.
-void fill_rows(const Call& call, const float* image, const Quantized& of, std::int64_t first,
-               std::int64_t last, std::int8_t* q) {
-  thread_local Buffer scratch;
+// The border beside rows [first, last) of one image in its frame, all planes.
+void fill_sides(const Call& call, std::int64_t first, std::int64_t last, std::int8_t* q) {
   const ConvShape& s = call.shape();
   const Frame& frame = call.frame;
-  const std::int64_t w = call.w, rows = last - first, count = s.channels * rows * w;
   const std::int64_t before = s.left * frame.channels, after = s.right * frame.channels;
   for (std::int64_t i = 0; i < call.planes * frame.groups; ++i)
     for (std::int64_t y = s.top + first; y < s.top + last; ++y) {
       std::int8_t* row = q + i * frame.group_values() + y * frame.row();
-      std::memset(row, call.flip, before);
-      std::memset(row + frame.row() - after, call.flip, after);
+      std::memset(row, call.nothing(), before);
+      std::memset(row + frame.row() - after, call.nothing(), after);
     }
-  q += s.top * frame.row() + before;
-  if (call.last && frame.groups == 1) {
+}
+
+// Rows [first, last) of one image of bytes into its frame, whose first value is at q.
+void copy_rows(const Call& call, const std::uint8_t* image, std::int64_t first, std::int64_t last,
+               std::int8_t* q) {
+  const ConvShape& s = call.shape();
+  const Frame& frame = call.frame;
+  const std::uint8_t turn = call.turn();
+  const auto copy = [&](const std::uint8_t* from, std::int64_t n, std::int8_t* to) {
+    if (!turn)
+      std::memcpy(to, from, n);
+    else
+      for (std::int64_t i = 0; i < n; ++i) to[i] = static_cast<std::int8_t>(from[i] ^ turn);
+  };
+  for (std::int64_t g = 0; g < frame.groups; ++g, q += frame.group_values())
+    for (std::int64_t y = first; y < last; ++y) {
+      const std::uint8_t* row = image + y * call.w * s.channels;
+      if (frame.groups == 1)
+        copy(row, call.w * s.channels, q + y * frame.row());
+      else
+        for (std::int64_t x = 0; x < call.w; ++x)
+          copy(row + x * s.channels + g * frame.channels, frame.channels,
+               q + y * frame.row() + x * frame.channels);
+    }
+}
+
+// Rows [first, last) of one image of floats into its frame, whose first value is at q; all planes.
+void round_rows(const Call& call, const float* image, const Quantized& of, std::int64_t first,
+                std::int64_t last, std::int8_t* q) {
+  thread_local Buffer scratch;
+  const ConvShape& s = call.shape();
+  const Frame& frame = call.frame;
+  const std::uint8_t flip = call.kernels.flip;
+  const std::int64_t w = call.w, rows = last - first, count = s.channels * rows * w;
+  if (call.x.last && frame.groups == 1) {
     for (std::int64_t y = first; y < last; ++y)
-      round_planes(call.kernels, image + y * w * s.channels, w * s.channels, of, call.flip,
-                   call.planes, q + y * frame.row(), frame.values());
+      round_planes(call.kernels, image + y * w * s.channels, w * s.channels, of, flip, call.planes,
+                   q + y * frame.row(), frame.values());
     return;
   }
   auto* raw = reinterpret_cast<std::int8_t*>(scratch.reserve(call.planes * count));
-  if (call.last) {
-    round_planes(call.kernels, image + first * w * s.channels, count, of, call.flip, call.planes,
-                 raw, count);
+  if (call.x.last) {
+    round_planes(call.kernels, image + first * w * s.channels, count, of, flip, call.planes, raw,
+                 count);
   } else {
     for (std::int64_t c = 0; c < s.channels; ++c)
-      round_planes(call.kernels, image + (c * call.h + first) * w, rows * w, of, call.flip,
-                   call.planes, raw + c * rows * w, count);
+      round_planes(call.kernels, image + (c * call.h + first) * w, rows * w, of, flip, call.planes,
+                   raw + c * rows * w, count);
   }
   for (int plane = 0; plane < call.planes; ++plane, raw += count)
     for (std::int64_t g = 0; g < frame.groups; ++g, q += frame.group_values())
       for (std::int64_t y = first; y < last; ++y) {
         std::int8_t* out = q + y * frame.row();
-        if (!call.last)
+        if (!call.x.last)
           interleave(raw + (g * frame.channels * rows + y - first) * w, rows * w, w, frame.channels,
                      out);
         else
@@ -146,42 +189,47 @@ void fill_rows(const Call& call, const float* image, const Quantized& of, std::i
 }
 
 // All images as frames [n][planes].
-void fill_frames(const Call& call, const float* x, const std::vector<Quantized>& of,
-                 std::int8_t* q) {
+void fill_frames(const Call& call, const std::vector<Quantized>& of, std::int8_t* q) {
+  const ConvShape& s = call.shape();
   const std::int64_t parts = std::min(call.h, (2 * call.threads + call.n - 1) / call.n);
   parallel(call.threads, call.n * parts, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t image = i / parts, part = i % parts;
-      fill_rows(call, x + image * call.values(), of[image], call.h * part / parts,
-                call.h * (part + 1) / parts, q + image * call.frames());
+      const std::int64_t first = call.h * part / parts, last = call.h * (part + 1) / parts;
+      std::int8_t* frame = q + image * call.frames();
+      fill_sides(call, first, last, frame);
+      frame += s.top * call.frame.row() + s.left * call.frame.channels;
+      if (call.x.bytes)
+        copy_rows(call, call.x.bytes + image * call.values(), first, last, frame);
+      else
+        round_rows(call, call.x.floats + image * call.values(), of[image], first, last, frame);
     }
   });
-  const ConvShape& s = call.shape();
   const std::int64_t above = s.top * call.frame.row(), below = s.bottom * call.frame.row();
   for (std::int64_t i = 0; i < call.n * call.planes * call.frame.groups; ++i) {
     std::int8_t* frame = q + i * call.frame.group_values();
-    std::memset(frame, call.flip, above);
-    std::memset(frame + call.frame.group_values() - below, call.flip, below);
+    std::memset(frame, call.nothing(), above);
+    std::memset(frame + call.frame.group_values() - below, call.nothing(), below);
   }
 }
 
 // The same for activations that stay as they are.
-void fill_floats(const Call& call, const float* x, float* frames) {
+void fill_floats(const Call& call, float* frames) {
   const ConvShape& s = call.shape();
   const Frame& frame = call.frame;
   std::memset(frames, 0, call.n * frame.values() * sizeof(float));
   parallel(call.threads, call.n * call.h, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t y = i % call.h;
-      const float* image = x + i / call.h * call.values();
+      const float* image = call.x.floats + i / call.h * call.values();
       for (std::int64_t g = 0; g < frame.groups; ++g) {
         float* out = frames + i / call.h * frame.values() + g * frame.group_values() +
                      (s.top + y) * frame.row() + s.left * frame.channels;
         const std::int64_t first = g * frame.channels;
-        for (std::int64_t p = 0; call.last && p < call.w; ++p)
+        for (std::int64_t p = 0; call.x.last && p < call.w; ++p)
           std::memcpy(out + p * frame.channels, image + (y * call.w + p) * s.channels + first,
                       frame.channels * sizeof(float));
-        for (std::int64_t c = 0; !call.last && c < frame.channels; ++c)
+        for (std::int64_t c = 0; !call.x.last && c < frame.channels; ++c)
           for (std::int64_t p = 0; p < call.w; ++p)
             out[p * frame.channels + c] = image[((first + c) * call.h + y) * call.w + p];
       }
@@ -302,10 +350,38 @@ Decoded decode_weights(const Call& call, Buffer& scratch) {
   return {out, blocks, length};
 }
 
+// A task's values as bytes. frame: of the task's group; scale: of the image; to: of the image.
+void multiply_to_bytes(const Call& call, const Task<std::int8_t>& task, const Runs& runs,
+                       const std::int8_t* frame, float scale, const std::int32_t* excess, Target to,
+                       const Finish& finish) {
+  const std::int64_t channels = call.shape().out_channels, rows = whole_rows(task.rows);
+  alignas(64) float row_scale[kBlockRows], bias[kBlockRows] = {};
+  alignas(64) std::uint8_t value[kChunk][kBlockRows];
+  const float inverse = 1.0f / to.scale.scale;
+  const float* own = task.panel.scale.data() + task.row % task.panel.rows;
+  for (int r = 0; r < kBlockRows; ++r) row_scale[r] = scale * own[r] * inverse;
+  for (int r = 0; finish.bias && r < task.rows; ++r) bias[r] = finish.bias[task.row + r] * inverse;
+  const std::int64_t place = task.first * channels + task.row;
+  const bool whole = rows == task.rows;
+  std::uint8_t* out = whole ? to.bytes + place : value[0];
+  const std::int64_t step = whole ? channels : kBlockRows;
+  if (to.plus) to.plus += place;
+  Rounding rounding = rounding_of(to, finish, row_scale, bias);
+  rounding.plus_step = channels;
+  multiply_pixels(call, task, runs, frame,
+                  [&](std::int64_t first, std::int64_t n, const std::int32_t* sums) {
+                    if (to.plus) rounding.plus = to.plus + first * channels;
+                    call.kernels.bytes(sums, n, excess, rows, rounding, out + first * step, step);
+                  });
+  if (whole) return;
+  for (std::int64_t i = 0; i < task.n; ++i)
+    std::memcpy(to.bytes + place + i * channels, value[i], task.rows);
+}
+
 // The result, from frames of T. of: the scales of the images, none for float.
 template <class T>
 void multiply_frames(const Call& call, const T* frames, const std::vector<Quantized>& of,
-                     const Decoded& decoded, float* y, const Finish& finish) {
+                     const Decoded& decoded, const Finish& finish) {
   constexpr bool kSingle = std::is_same_v<T, float>;
   const ConvShape& s = call.shape();
   const Kernels& kernels = call.kernels;
@@ -324,6 +400,8 @@ void multiply_frames(const Call& call, const T* frames, const std::vector<Quanti
   parallel(call.threads, call.n * chunks * per_chunk, [&](std::int64_t begin, std::int64_t end) {
     thread_local Buffer wide;
     alignas(64) float value[kChunk][kBlockRows] = {}, bias[kBlockRows];
+    alignas(64) std::int32_t excess[kBlockRows];
+    float* y = call.y.floats;
     for (std::int64_t index = begin; index < end; ++index) {
       const std::int64_t group = index % per_chunk / decoded.blocks;
       const std::int64_t block = index % per_chunk % decoded.blocks;
@@ -335,7 +413,20 @@ void multiply_frames(const Call& call, const T* frames, const std::vector<Quanti
       const Task<T> task{channel, rows,         panel,
                          weights, chunk * step, std::min(step, pixels - chunk * step),
                          out_w};
-      const Sink sink{y + image * s.out_channels * pixels, s.out_channels, pixels, call.last};
+      for (int r = 0; r < kBlockRows; ++r)
+        excess[r] = call.offset() / 128 * panel.excess_of_flip[block * kBlockRows + r];
+      if constexpr (!kSingle)
+        if (call.y.bytes) {
+          Target to = call.y;
+          to.bytes += image * s.out_channels * pixels;
+          if (to.plus) to.plus += image * s.out_channels * pixels;
+          multiply_to_bytes(
+              call, task, runs,
+              frames + image * call.frame.values() + group * call.frame.group_values(),
+              of[image].scale, excess, to, finish);
+          continue;
+        }
+      const Sink sink{y + image * s.out_channels * pixels, s.out_channels, pixels, call.y.last};
       std::memset(bias, 0, sizeof bias);
       if (finish.bias) std::memcpy(bias, finish.bias + channel, rows * sizeof(float));
       const bool whole = sink.whole(task);
@@ -351,7 +442,7 @@ void multiply_frames(const Call& call, const T* frames, const std::vector<Quanti
         const bool done = plane == call.planes - 1;
         const float scale = kSingle ? 1.0f : of[image].of_plane(plane);
         Scaling scaling{1,
-                        panel.excess(call.flip, block),
+                        excess,
                         &scale,
                         0,
                         panel.scale.data() + row,
@@ -375,22 +466,16 @@ void multiply_frames(const Call& call, const T* frames, const std::vector<Quanti
   });
 }
 
-// A depthwise convolution's weights [channels][length] as values [length][channels].
-std::vector<float> taps_of(const ConvShape& shape, const RadixCodes& codes, const float* scale,
-                           Affine affine) {
-  const std::int64_t length = shape.kernel_h * shape.kernel_w, channels = shape.channels;
-  std::vector<std::uint8_t> code(channels * length);
-  radix_unpack_range(codes.words, 0, channels * length, codes.levels, codes.digits, code.data());
-  std::vector<float> taps(channels * length);
-  for (std::int64_t i = 0; i < channels * length; ++i) {
-    if (code[i] >= codes.levels) throw std::invalid_argument("a code is above the grid");
-    taps[i % length * channels + i / length] =
-        static_cast<float>(affine.factor * code[i] - affine.center) * scale[i / length];
-  }
-  return taps;
-}
-
 }  // namespace
+
+Rounding rounding_of(const Target& y, const Finish& finish, const float* scale, const float* bias) {
+  const float inverse = 1.0f / y.scale.scale;
+  Rounding rounding{scale, bias, y.plus, 0, 0.0f, y.plus_scale.zero, 0.0f, 0.0f, y.scale.zero};
+  rounding.plus_scale = y.plus_scale.scale * inverse;
+  rounding.low = std::max(finish.low * inverse, y.scale.low());
+  rounding.high = std::min(finish.high * inverse, y.scale.high());
+  return rounding;
+}
 
 void ConvShape::check() const {
   constexpr std::int64_t kMost = std::int64_t{1} << 31;
@@ -412,9 +497,9 @@ ConvPanels::ConvPanels(const ConvShape& shape, const RadixCodes& codes, const fl
   const std::int64_t weights = product({shape.out_channels, length});
   require(codes.bytes == 8 * static_cast<std::size_t>((weights + codes.digits - 1) / codes.digits),
           "words and weights differ in size");
-  largest(affine, codes.levels);
+  max_abs_ = largest(affine, codes.levels);
   if (shape.depthwise()) {
-    taps_ = taps_of(shape, codes, scale, affine);
+    take_taps(codes, scale, affine);
     return;
   }
   const Window window(shape);
@@ -424,8 +509,23 @@ ConvPanels::ConvPanels(const ConvShape& shape, const RadixCodes& codes, const fl
         make_panel(codes, g * rows, rows, length, window.order, scale + g * rows, affine, tables));
 }
 
+// A depthwise convolution's weights [channels][length], as [length][channels].
+void ConvPanels::take_taps(const RadixCodes& codes, const float* scale, Affine affine) {
+  const std::int64_t length = shape_.kernel_h * shape_.kernel_w, channels = shape_.channels;
+  std::vector<std::uint8_t> code(channels * length);
+  radix_unpack_range(codes.words, 0, channels * length, codes.levels, codes.digits, code.data());
+  scale_.assign(scale, scale + channels);
+  taps_.resize(channels * length), integers_.resize(channels * length);
+  for (std::int64_t i = 0; i < channels * length; ++i) {
+    if (code[i] >= codes.levels) throw std::invalid_argument("a code is above the grid");
+    const std::int64_t place = i % length * channels + i / length;
+    integers_[place] = static_cast<std::int16_t>(affine.factor * code[i] - affine.center);
+    taps_[place] = static_cast<float>(integers_[place]) * scale[i / length];
+  }
+}
+
 std::size_t ConvPanels::bytes() const {
-  std::size_t total = taps_.size() * sizeof(float);
+  std::size_t total = taps_.size() * sizeof(float) + integers_.size() * sizeof(std::int16_t);
   for (const Panel& panel : panels_) total += panel.bytes();
   return total;
 }
@@ -434,13 +534,21 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
                                  std::int64_t n, std::int64_t h, std::int64_t w, float* y,
                                  bool last, const Finish& finish, Precision precision,
                                  int threads) {
+  return conv2d(kernels, weight, Images{x, last, nullptr, {}}, n, h, w,
+                Target{y, last, nullptr, {}, nullptr, {}}, finish, precision, threads);
+}
+
+std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weight, const Images& x,
+                                 std::int64_t n, std::int64_t h, std::int64_t w, const Target& y,
+                                 const Finish& finish, Precision precision, int threads) {
   const ConvShape& s = weight.shape();
   require(h >= 0 && w >= 0 && s.covers(h, w), "images are smaller than the window");
+  require(precision == Precision::kInt8 || !(x.bytes || y.bytes), "bytes are int8");
   threads = team_of(threads);
   if (n == 0) return {};
   product({n, s.channels, h + s.top + s.bottom, w + s.left + s.right, 8});
   if (s.depthwise()) {
-    depthwise(kernels, weight, x, n, h, w, y, last, finish, threads);
+    depthwise(kernels, weight, x, n, h, w, y, finish, threads);
     return {};
   }
   const bool single = precision == Precision::kFloat32;
@@ -448,29 +556,39 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
   const std::int64_t cost = planes * (single ? 4 : 1) * weight.panels().front().k;
   if (n * s.out_h(h) * s.out_w(w) * s.out_channels * cost < kSerial) threads = 1;
   const Frame frame{s.groups, s.in_group(), h + s.top + s.bottom, w + s.left + s.right};
-  const Call call{kernels, weight, n, h, w, last, planes, threads, frame, kernels.flip};
+  const Call call{kernels, weight, x, n, h, w, y, planes, threads, frame};
 
   thread_local Buffer decoded_scratch, frames_scratch;
   const Decoded decoded = decode_weights(call, decoded_scratch);
-  const std::vector<std::int32_t> peaks = peaks_of(call, x);
   const Panel& first = weight.panels().front();
-  std::uint8_t* room = frames_scratch.reserve(n * call.frames() * (single ? sizeof(float) : 1));
+  const auto room = [&](std::size_t size) {
+    return frames_scratch.reserve(n * call.frames() * size);
+  };
+  if (x.bytes) {
+    const std::vector<Quantized> of(n, Quantized{x.scale.scale, 0.0f, true});
+    // Without a border, and with bytes as they are, the image is its frame.
+    const bool direct = !(s.top | s.bottom | s.left | s.right) && s.groups == 1 && !call.turn();
+    auto* frames = direct ? const_cast<std::int8_t*>(reinterpret_cast<const std::int8_t*>(x.bytes))
+                          : reinterpret_cast<std::int8_t*>(room(1));
+    if (!direct) fill_frames(call, of, frames);
+    multiply_frames(call, frames, of, decoded, finish);
+    return {};
+  }
+  const std::vector<std::int32_t> peaks = peaks_of(call);
+  std::vector<std::int64_t> odd;
   if (single) {
-    auto* frames = reinterpret_cast<float*>(room);
-    fill_floats(call, x, frames);
-    multiply_frames(call, frames, {}, decoded, y, finish);
-    std::vector<std::int64_t> odd;
+    auto* frames = reinterpret_cast<float*>(room(sizeof(float)));
+    fill_floats(call, frames);
+    multiply_frames(call, frames, {}, decoded, finish);
     for (std::int64_t i = 0; i < n; ++i)
       if (may_overflow(peaks[i], first.k, static_cast<float>(first.max_abs))) odd.push_back(i);
     return odd;
   }
-  auto* frames = reinterpret_cast<std::int8_t*>(room);
+  auto* frames = reinterpret_cast<std::int8_t*>(room(1));
   std::vector<Quantized> of;
   for (const std::int32_t peak : peaks) of.push_back(scale_of(peak));
-  fill_frames(call, x, of, frames);
-  multiply_frames(call, frames, of, decoded, y, finish);
-
-  std::vector<std::int64_t> odd;
+  fill_frames(call, of, frames);
+  multiply_frames(call, frames, of, decoded, finish);
   for (std::int64_t i = 0; i < n; ++i)
     if (!of[i].fits || !weight.scales(of[i].scale)) odd.push_back(i);
   return odd;

@@ -816,16 +816,155 @@ void values_float(const float* sums, std::int64_t n, const Scaling& scaling, flo
   values_of<false>(sums, n, scaling, y, step);
 }
 
-// ---------------------------------------------------------------- float32
+// ---------------------------------------------------------------- bytes
 
-typedef float Four __attribute__((vector_size(16)));
+typedef std::int16_t Shorts __attribute__((vector_size(V::kBytes)));
 
-template <class Vector>
-inline Vector loaded(const float* p) {
+template <class Vector, class T>
+inline Vector loaded(const T* p) {
   Vector v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+
+template <class To, class From>  // of one size
+inline To same_bits(const From& from) {
+  To to;
+  static_assert(sizeof to == sizeof from, "bits of one size");
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// Sums of kFloats rows, and their place in y and in `r.plus`. Adding 1.5 * 2^23 leaves the integer
+// in the low mantissa bits.
+inline void store_bytes(Ints sums, Floats scale, Floats bias, const Rounding& r,
+                        const std::uint8_t* plus, std::uint8_t* y) {
+  Floats value = __builtin_convertvector(sums, Floats) * scale + bias;
+  if (plus) {
+    const Ints more = same_bits<Ints>(V::ints_of_bytes(plus)) - r.plus_zero;
+    value += __builtin_convertvector(more, Floats) * r.plus_scale;
+  }
+  const Floats low = r.low + Floats{}, high = r.high + Floats{};
+  value = value > low ? value : low;
+  value = value < high ? value : high;
+  value += 12582912.0f + static_cast<float>(r.zero);
+  V::store_low_bytes(y, same_bits<typename V::Sums>(value));
+}
+
+void bytes(const std::int32_t* sums, std::int64_t n, const std::int32_t* excess, std::int64_t rows,
+           const Rounding& rounding, std::uint8_t* y, std::int64_t step) {
+  const Rounding r = rounding;
+  for (std::int64_t i = 0; i < rows; i += kFloats) {
+    const Floats scale = floats(r.scale + i), bias = floats(r.bias + i);
+    Ints too_much;
+    std::memcpy(&too_much, excess + i, sizeof too_much);
+    for (std::int64_t c = 0; c < n; ++c) {
+      Ints sum;
+      std::memcpy(&sum, sums + c * kBlockRows + i, sizeof sum);
+      store_bytes(sum - too_much, scale, bias, r, r.plus ? r.plus + c * r.plus_step + i : nullptr,
+                  y + c * step + i);
+    }
+  }
+}
+
+// Sums of a window in int16 or int32, from kLanes channels on.
+struct InShorts {
+  static constexpr int kLanes = V::kBytes / 2;
+  using Sum = Shorts;
+  static Sum weights(const std::int16_t* p) { return loaded<Sum>(p); }
+  static Sum bytes(const std::uint8_t* p) { return same_bits<Sum>(V::shorts_of_bytes(p)); }
+  static Sum all(int value) { return static_cast<std::int16_t>(value) + Sum{}; }
+  static Ints ints(const Sum& sum, int from) {
+    return same_bits<Ints>(V::ints_of_shorts(reinterpret_cast<const std::int16_t*>(&sum) + from));
+  }
+};
+struct InInts {
+  static constexpr int kLanes = kFloats;
+  using Sum = Ints;
+  static Sum weights(const std::int16_t* p) { return same_bits<Sum>(V::ints_of_shorts(p)); }
+  static Sum bytes(const std::uint8_t* p) { return same_bits<Sum>(V::ints_of_bytes(p)); }
+  static Sum all(int value) { return value + Sum{}; }
+  static Ints ints(const Sum& sum, int) { return sum; }
+};
+
+// P pixels, as many channels from x and y on as In has lanes.
+template <class In, int P>
+inline void window_bytes(const Taps& taps, const std::uint8_t* x, std::int64_t step, int zero,
+                         const std::int16_t* weights, std::int64_t channels, const Rounding& r,
+                         std::uint8_t* y) {
+  const typename In::Sum zeros = In::all(zero);
+  typename In::Sum sum[P];
+  for (auto& own : sum) own = In::all(0);
+  for (int t = 0; t < taps.count; ++t) {
+    const auto weight = In::weights(weights + taps.weights[t]);
+    for (int p = 0; p < P; ++p) sum[p] += weight * (In::bytes(x + taps.x[t] + p * step) - zeros);
+  }
+  for (int i = 0; i < In::kLanes; i += kFloats) {
+    const Floats scale = floats(r.scale + i), bias = floats(r.bias + i);
+    for (int p = 0; p < P; ++p) {
+      const std::int64_t place = p * channels + i;
+      store_bytes(In::ints(sum[p], i), scale, bias, r, r.plus ? r.plus + place : nullptr,
+                  y + place);
+    }
+  }
+}
+
+// The same of one channel.
+inline void value_of_bytes(const Taps& taps, const std::uint8_t* x, int zero,
+                           const std::int16_t* weights, const Rounding& r, std::uint8_t* y) {
+  std::int32_t sum = 0;
+  for (int t = 0; t < taps.count; ++t) sum += weights[taps.weights[t]] * (x[taps.x[t]] - zero);
+  float value = static_cast<float>(sum) * *r.scale + *r.bias;
+  if (r.plus) value += static_cast<float>(*r.plus - r.plus_zero) * r.plus_scale;
+  value = value > r.low ? value : r.low;
+  value = (value < r.high ? value : r.high) + (12582912.0f + static_cast<float>(r.zero));
+  *y = static_cast<std::uint8_t>(bits_of(value));
+}
+
+// All channels of P pixels: whole vectors, the last of which ends with the last channel.
+template <class In, int P>
+inline void windows_bytes(const Taps& taps, const std::uint8_t* x, std::int64_t step, int zero,
+                          const std::int16_t* weights, std::int64_t channels, const Rounding& r,
+                          std::uint8_t* y) {
+  constexpr std::int64_t kLanes = In::kLanes;
+  const auto from = [&](std::int64_t c) {
+    Rounding own = r;
+    own.scale += c, own.bias += c;
+    if (own.plus) own.plus += c;
+    return own;
+  };
+  if (channels < kLanes) {
+    for (int p = 0; p < P; ++p)
+      for (std::int64_t c = 0; c < channels; ++c) {
+        Rounding own = from(c);
+        if (own.plus) own.plus += p * channels;
+        value_of_bytes(taps, x + p * step + c, zero, weights + c, own, y + p * channels + c);
+      }
+    return;
+  }
+  for (std::int64_t c = 0; c < channels; c += kLanes) {
+    const std::int64_t at = std::min(c, channels - kLanes);
+    window_bytes<In, P>(taps, x + at, step, zero, weights + at, channels, from(at), y + at);
+  }
+}
+
+void pixels_bytes(const Taps& taps, const std::uint8_t* x, std::int64_t step, int zero,
+                  const std::int16_t* weights, std::int64_t channels, std::int64_t n, bool narrow,
+                  const Rounding& rounding, std::uint8_t* y) {
+  Rounding at = rounding;
+  const auto four = narrow ? windows_bytes<InShorts, 4> : windows_bytes<InInts, 4>;
+  const auto one = narrow ? windows_bytes<InShorts, 1> : windows_bytes<InInts, 1>;
+  while (n > 0) {
+    const std::int64_t count = n >= 4 ? 4 : 1;
+    (count == 4 ? four : one)(taps, x, step, zero, weights, channels, at, y);
+    n -= count, x += count * step, y += count * channels;
+    if (at.plus) at.plus += count * channels;
+  }
+}
+
+// ---------------------------------------------------------------- float32
+
+typedef float Four __attribute__((vector_size(16)));
 
 // P pixels, and N vectors of their channels.
 template <class Vector, int P, int N>
@@ -918,4 +1057,4 @@ constexpr bool kTables = false;
 constexpr Kernels kKernels{
     V::kName,        V::kFlip,      V::kTileColumns, kTables,   &peak,   &round,           &sum,
     &small,          &small_groups, &decode,         &multiply, &excess, &multiply_groups, &widen,
-    &multiply_float, &values,       &values_float,   &pixels,   &row};
+    &multiply_float, &values,       &values_float,   &bytes,    &pixels, &pixels_bytes,    &row};
