@@ -111,6 +111,9 @@ SUBBYTE_API int subbyte_watch(subbyte_network* network, const subbyte_tensor* in
                               void (*seen)(void* context, const subbyte_tensor* value),
                               void* context);
 
+/* What the command subbyte-run does: its words, the first of which is its name; its exit code. */
+SUBBYTE_API int subbyte_command(int32_t count, char** words);
+
 #ifdef __cplusplus
 }
 #endif

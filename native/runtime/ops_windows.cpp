@@ -188,6 +188,11 @@ void for_window(const Geometry& g, const Window& window, P&& pixel, F&& f) {
       f(pixel(window.start[1] + a * g.dilation[1], window.start[2] + b * g.dilation[2]));
 }
 
+// most[c] = max(most[c], value[c]).
+void take_larger(const std::uint8_t* value, std::int64_t n, std::uint8_t* most) {
+  for (std::int64_t c = 0; c < n; ++c) most[c] = value[c] > most[c] ? value[c] : most[c];
+}
+
 void max_pool_bytes(Op& op, const Value& x) {
   Shape shape;
   const Pool pool = pool_of(op, x, 2, shape);
@@ -198,10 +203,8 @@ void max_pool_bytes(Op& op, const Value& x) {
         const std::int64_t channels = x.shape[1];
         for_pixels(pool, x, y, run, [&](std::uint8_t* most, const Window& window, auto&& pixel) {
           std::fill_n(most, channels, 0);
-          for_window(pool.g, window, pixel, [&](const std::uint8_t* value) {
-            for (std::int64_t c = 0; c < channels; ++c)
-              most[c] = value[c] > most[c] ? value[c] : most[c];
-          });
+          for_window(pool.g, window, pixel,
+                     [&](const std::uint8_t* value) { take_larger(value, channels, most); });
         });
       },
       kStatic);

@@ -77,6 +77,7 @@ SAME = ("MaxPool2d", "Slice", "Pad", "ConstantPad", "Flatten", "Reshape", "Resha
 # Functions of one value: each of 256 bytes has its result.
 FUNCTIONS = ("Relu", "Clip", "Clamp", "ClampMin", "Gelu", "Sigmoid", "Tanh", "Silu", "Mish", "Elu",
              "LeakyRelu", "HardSigmoid", "HardSwish", "Softplus")  # fmt: skip
+FEW_CHANNELS = 8  # of a group: below, the runtime decodes the weight and multiplies in float32
 _NOT_NEGATIVE = ("Relu", "Sigmoid", "HardSigmoid", "Softplus")
 _LAYER = "Layer"
 
@@ -146,8 +147,10 @@ def _gives(node: Any, layers: Mapping[str, Mapping[str, Any]], read: list[bool])
         settings = layers[node.layer]
         if settings["type"] != "Conv2d" or settings.get("padding_mode", "zeros") != "zeros":
             return False
-        depthwise = settings["groups"] == settings["in_channels"] == settings["out_channels"] > 1
-        return all(read[1:]) and (read[0] or not depthwise)
+        groups, channels = settings["groups"], settings["out_channels"]
+        depthwise = groups == settings["in_channels"] == channels
+        by_kernels = read[0] if depthwise else channels // groups >= FEW_CHANNELS
+        return all(read[1:]) and by_kernels
     if node.op == "Pad" or node.op == "ConstantPad":
         zeros = node.args.get("mode", "constant") == "constant" and not node.args.get("value")
         return zeros and all(read)

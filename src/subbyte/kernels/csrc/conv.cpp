@@ -19,34 +19,29 @@ namespace {
 
 // Where a row's weights come from, in the order in which a pixel's window is read: rows of the
 // window, each from left to right with all channels of a pixel together. Every run of neighbouring
-// bytes is padded to whole groups of 4.
-struct Window {
-  std::vector<std::int32_t> order;       // k -> weight of the stored row, -1 for padding
-  std::vector<std::int32_t> run_length;  // groups of 4 k
-  std::vector<std::int32_t> run_values;  // k, without padding
-  std::vector<std::int64_t> run_y, run_x;
-
-  explicit Window(const ConvShape& s) {
-    const std::int64_t in = s.in_group();
-    const bool whole_rows = s.dilation_w == 1;  // then neighbouring columns are neighbouring bytes
-    for (std::int64_t ky = 0; ky < s.kernel_h; ++ky)
-      for (std::int64_t kx = 0; kx < s.kernel_w; ++kx) {
-        if (kx == 0 || !whole_rows) {
-          run_y.push_back(ky * s.dilation_h);
-          run_x.push_back(kx * s.dilation_w);
-          run_length.push_back(0);
-          run_values.push_back(0);
-        }
-        for (std::int64_t c = 0; c < in; ++c)
-          order.push_back(static_cast<std::int32_t>((c * s.kernel_h + ky) * s.kernel_w + kx));
-        run_values.back() += static_cast<std::int32_t>(in);
-        if (kx + 1 < s.kernel_w && whole_rows) continue;
-        while (order.size() % 4) order.push_back(-1);
-        run_length.back() = static_cast<std::int32_t>(order.size() / 4);
+// bytes is padded to whole groups of 4. order: k -> weight of the stored row, -1 for padding.
+WindowRuns runs_of(const ConvShape& s, std::vector<std::int32_t>& order) {
+  WindowRuns runs;
+  const std::int64_t in = s.in_group();
+  const bool whole_rows = s.dilation_w == 1;  // then neighbouring columns are neighbouring bytes
+  for (std::int64_t ky = 0; ky < s.kernel_h; ++ky)
+    for (std::int64_t kx = 0; kx < s.kernel_w; ++kx) {
+      if (kx == 0 || !whole_rows) {
+        runs.y.push_back(ky * s.dilation_h);
+        runs.x.push_back(kx * s.dilation_w);
+        runs.length.push_back(0);
+        runs.values.push_back(0);
       }
-    for (std::size_t i = run_length.size(); i-- > 1;) run_length[i] -= run_length[i - 1];
-  }
-};
+      for (std::int64_t c = 0; c < in; ++c)
+        order.push_back(static_cast<std::int32_t>((c * s.kernel_h + ky) * s.kernel_w + kx));
+      runs.values.back() += static_cast<std::int32_t>(in);
+      if (kx + 1 < s.kernel_w && whole_rows) continue;
+      while (order.size() % 4) order.push_back(-1);
+      runs.length.back() = static_cast<std::int32_t>(order.size() / 4);
+    }
+  for (std::size_t i = runs.length.size(); i-- > 1;) runs.length[i] -= runs.length[i - 1];
+  return runs;
+}
 
 // ---------------------------------------------------------------- activations
 
@@ -250,13 +245,11 @@ struct Task {
   std::int64_t first, n, out_w;
 };
 
-// finish(pixel, n, sums [n][32]) for all pixels of a task, a tile of n at a time, counted from
-// task.first. frame: of the task's group.
+// f(pixel, n, x [tile]) for all pixels of a task, a tile of n at a time, counted from task.first.
+// frame: of the task's group.
 template <class T, class F>
-void multiply_pixels(const Call& call, const Task<T>& task, const Runs& runs, const T* frame,
-                     F&& finish) {
+void for_tiles(const Call& call, const Task<T>& task, const T* frame, F&& f) {
   const ConvShape& s = call.shape();
-  alignas(64) SumOf<T> sums[kMaxTile * kBlockRows] = {};
   const std::uint8_t* x[kMaxTile];
   const std::int64_t down = s.stride_h * call.frame.row(), right = s.stride_w * call.frame.channels;
   std::int64_t column = task.first % task.out_w;
@@ -269,9 +262,20 @@ void multiply_pixels(const Call& call, const Task<T>& task, const Runs& runs, co
       if (++column == task.out_w) column = 0, pixel = (start += down) - right;
     }
     for (std::int64_t i = n; i < call.kernels.tile; ++i) x[i] = x[0];
-    multiply(call.kernels, task.panel, task.weights, task.rows, runs, n, x, sums);
-    finish(first, n, sums);
+    f(first, n, x);
   }
+}
+
+// finish(pixel, n, sums [n][32]) for the same tiles.
+template <class T, class F>
+void multiply_pixels(const Call& call, const Task<T>& task, const Runs& runs, const T* frame,
+                     F&& finish) {
+  alignas(64) SumOf<T> sums[kMaxTile * kBlockRows] = {};
+  for_tiles(call, task, frame,
+            [&](std::int64_t first, std::int64_t n, const std::uint8_t* const* x) {
+              multiply(call.kernels, task.panel, task.weights, task.rows, runs, n, x, sums);
+              finish(first, n, sums);
+            });
 }
 
 // As memcpy, for as few values as channels are: it would be a call a pixel.
@@ -326,30 +330,6 @@ struct Sink {
   }
 };
 
-// The weights of every block of every group.
-struct Decoded {
-  const std::int8_t* weights;
-  std::int64_t blocks, length;  // of a group; k of a block, padding included
-
-  const std::int8_t* at(std::int64_t group, std::int64_t block) const {
-    return weights + (group * blocks + block) * length * kBlockRows;
-  }
-};
-
-// Once for all images.
-Decoded decode_weights(const Call& call, Buffer& scratch) {
-  const std::vector<Panel>& panels = call.weight.panels();
-  const Panel& first = panels.front();  // all have one shape
-  const std::int64_t blocks = first.blocks(), length = first.groups() * first.traits().group();
-  const std::int64_t total = blocks * static_cast<std::int64_t>(panels.size());
-  auto* out = reinterpret_cast<std::int8_t*>(scratch.reserve(total * length * kBlockRows));
-  parallel(call.threads, total, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i)
-      call.kernels.decode(panels[i / blocks], i % blocks, out + i * length * kBlockRows);
-  });
-  return {out, blocks, length};
-}
-
 // A task's values as bytes. frame: of the task's group; scale: of the image; to: of the image.
 void multiply_to_bytes(const Call& call, const Task<std::int8_t>& task, const Runs& runs,
                        const std::int8_t* frame, float scale, const std::int32_t* excess, Target to,
@@ -368,103 +348,173 @@ void multiply_to_bytes(const Call& call, const Task<std::int8_t>& task, const Ru
   if (to.plus) to.plus += place;
   Rounding rounding = rounding_of(to, finish, row_scale, bias);
   rounding.plus_step = channels;
-  multiply_pixels(call, task, runs, frame,
-                  [&](std::int64_t first, std::int64_t n, const std::int32_t* sums) {
-                    if (to.plus) rounding.plus = to.plus + first * channels;
-                    call.kernels.bytes(sums, n, excess, rows, rounding, out + first * step, step);
-                  });
+  for_tiles(call, task, frame,
+            [&](std::int64_t first, std::int64_t n, const std::uint8_t* const* x) {
+              if (to.plus) rounding.plus = to.plus + first * channels;
+              call.kernels.multiply_bytes(task.weights, task.panel.max_abs, rows, runs, x, n,
+                                          excess, rounding, out + first * step, step);
+            });
   if (whole) return;
   for (std::int64_t i = 0; i < task.n; ++i)
     std::memcpy(to.bytes + place + i * channels, value[i], task.rows);
 }
 
-// The result, from frames of T. of: the scales of the images, none for float.
+// The product of frames of T with the weights. of: the scales of the images, none for float.
 template <class T>
-void multiply_frames(const Call& call, const T* frames, const std::vector<Quantized>& of,
-                     const Decoded& decoded, const Finish& finish) {
-  constexpr bool kSingle = std::is_same_v<T, float>;
-  const ConvShape& s = call.shape();
-  const Kernels& kernels = call.kernels;
-  const Window window(s);
-  std::vector<std::int64_t> offset;
-  for (std::size_t i = 0; i < window.run_y.size(); ++i)
-    offset.push_back((window.run_y[i] * call.frame.row() + window.run_x[i] * call.frame.channels) *
-                     static_cast<std::int64_t>(sizeof(T)));
-  const Runs runs{static_cast<int>(offset.size()), offset.data(),
-                  (kSingle ? window.run_values : window.run_length).data()};
+class Product {
+ public:
+  Product(const Call& call, const T* frames, const std::vector<Quantized>& of, const Finish& finish)
+      : call_(call), frames_(frames), of_(of), finish_(finish) {
+    const WindowRuns& window = call.weight.runs();
+    for (std::size_t i = 0; i < window.y.size(); ++i)
+      offset_.push_back((window.y[i] * call.frame.row() + window.x[i] * call.frame.channels) *
+                        static_cast<std::int64_t>(sizeof(T)));
+    runs_ = {static_cast<int>(offset_.size()), offset_.data(),
+             (kSingle ? window.values : window.length).data()};
+    const ConvShape& s = call.shape();
+    out_w_ = s.out_w(call.w);
+    pixels_ = s.out_h(call.h) * out_w_;
+    step_ = kChunk / call.kernels.tile * call.kernels.tile;
+    chunks_ = (pixels_ + step_ - 1) / step_;
+    const Panel& first = call.weight.panels().front();  // all have one shape
+    blocks_ = first.blocks();
+    length_ = first.groups() * first.traits().group();
+  }
 
-  // An image's pixels in chunks, all blocks of a chunk one after another.
-  const std::int64_t out_w = s.out_w(call.w), pixels = s.out_h(call.h) * out_w;
-  const std::int64_t step = kChunk / kernels.tile * kernels.tile;
-  const std::int64_t chunks = (pixels + step - 1) / step, per_chunk = s.groups * decoded.blocks;
-  parallel(call.threads, call.n * chunks * per_chunk, [&](std::int64_t begin, std::int64_t end) {
-    thread_local Buffer wide;
-    alignas(64) float value[kChunk][kBlockRows] = {}, bias[kBlockRows];
+  // Weights that stay in a core's cache are decoded once, and read for a chunk of pixels after
+  // another; of others a block stays, and all pixels are read for it.
+  void run(Buffer& decoded) const {
+    constexpr std::int64_t kCached = std::int64_t{1} << 18;
+    if (all() * block_bytes() <= kCached)
+      by_chunks(decoded);
+    else
+      by_blocks();
+  }
+
+ private:
+  static constexpr bool kSingle = std::is_same_v<T, float>;
+
+  std::int64_t all() const { return blocks_ * call_.shape().groups; }
+  std::int64_t block_bytes() const { return length_ * kBlockRows; }
+  const Panel& panel(std::int64_t block) const { return call_.weight.panels()[block / blocks_]; }
+
+  void by_chunks(Buffer& scratch) const {
+    auto* decoded = reinterpret_cast<std::int8_t*>(scratch.reserve(all() * block_bytes()));
+    parallel(call_.threads, all(), [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i)
+        call_.kernels.decode(panel(i), i % blocks_, decoded + i * block_bytes());
+    });
+    parallel(call_.threads, call_.n * chunks_ * all(), [&](std::int64_t begin, std::int64_t end) {
+      thread_local Buffer wide;
+      for (std::int64_t i = begin; i < end; ++i) {
+        const std::int64_t block = i % all();
+        take(block,
+             weights_as<T>(call_.kernels, panel(block), block % blocks_,
+                           decoded + block * block_bytes(), wide),
+             i / all() / chunks_, i / all() % chunks_);
+      }
+    });
+  }
+
+  void by_blocks() const {
+    const std::int64_t tasks = call_.n * chunks_;
+    const std::int64_t parts =
+        all() >= 2 * call_.threads ? 1 : std::min<std::int64_t>(call_.threads, tasks);
+    parallel(call_.threads, all() * parts, [&](std::int64_t begin, std::int64_t end) {
+      thread_local Buffer scratch, wide;
+      auto* decoded = reinterpret_cast<std::int8_t*>(scratch.reserve(block_bytes()));
+      for (std::int64_t i = begin; i < end; ++i) {
+        const std::int64_t block = i / parts, part = i % parts;
+        call_.kernels.decode(panel(block), block % blocks_, decoded);
+        const T* weights =
+            weights_as<T>(call_.kernels, panel(block), block % blocks_, decoded, wide);
+        for (std::int64_t t = tasks * part / parts; t < tasks * (part + 1) / parts; ++t)
+          take(block, weights, t / chunks_, t % chunks_);
+      }
+    });
+  }
+
+  // The values of a block of rows of all groups, at a chunk of an image's pixels.
+  void take(std::int64_t block, const T* weights, std::int64_t image, std::int64_t chunk) const {
+    const Panel& own = panel(block);
+    const std::int64_t group = block / blocks_, row = block % blocks_ * kBlockRows;
+    const std::int64_t rows = std::min<std::int64_t>(kBlockRows, own.rows - row);
+    const Task<T> task{group * own.rows + row,
+                       rows,
+                       own,
+                       weights,
+                       chunk * step_,
+                       std::min(step_, pixels_ - chunk * step_),
+                       out_w_};
     alignas(64) std::int32_t excess[kBlockRows];
-    float* y = call.y.floats;
-    for (std::int64_t index = begin; index < end; ++index) {
-      const std::int64_t group = index % per_chunk / decoded.blocks;
-      const std::int64_t block = index % per_chunk % decoded.blocks;
-      const std::int64_t chunk = index / per_chunk % chunks, image = index / per_chunk / chunks;
-      const Panel& panel = call.weight.panels()[group];
-      const std::int64_t row = block * kBlockRows, channel = group * panel.rows + row;
-      const std::int64_t rows = std::min<std::int64_t>(kBlockRows, panel.rows - row);
-      const T* weights = weights_as<T>(kernels, panel, block, decoded.at(group, block), wide);
-      const Task<T> task{channel, rows,         panel,
-                         weights, chunk * step, std::min(step, pixels - chunk * step),
-                         out_w};
-      for (int r = 0; r < kBlockRows; ++r)
-        excess[r] = call.offset() / 128 * panel.excess_of_flip[block * kBlockRows + r];
-      if constexpr (!kSingle)
-        if (call.y.bytes) {
-          Target to = call.y;
-          to.bytes += image * s.out_channels * pixels;
-          if (to.plus) to.plus += image * s.out_channels * pixels;
-          multiply_to_bytes(
-              call, task, runs,
-              frames + image * call.frame.values() + group * call.frame.group_values(),
-              of[image].scale, excess, to, finish);
-          continue;
-        }
-      const Sink sink{y + image * s.out_channels * pixels, s.out_channels, pixels, call.y.last};
-      std::memset(bias, 0, sizeof bias);
-      if (finish.bias) std::memcpy(bias, finish.bias + channel, rows * sizeof(float));
-      const bool whole = sink.whole(task);
-      float* out = whole ? sink.y + sink.place(task) : value[0];
-      const std::int64_t stride = whole ? s.out_channels : kBlockRows;
-      const float* plus = finish.plus;
-      if (plus) plus += sink.y - y + sink.place(task);
-      if (plus && !whole) {
-        sink.read(task, finish.plus + (sink.y - y), value);
-        plus = out;
+    for (int r = 0; r < kBlockRows; ++r)
+      excess[r] = call_.offset() / 128 * own.excess_of_flip[row + r];
+    if constexpr (!kSingle)
+      if (call_.y.bytes) {
+        Target to = call_.y;
+        to.bytes += image * call_.shape().out_channels * pixels_;
+        if (to.plus) to.plus += image * call_.shape().out_channels * pixels_;
+        return multiply_to_bytes(call_, task, runs_, frame(image, 0, group), of_[image].scale,
+                                 excess, to, finish_);
       }
-      for (int plane = 0; plane < call.planes; ++plane) {
-        const bool done = plane == call.planes - 1;
-        const float scale = kSingle ? 1.0f : of[image].of_plane(plane);
-        Scaling scaling{1,
-                        excess,
-                        &scale,
-                        0,
-                        panel.scale.data() + row,
-                        plane ? nullptr : bias,
-                        nullptr,
-                        stride,
-                        done ? finish.low : -Finish::kInfinity,
-                        done ? finish.high : Finish::kInfinity,
-                        whole_rows(rows)};
-        const float* more = plane ? out : plus;
-        const T* frame = frames + (image * call.planes + plane) * call.frame.values() +
-                         group * call.frame.group_values();
-        multiply_pixels(call, task, runs, frame,
-                        [&](std::int64_t first, std::int64_t n, const auto* sums) {
-                          scaling.plus = more ? more + first * stride : nullptr;
-                          values(kernels, sums, n, scaling, out + first * stride, stride);
-                        });
-      }
-      if (!whole) sink.write(task, value);
+    to_floats(task, image, group, row, excess);
+  }
+
+  const T* frame(std::int64_t image, int plane, std::int64_t group) const {
+    return frames_ + (image * call_.planes + plane) * call_.frame.values() +
+           group * call_.frame.group_values();
+  }
+
+  void to_floats(const Task<T>& task, std::int64_t image, std::int64_t group, std::int64_t row,
+                 const std::int32_t* excess) const {
+    alignas(64) float value[kChunk][kBlockRows], bias[kBlockRows] = {};
+    const std::int64_t channels = call_.shape().out_channels;
+    const Sink sink{call_.y.floats + image * channels * pixels_, channels, pixels_, call_.y.last};
+    if (finish_.bias) std::memcpy(bias, finish_.bias + task.row, task.rows * sizeof(float));
+    const bool whole = sink.whole(task);
+    float* out = whole ? sink.y + sink.place(task) : value[0];
+    const std::int64_t stride = whole ? channels : kBlockRows;
+    const float* plus = finish_.plus;
+    if (plus) plus += image * channels * pixels_;
+    if (plus && whole) {
+      plus += sink.place(task);
+    } else if (plus) {
+      std::memset(value, 0, sizeof value);
+      sink.read(task, plus, value);
+      plus = out;
     }
-  });
-}
+    for (int plane = 0; plane < call_.planes; ++plane) {
+      const bool done = plane == call_.planes - 1;
+      const float scale = kSingle ? 1.0f : of_[image].of_plane(plane);
+      Scaling scaling{1,
+                      excess,
+                      &scale,
+                      0,
+                      task.panel.scale.data() + row,
+                      plane ? nullptr : bias,
+                      nullptr,
+                      stride,
+                      done ? finish_.low : -Finish::kInfinity,
+                      done ? finish_.high : Finish::kInfinity,
+                      whole_rows(task.rows)};
+      const float* more = plane ? out : plus;
+      multiply_pixels(call_, task, runs_, frame(image, plane, group),
+                      [&](std::int64_t first, std::int64_t n, const auto* sums) {
+                        scaling.plus = more ? more + first * stride : nullptr;
+                        values(call_.kernels, sums, n, scaling, out + first * stride, stride);
+                      });
+    }
+    if (!whole) sink.write(task, value);
+  }
+
+  const Call& call_;
+  const T* frames_;
+  const std::vector<Quantized> of_;
+  const Finish& finish_;
+  std::vector<std::int64_t> offset_;
+  Runs runs_;
+  std::int64_t out_w_, pixels_, step_, chunks_, blocks_, length_;
+};
 
 }  // namespace
 
@@ -502,11 +552,12 @@ ConvPanels::ConvPanels(const ConvShape& shape, const RadixCodes& codes, const fl
     take_taps(codes, scale, affine);
     return;
   }
-  const Window window(shape);
+  std::vector<std::int32_t> order;
+  runs_ = runs_of(shape, order);
   const std::int64_t rows = shape.out_channels / shape.groups;
   for (std::int64_t g = 0; g < shape.groups; ++g)
     panels_.push_back(
-        make_panel(codes, g * rows, rows, length, window.order, scale + g * rows, affine, tables));
+        make_panel(codes, g * rows, rows, length, order, scale + g * rows, affine, tables));
 }
 
 // A depthwise convolution's weights [channels][length], as [length][channels].
@@ -559,7 +610,6 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
   const Call call{kernels, weight, x, n, h, w, y, planes, threads, frame};
 
   thread_local Buffer decoded_scratch, frames_scratch;
-  const Decoded decoded = decode_weights(call, decoded_scratch);
   const Panel& first = weight.panels().front();
   const auto room = [&](std::size_t size) {
     return frames_scratch.reserve(n * call.frames() * size);
@@ -571,7 +621,7 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
     auto* frames = direct ? const_cast<std::int8_t*>(reinterpret_cast<const std::int8_t*>(x.bytes))
                           : reinterpret_cast<std::int8_t*>(room(1));
     if (!direct) fill_frames(call, of, frames);
-    multiply_frames(call, frames, of, decoded, finish);
+    Product<std::int8_t>(call, frames, of, finish).run(decoded_scratch);
     return {};
   }
   const std::vector<std::int32_t> peaks = peaks_of(call);
@@ -579,7 +629,7 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
   if (single) {
     auto* frames = reinterpret_cast<float*>(room(sizeof(float)));
     fill_floats(call, frames);
-    multiply_frames(call, frames, {}, decoded, finish);
+    Product<float>(call, frames, {}, finish).run(decoded_scratch);
     for (std::int64_t i = 0; i < n; ++i)
       if (may_overflow(peaks[i], first.k, static_cast<float>(first.max_abs))) odd.push_back(i);
     return odd;
@@ -588,7 +638,7 @@ std::vector<std::int64_t> conv2d(const Kernels& kernels, const ConvPanels& weigh
   std::vector<Quantized> of;
   for (const std::int32_t peak : peaks) of.push_back(scale_of(peak));
   fill_frames(call, of, frames);
-  multiply_frames(call, frames, of, decoded, finish);
+  Product<std::int8_t>(call, frames, of, finish).run(decoded_scratch);
   for (std::int64_t i = 0; i < n; ++i)
     if (!of[i].fits || !weight.scales(of[i].scale)) odd.push_back(i);
   return odd;

@@ -34,6 +34,13 @@ struct ConvShape {
   }
 };
 
+// The runs of neighbouring bytes of a window: where in it they begin, their groups of 4 k, and
+// their k without padding.
+struct WindowRuns {
+  std::vector<std::int64_t> y, x;
+  std::vector<std::int32_t> length, values;
+};
+
 // A convolution's weight [out, in / groups, kh, kw], repacked. Throws what `make_panel` and
 // `ConvShape::check` throw. scale: [out].
 class ConvPanels {
@@ -46,6 +53,7 @@ class ConvPanels {
   const ConvShape& shape() const { return shape_; }
   const std::vector<Panel>& panels() const { return panels_; }
   const std::vector<float>& taps() const { return taps_; }
+  const WindowRuns& runs() const { return runs_; }
   // Of a depthwise convolution, its weights as integers [kernel_h * kernel_w][channels], the
   // largest magnitude of one, and what they are multiplied with, [channels].
   const std::vector<std::int16_t>& integers() const { return integers_; }
@@ -62,6 +70,7 @@ class ConvPanels {
   void take_taps(const RadixCodes& codes, const float* scale, Affine affine);
 
   ConvShape shape_;
+  WindowRuns runs_;
   std::vector<Panel> panels_;  // of each group, or, for a depthwise convolution,
   std::vector<float> taps_;    // [kernel_h * kernel_w][channels]
   std::vector<std::int16_t> integers_;

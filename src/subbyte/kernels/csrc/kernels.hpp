@@ -111,6 +111,13 @@ struct Kernels {
   void (*multiply)(const std::int8_t* weights, int max_abs, std::int64_t rows, const Runs& runs,
                    const std::uint8_t* const* x, std::int32_t* sums);
 
+  // The same of n columns, at most `tile`, as bytes: sums less excess [32] as `rounding` says,
+  // those of column c at y + c * step; whole vectors of rows.
+  void (*multiply_bytes)(const std::int8_t* weights, int max_abs, std::int64_t rows,
+                         const Runs& runs, const std::uint8_t* const* x, std::int64_t n,
+                         const std::int32_t* excess, const Rounding& rounding, std::uint8_t* y,
+                         std::int64_t step);
+
   // What products with q ^ flip have too much for each scale of a row, [scales][32].
   void (*excess)(const Panel& panel, const std::int8_t* decoded, std::int32_t* out);
   // `multiply` where weights of a row share scales: as `small_groups`, of `tile` columns.
@@ -131,11 +138,6 @@ struct Kernels {
   // The same for sums in float32, which have no factor and no excess.
   void (*values_float)(const float* sums, std::int64_t n, const Scaling& scaling, float* y,
                        std::int64_t step);
-
-  // sums [n][32] less what they have too much, excess [32], as bytes [n][rows]: those of column c
-  // at y + c * step.
-  void (*bytes)(const std::int32_t* sums, std::int64_t n, const std::int32_t* excess,
-                std::int64_t rows, const Rounding& rounding, std::uint8_t* y, std::int64_t step);
 
   // In float32: the sum over taps, one after another, of weights[t + c] * x[t + c], finished, for c
   // < channels and for n pixels, which lie `step` values of x apart.
