@@ -45,7 +45,9 @@ def to_memory(own):
 def rounded(value, scale, low=-np.inf, high=np.inf):
     """float32 in units of the scale."""
     assert value.dtype == f32
-    value = np.minimum(np.maximum(value, max(f32(low), f32(scale.low))), min(f32(high), f32(scale.high)))
+    value = np.minimum(
+        np.maximum(value, max(f32(low), f32(scale.low))), min(f32(high), f32(scale.high))
+    )
     return Bytes(np.rint(value), scale)
 
 

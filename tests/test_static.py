@@ -178,7 +178,7 @@ def check_bits(path, net, x, scales):
     return checked
 
 
-@pytest.mark.parametrize("levels", [3, 5, 4, 17])
+@pytest.mark.parametrize("levels", [3, 5, 4, 65])
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_every_operation_in_bytes_equals_exact_integers(name, levels, tmp_path):
     path = tmp_path / "net.safetensors"
@@ -194,13 +194,15 @@ def test_every_operation_in_bytes_equals_exact_integers(name, levels, tmp_path):
 
 def test_functions_are_those_of_their_float_values(tmp_path):
     path = tmp_path / "net.safetensors"
-    net, x, scales = calibrated("fire", path)
+    _, x, scales = calibrated("fire", path)
     program, seen = scales.program, {}
     rt.open(path, threads=1).watch(lambda name, value: seen.update({name: value}), x.numpy())
     done = []
     for node in program.nodes:
         if node.op in ("LeakyRelu", "HardSwish") and seen[node.out].dtype == np.uint8:
-            before = chain.from_memory(seen[node.args["x"]["value"]], scales.scales[node.args["x"]["value"]])
+            before = chain.from_memory(
+                seen[node.args["x"]["value"]], scales.scales[node.args["x"]["value"]]
+            )
             function = {"LeakyRelu": F.leaky_relu, "HardSwish": F.hardswish}[node.op]
             exact = function(torch.from_numpy(before.values()).double()).numpy()
             scale = scales.scales[node.out]
@@ -235,3 +237,172 @@ def test_tiers_and_threads_give_the_same_bits(name, tmp_path):
         found.append(np.load(out))
     assert len(found) >= 2
     assert all(np.array_equal(found[0], other) for other in found[1:])
+
+
+# ---------------------------------------------------------------- what runs, and how
+
+
+@pytest.fixture(scope="module")
+def mobile(tmp_path_factory):
+    path = tmp_path_factory.mktemp("static") / "net.safetensors"
+    return path, *calibrated("mobile", path)
+
+
+def test_profile_says_what_ran_in_what(mobile):
+    path, _, x, scales = mobile
+    how = {step.out: step.how for step in rt.open(path).profile(x.numpy()) if step.op == LAYER}
+    first = next(node.out for node in scales.program.nodes if node.op == LAYER)
+    assert how.pop(first) == "int8, to static scales"
+    last = scales.program.nodes[-1].out
+    assert how.pop(last) == "int8"  # the mean is in float32
+    assert set(how.values()) == {"int8, static scales"}
+
+
+def test_dynamic_rounds_at_each_layer_as_files_without_scales_do(mobile, tmp_path):
+    path, net, x, _ = mobile
+    bare = tmp_path / "bare.safetensors"
+    sb.save(net, bare, example=x)
+    wanted = rt.open(bare).run(x.numpy())
+    assert np.array_equal(rt.open(path, precision="dynamic").run(x.numpy()), wanted)
+    assert np.array_equal(rt.open(bare, precision="dynamic").run(x.numpy()), wanted)
+    assert not np.array_equal(rt.open(path).run(x.numpy()), wanted)
+    for precision in ("int16", "float32"):  # without rounding to bytes, as before
+        other = rt.open(bare, precision=precision).run(x.numpy())
+        assert np.array_equal(rt.open(path, precision=precision).run(x.numpy()), other)
+
+
+def test_the_result_is_close_to_that_of_float_activations(mobile):
+    path, _, x, scales = mobile
+    exact = rt.open(path, precision="float32").run(x.numpy())
+    error = ((rt.open(path).run(x.numpy()) - exact) ** 2).sum() / (exact**2).sum()
+    assert error <= 20 * scales.errors[scales.rule] + 1e-3
+
+
+def test_odd_images_do_not_reach_the_others(mobile):
+    path, _, x, _ = mobile
+    x = x.clone()
+    wanted = rt.open(path).run(x.numpy())
+    x[1, 0, 3, 3] = float("nan")
+    found = rt.open(path).run(x.numpy())
+    assert np.array_equal(found[[0, 2]], wanted[[0, 2]])
+    assert found.shape == wanted.shape
+    tiny = torch.full_like(x, 1e-39)  # no scale of their own: computed in float32
+    zeros = rt.open(path).run(torch.zeros_like(x).numpy())
+    assert np.allclose(rt.open(path).run(tiny.numpy()), zeros, atol=1e-5)
+
+
+# ---------------------------------------------------------------- the file
+
+
+def test_scales_stay_with_a_network_that_is_loaded_and_saved(mobile, tmp_path):
+    path, net, x, scales = mobile
+    again = sb.load(path)
+    assert again.meta["program"].activations == scales.scales
+    with torch.no_grad():
+        assert torch.equal(again(x), net(x))  # PyTorch rounds at each layer, as before
+    sb.save(again, tmp_path / "again.safetensors")
+    assert np.array_equal(
+        rt.open(tmp_path / "again.safetensors").run(x.numpy()), rt.open(path).run(x.numpy())
+    )
+
+
+def manifest_of(path):
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return json.loads(header["__metadata__"]["subbyte"])
+
+
+def test_the_key_is_optional_and_the_version_stays(mobile):
+    path, _, _, scales = mobile
+    manifest = manifest_of(path)
+    assert manifest["version"] == 1
+    own = manifest["program"].pop("activations")
+    assert {n: ByteScale(s["scale"], s["signed"]) for n, s in own.items()} == scales.scales
+    assert Program.from_dict(manifest["program"]) == scales.program
+    assert all(np.float32(s.scale) == s.scale for s in scales.scales.values())
+
+
+HOSTILE = [
+    {"n0": {"scale": 0.0, "signed": False}}, {"n0": {"scale": -1.0, "signed": False}},
+    {"n0": {"scale": 1e-38, "signed": False}}, {"n0": {"scale": 1e39, "signed": False}},
+    {"n0": {"scale": "1", "signed": False}}, {"n0": {"scale": 1.0, "signed": 1}},
+    {"n0": {"scale": 1.0}}, {"n0": {"signed": True}}, {"n0": 1.0},
+    {"none": {"scale": 1.0, "signed": True}}, ["n0"], 3,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=str)
+def test_hostile_scales_are_refused_by_both_readers(value, mobile, tmp_path):
+    broken = tmp_path / "net.safetensors"
+    shutil.copy(mobile[0], broken)
+    edit(broken, lambda manifest: manifest["program"].update(activations=value))
+    for reader in (sb.load, rt.open):
+        with pytest.raises(SubbyteError) as found:
+            reader(broken)
+        assert "\n" not in str(found.value)
+
+
+def test_scales_of_any_value_are_used_or_left(mobile, tmp_path):
+    """A file may have scales for all values, or for few: what has none is float32 in between."""
+    path, _, x, _ = mobile
+    other = tmp_path / "net.safetensors"
+    for keep in (lambda i: i % 2, lambda i: True):
+        shutil.copy(path, other)
+
+        def change(manifest, keep=keep):
+            names = [node["out"] for node in manifest["program"]["nodes"]]
+            one = {"scale": 0.05, "signed": True}
+            manifest["program"]["activations"] = {n: one for i, n in enumerate(names) if keep(i)}
+
+        edit(other, change)
+        assert np.isfinite(rt.open(other).run(x.numpy())).all()
+        sb.load(other)
+
+
+def test_scales_of_another_program_are_refused(mobile, tmp_path):
+    _, _, x, scales = mobile
+    net = packed(Mobile(), fuse=False)
+    with pytest.raises(SubbyteError, match="of another program"):
+        sb.save(net, tmp_path / "net.safetensors", example=x, activations=scales)
+    assert not (tmp_path / "net.safetensors").exists()
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def test_calibration_takes_the_rule_with_the_least_error_on_held_out_examples(mobile):
+    scales = mobile[3]
+    assert set(scales.errors) == {"largest", "99.99 %", "99.9 %", "least error"}
+    assert scales.errors[scales.rule] == min(scales.errors.values())
+    assert all(0 < error < 1 for error in scales.errors.values())
+
+
+def test_values_behind_a_relu_have_no_sign(mobile):
+    _, net, _, scales = mobile
+    for node in scales.program.nodes:
+        if node.op == LAYER and node.out in scales.scales:
+            signed = net.get_submodule(node.layer).activation == "none"
+            assert scales.scales[node.out].signed == signed
+
+
+def test_what_cannot_stay_in_bytes_is_refused():
+    net = packed(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), fuse=False)
+    with pytest.raises(SubbyteError, match="no value of the network can stay in 8 bits"):
+        sb.calibrate_activations(net, [torch.randn(4, 8)])
+    net = packed(Mobile())
+    with pytest.raises(SubbyteError, match="NaN or infinite"):
+        sb.calibrate_activations(net, [torch.full((2, 3, 21, 18), float("inf"))])
+
+
+def test_outputs_and_inputs_stay_float(tmp_path):
+    """A convolution whose result is the network's is float32 at the end."""
+    net = packed(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)))
+    program = trace(net, images((3, 8, 8)))
+    flow = flow_of(program.nodes, program.layers, program.output)
+    assert flow.scaled == {program.nodes[0].out}
+
+
+def test_lists_of_operators_are_of_operators():
+    from subbyte.graph.operators import OPERATORS
+
+    assert set(SAME) | set(FUNCTIONS) <= set(OPERATORS)

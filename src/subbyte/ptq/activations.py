@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -186,6 +187,10 @@ def rounded(value: Tensor, to: ByteScale) -> Tensor:
     return q * to.scale
 
 
+def _held(scales: Mapping[str, ByteScale], name: str, value: Any) -> Any:
+    return rounded(value, scales[name]) if name in scales else value
+
+
 def _chosen(
     runner: _Runner, parts: list[Batch], flow: Flow, seen: Mapping[str, _Seen]
 ) -> ActivationScales:
@@ -196,9 +201,7 @@ def _chosen(
         exact = runner.outputs(part, lambda _, value: value)
         total += sum(float(x.double().square().sum()) for x in exact)
         for rule, scales in candidates.items():
-            found = runner.outputs(
-                part, lambda n, v, own=scales: rounded(v, own[n]) if n in own else v
-            )
+            found = runner.outputs(part, partial(_held, scales))
             errors[rule] += sum(
                 float((a.double() - b.double()).square().sum())
                 for a, b in zip(found, exact, strict=True)

@@ -67,8 +67,8 @@ def open(
     precision: of the activations in products, as in `subbyte.load`. "int8" keeps them in 8 bits
     between layers where the file has their scales (`subbyte.calibrate_activations`); "dynamic"
     rounds them to int8 at each layer, as "int8" does where there are none. threads: of each run;
-    the machine's cores if None. verify: by the file's checksums. memory: bytes that the values of one
-    run may take, 0 for 16 GiB. Raises SubbyteError naming the file and the fault.
+    the machine's cores if None. verify: by the file's checksums. memory: bytes that the values of
+    one run may take, 0 for 16 GiB. Raises SubbyteError naming the file and the fault.
     """
     if precision not in _PRECISIONS:
         known = ", ".join(map(repr, _PRECISIONS))
