@@ -189,7 +189,8 @@ def test_every_operation_in_bytes_equals_exact_integers(name, levels, tmp_path):
     checked = check_bits(path, net, x, scales)
     least = {"resnet": {LAYER, "Slice", "ReduceMean"},
              "mobile": {LAYER, "ReduceMean"},
-             "fire": {LAYER, "MaxPool2d", "Concat", "AveragePool2d", "Slice", "Reshape"}}  # fmt: skip
+             "fire": {LAYER, "MaxPool2d", "Concat", "AveragePool2d", "Slice",
+                      "Reshape"}}  # fmt: skip
     assert set(checked) >= least[name]
     assert checked.count(LAYER) >= 6
 

@@ -7,7 +7,7 @@ activations, on examples that are held out, is taken for all values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from subbyte.errors import SubbyteError
 from subbyte.graph.activations import LEAST, ActivationScales, ByteScale, Flow, flow_of
 from subbyte.graph.network import PROGRAM, module_of
-from subbyte.graph.program import Program
+from subbyte.graph.program import Node, Program
 from subbyte.graph.trace import traced
 from subbyte.ptq.calibration import gathered
 from subbyte.tasks.batches import Batch, Inputs, in_batches, leaves, one_batch
@@ -170,7 +170,9 @@ RULES: Mapping[str, Callable[[_Seen, ByteScale], float]] = {
 }
 
 
-def _scales(rule: str, seen: Mapping[str, _Seen], flow: Flow) -> dict[str, ByteScale]:
+def _scales(
+    rule: str, seen: Mapping[str, _Seen], flow: Flow, nodes: Sequence[Node]
+) -> dict[str, ByteScale]:
     """Values that were always 0 have no scale."""
     found = {}
     for name, own in seen.items():
@@ -178,7 +180,16 @@ def _scales(rule: str, seen: Mapping[str, _Seen], flow: Flow) -> dict[str, ByteS
         scale = float(np.float32(RULES[rule](own, unit) / unit.high))
         if scale >= LEAST:
             found[name] = ByteScale(scale, unit.signed)
-    return found
+    return _joined(found, nodes)
+
+
+def _joined(scales: dict[str, ByteScale], nodes: Sequence[Node]) -> dict[str, ByteScale]:
+    """Parts of a concatenation have its scale, so that they are copied: it holds the largest."""
+    for node in reversed(nodes):
+        if node.op == "Concat" and node.out in scales:
+            parts = {part["value"] for part in node.args["inputs"]}
+            scales |= dict.fromkeys(parts & set(scales), scales[node.out])
+    return scales
 
 
 def rounded(value: Tensor, to: ByteScale) -> Tensor:
@@ -194,7 +205,8 @@ def _held(scales: Mapping[str, ByteScale], name: str, value: Any) -> Any:
 def _chosen(
     runner: _Runner, parts: list[Batch], flow: Flow, seen: Mapping[str, _Seen]
 ) -> ActivationScales:
-    candidates = {rule: _scales(rule, seen, flow) for rule in RULES}
+    nodes = runner.program.nodes
+    candidates = {rule: _scales(rule, seen, flow, nodes) for rule in RULES}
     errors = dict.fromkeys(RULES, 0.0)
     total = 0.0
     for part in parts:
