@@ -182,12 +182,12 @@ def _take_activation(
 
 def _before_concatenations(net: fx.GraphModule, before: set[nn.Module]) -> None:
     """A ReLU behind a concatenation goes into its parts, where all of them can take it."""
-    alone = {node: net.get_submodule(str(node.target)) for node in _alone(net.graph)}
+    called = {node: net.get_submodule(str(node.target)) for node in _alone(net.graph)}
+    alone: dict[Any, Any] = {n: layer for n, layer in called.items() if layer not in before}
     for joined in [n for n in net.graph.nodes if n.target in (torch.cat, torch.concat)]:
         parts = joined.args[0] if joined.args else ()
         takes = isinstance(parts, list | tuple) and all(
             isinstance(layer := alone.get(part), PackedConv2d | PackedLinear)
-            and layer not in before
             and layer.activation == "none"
             and not _hooked(layer)
             for part in parts
@@ -199,8 +199,7 @@ def _before_concatenations(net: fx.GraphModule, before: set[nn.Module]) -> None:
         key = user.target if module is None else type(module)
         if key in _ACTIVATIONS and not (module is not None and _hooked(module)):
             for part in parts:
-                layer: Any = alone[part]
-                layer.activation, layer.fused = _ACTIVATIONS[key], True
+                alone[part].activation, alone[part].fused = _ACTIVATIONS[key], True
             _remove(net, user, joined)
 
 
