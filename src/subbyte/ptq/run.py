@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from subbyte.core.account import float_parameters, notes_on_float
-from subbyte.core.conv1d import conv1d_in_place
+from subbyte.core.as_linear import given_form_in_place
 from subbyte.core.plan import Plan
 from subbyte.core.ready import check_ready, unwrapped
 from subbyte.core.recipe import Recipe
@@ -69,7 +69,7 @@ def start_run(
     base = recipe.plan(twin, shared=True)
     base = base if plan is None else base.following(plan)
     names = {layer.name for layer in base.quantized}
-    twin = conv1d_in_place(twin, unwrapped(model), names)
+    twin = given_form_in_place(twin, unwrapped(model), names)
     chosen = {site.name: site for site in sites(twin) if site.name in names}
     if not chosen:
         why = next((f": {layer.reason}" for layer in base.layers if layer.reason), "")

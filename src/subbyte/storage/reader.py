@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from subbyte.core.conv1d import with_linears
+from subbyte.core.as_linear import with_linears
 from subbyte.core.quantized import Quantized
 from subbyte.core.ready import copied
 from subbyte.core.sites import sites

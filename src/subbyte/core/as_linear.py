@@ -1,8 +1,8 @@
-"""`Conv1D` of `transformers` (GPT-2), a linear layer that stores its weight as [in, out].
+"""Layers of `transformers` that are linear layers in another form.
 
-It computes x W + b. `nn.Linear` with W' computes the same, so the networks that quantization works
-on, and those that a file is loaded into, have that in its place. Recognized by its structure;
-`transformers` is not needed.
+The networks that quantization works on, and those that a file is loaded into, have `nn.Linear` in
+their place: for `Conv1D` (GPT-2: x W + b, its weight stored as [in, out]) one, for a stack of
+experts one for each slice (experts.py). Recognized by their structure; `transformers` is not needed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from subbyte.core.experts import Experts, is_experts
 from subbyte.core.ready import copied
 
 
@@ -25,42 +26,58 @@ def is_conv1d(module: nn.Module) -> bool:
     return alone and tuple(weight.shape) == sizes and tuple(bias.shape) == sizes[1:]
 
 
+def in_other_form(module: nn.Module) -> bool:
+    """Whether a layer is one of those that this file is about."""
+    return is_conv1d(module) or is_experts(module)
+
+
 def with_linears(model: nn.Module, names: Collection[str]) -> nn.Module:
-    """The network with `nn.Linear` for each Conv1D of these names; itself, if there is none."""
+    """The network with `nn.Linear` in the place of the layers that these names are of; itself, if
+    there is none. Names of a stack's experts begin with its own."""
     named = dict(model.named_modules(remove_duplicate=False))
-    if not any(name in named and is_conv1d(named[name]) for name in names):
+    if not any(_meant(named[path], path, names) for path in named):
         return model
     twin = copied(model)
     held = dict(twin.named_modules(remove_duplicate=False))
-    return linears_in_place(twin, {id(held[name]) for name in names if name in held})
+    return linears_in_place(
+        twin, {id(held[path]) for path in held if _meant(held[path], path, names)}
+    )
 
 
 def linears_in_place(model: nn.Module, chosen: Collection[int] | None = None) -> nn.Module:
-    """In place, but for a network that is one itself: `nn.Linear` for every Conv1D.
+    """In place, but for a network that is one itself: `nn.Linear` for every such layer.
 
     chosen: ids of the modules that are meant, None for all. A weight that several share stays one.
     """
     weights: dict[int, nn.Parameter] = {}
     twins: dict[int, nn.Module] = {
-        id(module): _linear(module, weights)
+        id(module): _linear(module, weights) if is_conv1d(module) else Experts(module)
         for module in list(model.modules())
-        if is_conv1d(module) and (chosen is None or id(module) in chosen)
+        if in_other_form(module) and (chosen is None or id(module) in chosen)
     }
     return _replaced(model, twins)
 
 
-def conv1d_in_place(twin: nn.Module, given: nn.Module, quantized: Collection[str]) -> nn.Module:
-    """In place: Conv1D again, as in the network that was given, where a layer stays float.
+def given_form_in_place(twin: nn.Module, given: nn.Module, quantized: Collection[str]) -> nn.Module:
+    """In place: such a layer again as in the network that was given, where all of it stays float.
 
     A file is loaded into the network's own class, and float weights go there as they are stored.
     """
     held = dict(twin.named_modules(remove_duplicate=False))
     back: dict[int, nn.Module] = {
-        id(held[name]): copied(module).cpu().float().eval()
-        for name, module in given.named_modules()
-        if is_conv1d(module) and name not in quantized
+        id(held[path]): copied(module).cpu().float().eval()
+        for path, module in given.named_modules()
+        if in_other_form(module) and not _meant(module, path, quantized)
     }
     return _replaced(twin, back)
+
+
+def _meant(module: nn.Module, path: str, names: Collection[str]) -> bool:
+    """Whether a layer in another form, or a part of it, is among the names."""
+    if is_conv1d(module):
+        return path in names
+    inside = f"{path}." if path else ""
+    return is_experts(module) and any(name.startswith(inside) for name in names)
 
 
 def _replaced(model: nn.Module, others: Mapping[int, nn.Module]) -> nn.Module:
