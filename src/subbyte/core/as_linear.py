@@ -2,7 +2,8 @@
 
 The networks that quantization works on, and those that a file is loaded into, have `nn.Linear` in
 their place: for `Conv1D` (GPT-2: x W + b, its weight stored as [in, out]) one, for a stack of
-experts one for each slice (experts.py). Recognized by their structure; `transformers` is not needed.
+experts one for each slice (experts.py). Recognized by their structure; `transformers` need not be
+installed.
 """
 
 from __future__ import annotations
