@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from subbyte.core.functional import divide, spread
 from subbyte.core.quantized import Quantized
-from subbyte.core.tensors import QuantizedLayer, QuantizedTensor
+from subbyte.core.tensors import QuantizedLayer, QuantizedWeight
 from subbyte.data import ImageSet
 from subbyte.methods import frozen_layers, quantizers, without_quantizers
 from subbyte.modules import pack
@@ -66,7 +66,7 @@ def watch(
     return Watch(away / n_weights, changed / n_weights, rounded, pull), codes
 
 
-def in_steps(x: Tensor, weight: QuantizedTensor) -> Tensor:
+def in_steps(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """x in units of the distance between neighbouring levels (their mean, if they differ)."""
     grid = weight.grid
     step = (grid.levels[-1] - grid.levels[0]) / (grid.n_levels - 1)
