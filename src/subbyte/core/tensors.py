@@ -58,10 +58,7 @@ class QuantizedTensor:
                 f"scale has shape {tuple(self.scale.shape)}, codes of shape "
                 f"{tuple(self.codes.shape)} on this grid need ({groups},)"
             )
-        if not self.scale.isfinite().all():
-            raise SubbyteError("scale has NaN or infinite values")
-        if (self.scale < 0).any():
-            raise SubbyteError("scale has negative values")
+        check_scale(self.scale)
         top = int(self.codes.max()) if self.codes.numel() else 0
         if top >= self.grid.n_levels:
             raise SubbyteError(f"code {top} is above the grid's last code {self.grid.n_levels - 1}")
@@ -79,6 +76,14 @@ class QuantizedTensor:
     def dequantize(self) -> Tensor:
         """The weight as float32, of the codes' shape."""
         return decode(self.codes, self.scale, self.grid)
+
+
+def check_scale(scale: Tensor) -> None:
+    """Raises SubbyteError for scales that are not finite, or negative."""
+    if not scale.isfinite().all():
+        raise SubbyteError("scale has NaN or infinite values")
+    if (scale < 0).any():
+        raise SubbyteError("scale has negative values")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from subbyte.core.functional import decode, read_scale
 from subbyte.core.grids import Grid
+from subbyte.core.tensors import check_scale
 from subbyte.errors import SubbyteError
 from subbyte.packing import radix
 
@@ -32,9 +33,7 @@ class StoredTensor:
         fault = radix.check_size(self.words, self.grid.n_levels, self.shape.numel())
         if fault:
             raise SubbyteError(fault)
-        scale = self.scale
-        if not scale.isfinite().all() or (scale < 0).any():
-            raise SubbyteError("scale has NaN, infinite or negative values")
+        check_scale(self.scale)
         if self.checked:
             check_codes(self.words, self.grid, self.shape.numel())
 
