@@ -118,7 +118,10 @@ def machines(lines: Iterable[Mapping[str, object]]) -> str:
     for line in lines:
         machine = line["machine"]
         assert isinstance(machine, dict)
-        where.add(f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}")
+        details = line["details"]
+        assert isinstance(details, dict)
+        used = f", {details['precision']}" if "precision" in details else ""
+        where.add(f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}{used}")
         commits.add(str(line["revision"] or "")[:7])
     commits.discard("")
     code = f" Code: {', '.join(f'`{c}`' for c in sorted(commits))}." if commits else ""

@@ -10,10 +10,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from subbyte.core.toml import Table, merged
 from subbyte.errors import SubbyteError
@@ -22,6 +24,7 @@ from subbyte.train import RunResult, run
 from subbyte.train.checkpoint import EpochRecord
 from subbyte.train.config import config_of
 from subbyte.train.loop import CHECKPOINT
+from subbyte.train.update import precision_on
 
 SPIKE = 1.1  # times the training loss of the epoch before: above it an epoch counts as a loss spike
 RESULT = "result.json"  # what a script leaves in the folder of its run
@@ -60,7 +63,9 @@ def trained(job: Job) -> Ready:
     config = config_of(table, job.place, job.variation)
 
     def work(quiet: bool) -> Found:
-        return found_in(run(config, resume=(config.out / CHECKPOINT).is_file(), quiet=quiet))
+        found = found_in(run(config, resume=(config.out / CHECKPOINT).is_file(), quiet=quiet))
+        used = precision_on(torch.device("cpu"), config.train)
+        return replace(found, details={"precision": used})
 
     return work
 
