@@ -81,6 +81,7 @@ def _found(done: Conversion, method: CoRa | PublishedCoRa, differing: dict[str, 
     ranks = [layer.rank for layer in plan.layers]
     figures = {
         **{key: shown[key] for key in ("top1", "top1_float", "bytes", "seconds", "iterations")},
+        "lost": (shown["top1_float"] or 0.0) - (shown["top1"] or 0.0),
         "bits": size_report(done.file).to_dict()["whole"]["file_bits_per_weight"],
         "layer_bits": shown["layer_bits_per_weight"],
         "agreement": shown["agreement"],
