@@ -18,8 +18,10 @@ TITLES = {
 }
 _HEAD = """# {title}
 
-A section per claim: the rule that judges it, the runs, the verdict. All of it is made by
-`subbyte experiment page {paper}` from the files and lines in `experiments/{paper}/`.
+A section per claim: the rule that judges it, the runs, the verdict. A cell is the median over the
+seeds, with the range in brackets where the seeds differ. The scores are of files, read back; bytes
+are of the whole file. `subbyte experiment page {paper}` makes this page from the files and lines in
+`experiments/{paper}/`.
 
 {table}
 """
@@ -68,13 +70,20 @@ def rule_in_words(rule: Comparison) -> str:
         subject += f" over that of {rule.over}"
     side = "at least" if rule.at_least is not None else "at most"
     by = "median" if rule.by == "median" else "95 % interval of the mean"
-    return f"{subject}, {by} over {rule.seeds} seeds or more, is {side} {rule.bound:g}"
+    seeds = f"{rule.seeds} seeds or more" if rule.seeds > 1 else "1 seed or more"
+    return f"{subject} ({by}, {seeds}) is {side} {rule.bound:g}"
 
 
 def runs(experiment: Experiment, own: Lines) -> str:
-    """A row per variation that has lines: seeds, each figure's median and range, hours."""
+    """A row per variation that has lines: seeds, each figure's median and range, hours.
+
+    Of another experiment's runs only those that are judged.
+    """
+    named = {v for rule in experiment.judge for v in rule.variations}
     rows = []
     for variation in experiment.variations:
+        if experiment.runs_of != experiment.name and variation not in named:
+            continue
         lines = {seed: line for (v, seed), line in sorted(own.items()) if v == variation}
         if lines:
             cells = [spread((figure(x, n) for x in lines.values()), FIGURES[n].form)
@@ -129,13 +138,13 @@ def machines(lines: Iterable[Mapping[str, object]]) -> str:
 
 
 def spread(values: Iterable[float | None], form: str) -> str:
-    """Median and range: 91.70 (0.14); one value alone as it is; nothing if there is none."""
+    """Median and range: 91.70 (0.14); the value alone if all are equal; "" if there is none."""
     known = [value for value in values if value is not None]
     if not known:
         return ""
     middle = f"{statistics.median(known):{form}}"
-    wide = f"{max(known) - min(known):{form}}"
-    return middle if len(known) == 1 else f"{middle} ({wide})"
+    wide = max(known) - min(known)
+    return f"{middle} ({wide:{form}})" if wide > 0 else middle
 
 
 def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

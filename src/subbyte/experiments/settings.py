@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,12 +56,12 @@ FIGURES = {
     "lost_by_rounding": Figure("points lost by rounding", ".2f"),
     "score": Figure("score", ".4f"),
     "bytes": Figure("bytes of the file", ",.0f"),
-    "bits": Figure("bits per weight, whole file", ".3f"),
-    "layer_bits": Figure("bits per weight, quantized layers", ".3f"),
-    "distance": Figure("distance to the levels, steps", ".5f"),
-    "changed": Figure("share that changes level per epoch, mean", ".4f"),
-    "changed_first": Figure("share that changes level, first epoch", ".4f"),
-    "changed_last": Figure("share that changes level, last epoch", ".4f"),
+    "bits": Figure("bits per weight of the file", ".3f"),
+    "layer_bits": Figure("bits per quantized weight", ".3f"),
+    "distance": Figure("steps to the levels", ".5f"),
+    "changed": Figure("mean share that changes level in an epoch", ".4f"),
+    "changed_first": Figure("share that changes level in the first epoch", ".4f"),
+    "changed_last": Figure("share that changes level in the last epoch", ".4f"),
     "spikes": Figure("loss spikes", ".0f"),
     "reduction": Figure("quantized layers smaller by", ".1f"),
     "seconds": Figure("seconds", ",.0f"),
@@ -117,7 +117,7 @@ class _Document:
     title: str
     claim: str
     source: str
-    judge: tuple[dict, ...]
+    judge: tuple[dict, ...] = ()
     variations: dict | None = None
     runs_of: str | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -164,6 +164,14 @@ def names_of(root: Path) -> list[str]:
 
 def read_experiment(name: str, root: Path = ROOT) -> Experiment:
     """The experiment of a name. Raises SubbyteError with the file, the place and a remedy."""
+    document, settings, place = _read(name, root)
+    if document.runs_of is not None:
+        return _judging(document, name, root, place)
+    return _experiment(document, name, _variations(document, settings, place), name, place)
+
+
+def _read(name: str, root: Path) -> tuple[_Document, Table, Place]:
+    """The file's own keys, and the settings that its runs share."""
     known = names_of(root)
     if name not in known:
         raise SubbyteError(f"experiment '{name}': there is none in {root}; {nearest(name, known)}")
@@ -172,19 +180,22 @@ def read_experiment(name: str, root: Path = ROOT) -> Experiment:
     own = {f.name for f in fields(_Document)}
     document = read_fields(_Document, {k: v for k, v in table.items() if k in own}, place)
     settings = {key: value for key, value in table.items() if key not in own}
-    paper = name.partition("/")[0]
-    if document.runs_of is not None:
-        return _judging(document, name, read_experiment(f"{paper}/{document.runs_of}", root), place)
     if document.epochs is not None:
         settings = merged(settings, {"train": {"epochs": document.epochs}})
-    return _experiment(document, name, _variations(document, settings, place), name, place)
+    return document, settings, place
 
 
-def _judging(document: _Document, name: str, other: Experiment, place: Place) -> Experiment:
+def _judging(document: _Document, name: str, root: Path, place: Place) -> Experiment:
     """An experiment without runs of its own."""
+    other = f"{name.partition('/')[0]}/{document.runs_of}"
+    own, settings, there = _read(other, root)
+    if own.runs_of is not None:
+        raise SubbyteError(f"{place.key('runs_of')} = '{document.runs_of}', which has no runs of "
+                           "its own; name the experiment that has them")  # fmt: skip
     if document.variations is not None:
         raise SubbyteError(f"{place} has both 'runs_of' and 'variations'; keep one of them")
-    return _experiment(document, name, other.variations, other.runs_of, place)
+    variations = _variations(own, settings, there)
+    return _experiment(replace(document, seeds=own.seeds), name, variations, other, place)
 
 
 def _experiment(

@@ -27,6 +27,7 @@ from subbyte.train.loop import CHECKPOINT
 from subbyte.train.update import precision_on
 
 SPIKE = 1.1  # times the training loss of the epoch before: above it an epoch counts as a loss spike
+_STDERR = 2  # results alone go to stdout
 RESULT = "result.json"  # what a script leaves in the folder of its run
 _CURVES = ("lr", "train_loss", "train_top1", "test_loss", "test_top1", "seconds", "distance",
            "changed", "rounded_top1", "pull")  # fmt: skip
@@ -129,7 +130,7 @@ def scripted(job: Job) -> Ready:
             sys.executable, *script.split(), "--variation", job.variation,
             "--seed", str(job.seed), "--out", str(job.out),
         ]  # fmt: skip
-        done = subprocess.run(command, stdout=subprocess.DEVNULL if quiet else sys.stderr)
+        done = subprocess.run(command, stdout=subprocess.DEVNULL if quiet else _STDERR)
         if done.returncode != 0:
             raise SubbyteError(f"{script} ended with exit code {done.returncode}; see above")
         return Found(**json.loads((job.out / RESULT).read_text()))
