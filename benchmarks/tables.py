@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -246,7 +247,8 @@ def readme_accuracy() -> str:
         for variation, bits in variations.items():
             own = figures(name, variation, "top1")
             floats = figures(name, "float", "top1") or figures(name, variation, "top1_float")
-            size = spread(figures(name, variation, "bytes")[:1], ",.0f")
+            sizes = figures(name, variation, "bytes")
+            size = f"{statistics.median(sizes):,.0f}" if sizes else ""
             rows.append([road, network, spread(floats, ".2f"), spread(own, ".2f"), bits, size])
             road = ""
     head = ["road", "network, data", "float32, top-1 %", "quantized, top-1 %",

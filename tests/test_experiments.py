@@ -393,6 +393,20 @@ def test_mistakes_of_a_conversion_are_named(root, old, new, says):
         ready(jobs_of(experiment)[0], WORKS)
 
 
+def test_a_conversion_gets_its_seed(root, monkeypatch):
+    """The seed draws the examples: of two seeds each has its own."""
+    seen = []
+    monkeypatch.setattr(
+        "subbyte.commands.converting.convert", lambda request, *_: seen.append(request.seed)
+    )
+    monkeypatch.setattr("subbyte.commands.converting._paired", lambda _: {})
+    monkeypatch.setattr("subbyte.commands.converting._found", lambda *_: None)
+    write(root, CLAIM + CONVERT, "lowres/converted")
+    for job in jobs_of(read_experiment("lowres/converted", root)):
+        ready(job, WORKS)(True)
+    assert seen == [0, 1]
+
+
 SCRIPT = """
 script = "script.py 7"
 shown = ["score"]
