@@ -19,7 +19,7 @@ from subbyte.experiments.judge import judge, judged, verdict
 from subbyte.experiments.lines import append, lines_file, read_lines
 from subbyte.experiments.page import page_of, pictures_of
 from subbyte.experiments.run import jobs_of, lacking, lines_of, ready, run_jobs
-from subbyte.experiments.settings import Comparison, names_of, read_experiment
+from subbyte.experiments.settings import KEYS, Comparison, names_of, read_experiment
 from subbyte.experiments.work import spikes
 from subbyte.models import build
 from subbyte.train.progress import Silent
@@ -479,6 +479,21 @@ def test_a_page_follows_its_lines():
     without = page_of("sgm", {mnist: {}})
     assert "**Verdict: not decided: not run.**" in without
     assert "subbyte experiment run sgm/lenet5-mnist --resume" in without
+
+
+def test_the_document_says_what_the_reader_takes(root):
+    text = (REPOSITORY / "docs" / "experiments.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    write(root, example)
+    experiment = read_experiment("lowres/digits", root)
+    assert list(experiment.variations) == ["float", "3-levels"]
+    for job in jobs_of(experiment):
+        ready(job, WORKS)
+    rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    told = {
+        word.strip("[]").partition(".")[0] for row in rows for word in re.findall("`(.*?)`", row)
+    }
+    assert told == KEYS | {"base"}
 
 
 def test_every_line_belongs_to_an_experiment():

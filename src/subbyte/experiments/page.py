@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from subbyte.experiments.figures import FIGURES
 from subbyte.experiments.judge import Judged, Lines, figure, judge, verdict
 from subbyte.experiments.plots import save_curve
-from subbyte.experiments.settings import FIGURES, Comparison, Experiment
+from subbyte.experiments.settings import Comparison, Experiment
 
 TITLES = {
     "lowres": "LowRes: the paper's claims",
@@ -28,11 +29,13 @@ are of the whole file. `subbyte experiment page {paper}` makes this page from th
 
 
 def page_of(paper: str, experiments: Mapping[Experiment, Lines]) -> str:
-    rows = [[f"[{e.title}](#{_anchor(e.title)})", _word(e, own)] for e, own in experiments.items()]
+    """The whole page, as Markdown; its experiments by `place`, then by name."""
+    ordered = sorted(experiments.items(), key=lambda item: (item[0].place, item[0].name))
+    rows = [[f"[{e.title}](#{_anchor(e.title)})", _word(e, own)] for e, own in ordered]
     head = _HEAD.format(
         title=TITLES.get(paper, paper), paper=paper, table=grid(["claim", "verdict"], rows)
     )
-    return head + "".join(f"\n{section(e, own)}\n" for e, own in experiments.items())
+    return head + "".join(f"\n{section(e, own)}\n" for e, own in ordered)
 
 
 def _anchor(title: str) -> str:

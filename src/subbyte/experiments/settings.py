@@ -30,44 +30,11 @@ from typing import Any, Literal
 
 from subbyte.core.toml import Place, Table, merged, nearest, parse, read_fields
 from subbyte.errors import SubbyteError
+from subbyte.experiments.figures import FIGURES
 
 ROOT = Path("experiments")
 BASES = "bases"
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """What a run measures. title: in tables, with the unit; form: of the numbers."""
-
-    title: str
-    form: str
-
-
-FIGURES = {
-    "top1": Figure("top-1 %", ".2f"),
-    "top1_float": Figure("top-1 % of float", ".2f"),
-    "lost": Figure("points below float", ".2f"),
-    "top1_cora": Figure("top-1 % of CoRa", ".2f"),
-    "gain": Figure("points of CoRa above block reconstruction", ".2f"),
-    "seconds_cora": Figure("seconds of CoRa", ",.0f"),
-    "cost_ratio": Figure("time of block reconstruction over that of CoRa", ".1f"),
-    "top1_before_rounding": Figure("top-1 % before rounding", ".2f"),
-    "lost_by_rounding": Figure("points lost by rounding", ".2f"),
-    "score": Figure("score", ".4f"),
-    "bytes": Figure("bytes of the file", ",.0f"),
-    "bits": Figure("bits per weight of the file", ".3f"),
-    "layer_bits": Figure("bits per quantized weight", ".3f"),
-    "distance": Figure("steps to the levels", ".5f"),
-    "changed": Figure("mean share that changes level in an epoch", ".4f"),
-    "changed_first": Figure("share that changes level in the first epoch", ".4f"),
-    "changed_last": Figure("share that changes level in the last epoch", ".4f"),
-    "spikes": Figure("loss spikes", ".0f"),
-    "reduction": Figure("quantized layers smaller by", ".1f"),
-    "seconds": Figure("seconds", ",.0f"),
-    "iterations": Figure("iterations", ",.0f"),
-    "rank_spread": Figure("largest rank less smallest", ".0f"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +92,10 @@ class _Document:
     shown: tuple[str, ...] = ("top1", "bits", "bytes")
     curve: str | None = None
     not_run: str | None = None
+    place: int = 0
+
+
+KEYS = frozenset(f.name for f in fields(_Document))
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +104,7 @@ class Experiment:
 
     runs_of: the name of the experiment whose runs and lines it judges, its own unless the file says
     otherwise. shown: the figures of its table. curve: what its picture shows by epoch, None for no
-    picture. not_run: why runs are missing, if somebody knows.
+    picture. not_run: why runs are missing, if somebody knows. place: on the page, the lowest first.
     """
 
     name: str
@@ -148,6 +119,7 @@ class Experiment:
     shown: tuple[str, ...]
     curve: str | None
     not_run: str | None
+    place: int
 
     @property
     def paper(self) -> str:
@@ -177,9 +149,8 @@ def _read(name: str, root: Path) -> tuple[_Document, Table, Place]:
         raise SubbyteError(f"experiment '{name}': there is none in {root}; {nearest(name, known)}")
     path = root / f"{name}.toml"
     table, place = parse(path), Place(str(path))
-    own = {f.name for f in fields(_Document)}
-    document = read_fields(_Document, {k: v for k, v in table.items() if k in own}, place)
-    settings = {key: value for key, value in table.items() if key not in own}
+    document = read_fields(_Document, {k: v for k, v in table.items() if k in KEYS}, place)
+    settings = {key: value for key, value in table.items() if key not in KEYS}
     if document.epochs is not None:
         settings = merged(settings, {"train": {"epochs": document.epochs}})
     return document, settings, place
@@ -209,6 +180,7 @@ def _experiment(
     return Experiment(
         name, place.file, document.title, document.claim, document.source, variations, judge,
         document.seeds, runs_of, document.shown, document.curve, document.not_run,
+        document.place,
     )  # fmt: skip
 
 
