@@ -276,6 +276,7 @@ def check_sizes(found):
     assert packed["figures"]["bits"] == pytest.approx(8 * file.stat().st_size / n)
     assert packed["figures"]["bits"] > packed["figures"]["layer_bits"] > math.log2(3)
     assert found[2]["figures"]["bits"] == 32
+    assert [line["figures"]["parameters"] for line in found] == [n] * 4
 
 
 def test_a_run_that_was_cut_off_goes_on_with_resume(root, monkeypatch):
@@ -287,7 +288,8 @@ def test_a_run_that_was_cut_off_goes_on_with_resume(root, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["subbyte.train.run"], "console_progress", lambda **_: Killed())
         result = CliRunner().invoke(app, ["experiment", "run", "lowres/digits"])
-        assert result.exit_code != 0
+        assert result.exit_code == 130
+        assert "the same command with --resume goes on" in result.output
     again = ["experiment", "run", "lowres/digits", "--only", "float", "--seeds", "0"]
     result = CliRunner().invoke(app, again)
     assert "--resume goes on with it" in str(result.exception)

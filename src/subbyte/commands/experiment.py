@@ -74,7 +74,11 @@ def run(
         return
     if not resume:
         refuse_begun(jobs)
-    added = run_jobs(found, jobs, WORKS, root, lambda text: print(text, file=sys.stderr))
+    try:
+        added = run_jobs(found, jobs, WORKS, root, lambda text: print(text, file=sys.stderr))
+    except KeyboardInterrupt:
+        print("stopped; the same command with --resume goes on", file=sys.stderr)
+        raise SystemExit(130) from None
     print(f"{found.name}: {len(added)} runs done; {verdict(judge(found, lines_of(found, root)))}")
 
 

@@ -32,6 +32,7 @@ FIGURES = {
     "bytes": Figure("bytes of the file", ",.0f"),
     "bits": Figure("bits per weight of the file", ".3f"),
     "layer_bits": Figure("bits per quantized weight", ".3f"),
+    "parameters": Figure("parameters", ",.0f"),
     "distance": Figure("steps to the levels", ".5f"),
     "changed": Figure("mean share that changes level in an epoch", ".4f"),
     "changed_first": Figure("share that changes level in the first epoch", ".4f"),

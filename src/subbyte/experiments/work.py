@@ -19,8 +19,9 @@ import torch
 
 from subbyte.core.toml import Table, merged
 from subbyte.errors import SubbyteError
+from subbyte.models import build
 from subbyte.report import size_report
-from subbyte.train import RunResult, run
+from subbyte.train import ModelConfig, RunResult, run
 from subbyte.train.checkpoint import EpochRecord
 from subbyte.train.config import config_of
 from subbyte.train.loop import CHECKPOINT
@@ -66,9 +67,16 @@ def trained(job: Job) -> Ready:
     def work(quiet: bool) -> Found:
         found = found_in(run(config, resume=(config.out / CHECKPOINT).is_file(), quiet=quiet))
         used = precision_on(torch.device("cpu"), config.train)
-        return replace(found, details={"precision": used})
+        figures = {**found.figures, "parameters": n_parameters(config.model)}
+        return replace(found, figures=figures, details={"precision": used})
 
     return work
+
+
+def n_parameters(model: ModelConfig) -> int:
+    with torch.device("meta"):
+        net = build(model.name, **model.arguments)
+    return sum(parameter.numel() for parameter in net.parameters())
 
 
 def found_in(result: RunResult) -> Found:
