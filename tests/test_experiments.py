@@ -314,11 +314,14 @@ def test_a_line_of_other_settings_does_not_count(root):
 def test_the_same_run_adds_one_line(root):
     """Two processes that end the same run: the second one's line is left out."""
     path = lines_file("lowres/digits", root)
-    line = {"variation": "float", "seed": 0, "configuration": {"train": {"seed": 0}}}
+    call("run", "lowres/digits", "--only", "float", "--seeds", "0")
+    (line,) = read_lines(path)
+    path.unlink()
     assert append(path, line)
     assert not append(path, {**line, "date": "later"})
     assert append(path, {**line, "seed": 1})
-    assert [x["seed"] for x in read_lines(path)] == [0, 1]
+    assert append(path, {**line, "configuration": {}})
+    assert [x["seed"] for x in read_lines(path)] == [0, 1, 0]
 
 
 def test_a_job_that_got_its_line_meanwhile_is_skipped(root):
@@ -330,9 +333,10 @@ def test_a_job_that_got_its_line_meanwhile_is_skipped(root):
 
 
 def test_a_damaged_line_is_named(root):
-    lines_file("lowres/digits", root).write_text('{"variation": "float"')
-    with pytest.raises(SubbyteError, match=r"digits.jsonl, line 1: no JSON; remove the line"):
-        read_lines(lines_file("lowres/digits", root))
+    for text in ('{"variation": "float"', '{"variation": "float"}', "3"):
+        lines_file("lowres/digits", root).write_text(text)
+        with pytest.raises(SubbyteError, match=r"digits.jsonl, line 1: no line of a run; remove"):
+            read_lines(lines_file("lowres/digits", root))
 
 
 @pytest.mark.parametrize(
@@ -512,4 +516,6 @@ def test_the_command_draws_a_page(root):
     out = root.parent / "pages"
     assert call("page", "lowres", "--out", str(out)).strip() == str(out / "lowres.md")
     assert "![Levels on digits](lowres-digits.png)" in (out / "lowres.md").read_text()
+    result = CliRunner().invoke(app, ["experiment", "page", "lowre", "--out", str(out)])
+    assert "no experiments of 'lowre'; did you mean 'lowres'" in str(result.exception)
     assert (out / "lowres-digits.png").read_bytes().startswith(b"\x89PNG")

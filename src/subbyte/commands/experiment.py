@@ -12,7 +12,8 @@ import typer
 from subbyte.commands import options as o
 from subbyte.commands.converting import converted
 from subbyte.commands.output import print_json
-from subbyte.core.atomic import write_atomically
+from subbyte.core.atomic import check_writable, write_atomically
+from subbyte.core.toml import nearest
 from subbyte.errors import SubbyteError
 from subbyte.experiments.judge import judge, verdict
 from subbyte.experiments.lines import lines_file, read_lines
@@ -72,6 +73,7 @@ def run(
     if dry_run:
         _print_plan(found, jobs, root)
         return
+    check_writable(lines_file(found.runs_of, root))
     if not resume:
         refuse_begun(jobs)
     try:
@@ -110,8 +112,12 @@ def page(paper: o.Paper, root: o.Root = ROOT, out: o.Pages = Path("docs/results"
     """A paper's page and its pictures, made from the lines alone."""
     found = [read_experiment(name, root) for name in names_of(root)]
     own = {e: lines_of(e, root) for e in found if e.paper == paper}
+    if not own:
+        papers = sorted({e.paper for e in found})
+        raise SubbyteError(f"{root} has no experiments of '{paper}'; {nearest(paper, papers)}")
     place = out / f"{paper}.md"
-    write_atomically(place, page_of(paper, own).encode())
+    check_writable(place)
     for picture, draw in pictures_of(own).items():
         draw(out / picture)
+    write_atomically(place, page_of(paper, own).encode())
     print(place)

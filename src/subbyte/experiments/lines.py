@@ -21,6 +21,10 @@ from subbyte.errors import SubbyteError
 from subbyte.experiments.settings import Experiment, with_seed
 
 Line = dict[str, Any]
+_KEYS = {
+    "experiment", "variation", "seed", "date", "command", "revision", "machine", "hours",
+    "configuration", "figures", "curves", "details",
+}  # fmt: skip
 _FREE = ("out",)  # settings that do not decide what comes out
 _FREE_OF_TRAIN = ("threads",)
 
@@ -35,11 +39,18 @@ def read_lines(path: Path) -> list[Line]:
         return []
     found = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            found.append(json.loads(text))
-        except ValueError:
-            raise SubbyteError(f"{path}, line {number}: no JSON; remove the line") from None
+        line = _parsed(text)
+        if not isinstance(line, dict) or not line.keys() >= _KEYS:
+            raise SubbyteError(f"{path}, line {number}: no line of a run; remove it")
+        found.append(line)
     return found
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def configuration(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
