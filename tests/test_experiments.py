@@ -332,6 +332,15 @@ def test_a_job_that_got_its_line_meanwhile_is_skipped(root):
     assert run_jobs(experiment, jobs, WORKS, root, lambda _: None) == []
 
 
+def test_a_run_that_fails_does_not_stop_the_others(root):
+    runs = RUNS.replace("lr = 0.02", "lr = 1e30") + "train = { lr = 0.02 }\n"
+    write(root, CLAIM + runs + JUDGE)
+    result = CliRunner().invoke(app, ["experiment", "run", "lowres/digits", "--seeds", "0"])
+    assert re.search("1 of 2 runs failed; float, seed 0: the loss is", str(result.exception))
+    (line,) = read_lines(lines_file("lowres/digits", root))
+    assert line["variation"] == "3-levels"
+
+
 def test_a_damaged_line_is_named(root):
     for text in ('{"variation": "float"', '{"variation": "float"}', "3"):
         lines_file("lowres/digits", root).write_text(text)

@@ -83,16 +83,26 @@ def run_jobs(
     root: Path,
     tell: Callable[[str], None],
 ) -> list[Line]:
-    """Does what is lacking, in order; the lines that were added. Settings are read first."""
+    """Does what is lacking, in order; the lines that were added. Settings are read first.
+
+    A run that fails does not stop the others. Raises SubbyteError after them, with the first error.
+    """
     ready_jobs = [(job, ready(job, works)) for job in jobs]
-    added = []
+    added, failed = [], []
     for job, work in ready_jobs:
         if not lacking(experiment, [job], root):  # another process may have done it meanwhile
             continue
         tell(f"{experiment.runs_of} {job.variation}, seed {job.seed}")
-        line = line_of(experiment, job, work(False), root)
+        try:
+            line = line_of(experiment, job, work(False), root)
+        except SubbyteError as error:
+            tell(f"error: {error}")
+            failed.append(f"{job.variation}, seed {job.seed}: {error}")
+            continue
         if append(lines_file(experiment.runs_of, root), line):
             added.append(line)
+    if failed:
+        raise SubbyteError(f"{len(failed)} of {len(jobs)} runs failed; {failed[0]}")
     return added
 
 
