@@ -20,7 +20,7 @@ from subbyte.experiments.lines import append, lines_file, read_lines
 from subbyte.experiments.page import page_of, pictures_of
 from subbyte.experiments.run import jobs_of, lacking, lines_of, ready, run_jobs
 from subbyte.experiments.settings import KEYS, Comparison, names_of, read_experiment
-from subbyte.experiments.work import spikes
+from subbyte.experiments.work import Found, spikes
 from subbyte.models import build
 from subbyte.train.progress import Silent
 
@@ -330,6 +330,22 @@ def test_a_job_that_got_its_line_meanwhile_is_skipped(root):
     done = run_jobs(experiment, jobs, WORKS, root, lambda _: None)
     assert len(done) == 1
     assert run_jobs(experiment, jobs, WORKS, root, lambda _: None) == []
+
+
+def test_the_line_names_the_code_that_began_the_run(root, monkeypatch):
+    """Somebody may commit while a run lasts."""
+    head = ["before"]
+    monkeypatch.setattr("subbyte.experiments.run.revision", lambda _: head[-1])
+    experiment = read_experiment("lowres/digits", root)
+
+    def work(quiet):
+        head.append("after")
+        return Found({"top1": 1.0}, 1.0)
+
+    jobs = jobs_of(experiment, ["float"], [0])
+    run_jobs(experiment, jobs, {"train": lambda _: work}, root, lambda _: None)
+    (line,) = read_lines(lines_file("lowres/digits", root))
+    assert line["revision"] == "before"
 
 
 def test_a_run_that_fails_does_not_stop_the_others(root):

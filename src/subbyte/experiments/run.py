@@ -94,7 +94,8 @@ def run_jobs(
             continue
         tell(f"{experiment.runs_of} {job.variation}, seed {job.seed}")
         try:
-            line = line_of(experiment, job, work(False), root)
+            before = begun(experiment, job, root)
+            line = {**before, **gave(work(False))}
         except SubbyteError as error:
             tell(f"error: {error}")
             failed.append(f"{job.variation}, seed {job.seed}: {error}")
@@ -106,8 +107,8 @@ def run_jobs(
     return added
 
 
-def line_of(experiment: Experiment, job: Job, found: Found, root: Path) -> Line:
-    settings = experiment.variations[job.variation]
+def begun(experiment: Experiment, job: Job, root: Path) -> Line:
+    """What a line says of a run before it starts: the code may change while it runs."""
     return {
         "experiment": experiment.runs_of,
         "variation": job.variation,
@@ -116,8 +117,14 @@ def line_of(experiment: Experiment, job: Job, found: Found, root: Path) -> Line:
         "command": shlex.join(["subbyte", *sys.argv[1:]]),
         "revision": revision(root),
         "machine": machine(),
+        "configuration": configuration(experiment.variations[job.variation], job.seed),
+    }
+
+
+def gave(found: Found) -> Line:
+    """What a line says of what came out."""
+    return {
         "hours": found.seconds / 3600,
-        "configuration": configuration(settings, job.seed),
         "figures": dict(found.figures),
         "curves": dict(found.curves),
         "details": dict(found.details),
