@@ -20,7 +20,7 @@ from subbyte.modules.absorb import BatchNormMode
 
 OptimizerName = Literal["sgd", "adamw"]
 ScheduleName = Literal["cosine", "step", "constant"]
-Precision = Literal["float32", "bf16"]
+Precision = Literal["float32", "bf16", "auto"]
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
@@ -86,7 +86,8 @@ class LoopConfig:
     multiplies the learning rate by `gamma`. ema: decay of the averaged weights that are evaluated
     and saved, 0 for none. clip_grad_norm: the largest gradient norm, 0 for no limit. teacher:
     weights of the same network, of any kind that `ModelConfig.weights` takes, whose outputs are
-    learned along with the labels (knowledge distillation). threads: PyTorch's CPU threads, None
+    learned along with the labels (knowledge distillation). precision: of products in training;
+    "auto" is bf16 where the device has instructions for it. threads: PyTorch's CPU threads, None
     leaves them. limit_batches: steps an epoch at most, for trials.
     """
 

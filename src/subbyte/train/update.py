@@ -115,19 +115,27 @@ def _distillation(logits: Tensor, teacher: nn.Module, x: Tensor) -> Tensor:
 
 
 def _autocast(config: LoopConfig, device: torch.device) -> torch.autocast | nullcontext[None]:
-    if config.precision == "bf16":
+    if precision_on(device, config) == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
 
 
+def precision_on(device: torch.device, config: LoopConfig) -> str:
+    """ "float32" or "bf16"; "auto" is bf16 where the device has instructions for it."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if _has_bf16(device) else "float32"
+
+
+def _has_bf16(device: torch.device) -> bool:
+    native = {"avx512_bf16", "amx_bf16", "sve_bf16", "bf16"}
+    found = torch.cpu.get_capabilities()
+    return device.type != "cpu" or any(found.get(name) for name in native)
+
+
 def emulates_bf16(model: nn.Module, config: LoopConfig) -> bool:
     """Whether bf16 is asked for on a CPU that must emulate it (many times slower than float32)."""
-    native = {"avx512_bf16", "amx_bf16", "sve_bf16", "bf16"}
-    return (
-        config.precision == "bf16"
-        and device_of(model).type == "cpu"
-        and not any(torch.cpu.get_capabilities().get(name) for name in native)
-    )
+    return config.precision == "bf16" and not _has_bf16(device_of(model))
 
 
 def _memory_format(model: nn.Module, x: Tensor | None = None) -> torch.memory_format:
