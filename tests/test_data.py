@@ -398,7 +398,7 @@ def test_sizes_that_differ_need_size(source, load):
     [
         ({"bytes": encoded(COLOUR)[:70], "path": None}, "cannot be decoded"),
         ({"bytes": b"not an image", "path": None}, "cannot be decoded"),
-        (None, "is missing; remove the row"),
+        (None, "is missing; replace or remove it"),
         (cell(np.zeros((5, 6), dtype=np.uint16)), "has more than 8 bits per channel (mode I;16)"),
     ],
     ids=["cut", "text", "none", "16 bits"],
