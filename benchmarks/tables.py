@@ -101,6 +101,23 @@ def seeds_of(found: Sequence[Line]) -> str:
     return ", ".join(str(line["seed"]) for line in found)
 
 
+@table
+def distributed() -> str:
+    """A step of several processes over that of one, and where the time goes."""
+    rows = []
+    for x in newest(lines("distributed"), "network", "batch", "method", "strategy"):
+        parts = ("alone", "together", "data", "arithmetic", "exchange")
+        ratio = x["ratio"]
+        rows.append([
+            x["machine"]["cpu"], str(x["machine"]["load"]), x["network"], str(x["batch"]),
+            x["method"], x["strategy"], *(f"{x[f'{part}_ms']['median']:.0f}" for part in parts),
+            f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+        ])  # fmt: skip
+    head = ["machine", "load", "network", "batch", "method", "strategy", "one process, ms",
+            "two, ms", "data, ms", "arithmetic, ms", "exchange, ms", "two / one"]  # fmt: skip
+    return grid(head, rows)
+
+
 # ---------------------------------------------------------------- files of other tools
 
 

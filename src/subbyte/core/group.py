@@ -204,4 +204,5 @@ def is_sharded(x: Any) -> bool:
 
 def local(x: Tensor) -> Tensor:
     """This process's part of a sharded tensor; any other tensor as it is. Gradients pass."""
-    return x.to_local() if is_sharded(x) else x  # type: ignore[operator]
+    sharded: Any = x
+    return sharded.to_local() if is_sharded(x) else x  # type: ignore[no-any-return]

@@ -16,8 +16,8 @@ class ImageSet:
 
     images: uint8 [n, c, h, w], c = 1 (grey) or 3 (RGB); pages of a file that are read when used.
     labels: int64 [n], each an index into `classes`. source: where they come from. split: the split
-    that was read, which is not always the one asked for (`load_images`). left_out: a sentence for each
-    image of the source that could not be read.
+    that was read, which is not always the one asked for (`load_images`). left_out: a sentence for
+    each image of the source that could not be read.
     """
 
     images: Tensor

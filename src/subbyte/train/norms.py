@@ -1,11 +1,10 @@
 """BatchNorm over the images of all processes: the statistics of the whole batch, as one alone has.
 
+    y = (x - mean) / sqrt(var + eps) * w + b          mean, var over the values of all processes
+    dx = (dy - mean(dy) - (x - mean) mean(dy (x - mean)) / (var + eps)) w / sqrt(var + eps)
+
 `nn.SyncBatchNorm` does this on GPUs and nowhere else, and is a layer of another class. Here the
-network stays as it is: its norms compute otherwise for the while.
-
-    mean = sum x / n,  var = sum (x - c)^2 / n - (mean - c)^2      sums over all processes, n too
-
-c is the mean of a process's own part, so that little cancels; the sums are added in float64.
+network stays as it is: its norms compute otherwise for the while. Sums are added in float64.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from subbyte.core.follow import BATCHNORMS
 from subbyte.core.group import Group
@@ -28,7 +27,7 @@ def synced_norms(model: nn.Module, group: Group) -> Iterator[None]:
     """While it is open, norms in training mode normalise by the whole batch's statistics."""
     norms = [] if group.alone else [m for m in model.modules() if isinstance(m, BATCHNORMS)]
     for norm in norms:
-        vars(norm)["forward"] = partial(_forward, norm)
+        vars(norm)["forward"] = partial(_forward, norm, group)
     try:
         yield
     finally:
@@ -36,55 +35,61 @@ def synced_norms(model: nn.Module, group: Group) -> Iterator[None]:
             del vars(norm)["forward"]
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over the processes, of which the gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total
-
-
-def _forward(norm: Any, x: Tensor) -> Tensor:
+def _forward(norm: Any, group: Group, x: Tensor) -> Tensor:
     """x: [n, c, ...], n of this process, which may be 0."""
     if not norm.training:
         return type(norm).forward(norm, x)  # type: ignore[no-any-return]
-    shape = [1, -1, *[1] * (x.ndim - 2)]
-    n, mean, variance = _moments(x.float(), shape)
+    n, mean, variance = _moments(x.detach().float(), group)
     if norm.running_mean is not None:
-        _remember(norm, n, mean.detach(), variance.detach())
-    y = (x.float() - mean.float().reshape(shape)) * (variance + norm.eps).rsqrt().float().reshape(
-        shape
-    )
-    if norm.affine:
-        y = y * norm.weight.reshape(shape) + norm.bias.reshape(shape)
+        _remember(norm, n, mean, variance)
+    moments = (mean.float(), variance.float(), n)
+    y: Tensor = _Normalise.apply(x.float(), norm.weight, norm.bias, moments, norm.eps, group)
     return y.to(x.dtype)
 
 
-def _moments(x: Tensor, shape: list[int]) -> tuple[float, Tensor, Tensor]:
-    """How many values a channel has, their mean and their variance, float64 [c]."""
-    dims = [0, *range(2, x.ndim)]
-    own = x.numel() // x.shape[1]
-    centre = (x.detach().sum(dims) / max(1, own)).double()
-    away = x - centre.float().reshape(shape)
-    first, second = away.sum(dims).double(), away.square().sum(dims).double()
-    sums = torch.stack(
-        [
-            first + own * centre,
-            second + 2 * centre * first + own * centre.square(),
-            torch.full_like(centre, own),
-        ]
-    )
-    total, squares, counts = _Sum.apply(sums)
+class _Normalise(torch.autograd.Function):
+    """The formulas above, with the moments and n, how many values a channel has."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Any, *rest: Any
+    ) -> Tensor:
+        mean, variance, ctx.n = moments
+        eps, ctx.group = rest
+        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        dy, (x, weight, mean, slope) = gradients[0], ctx.saved_tensors
+        away = x - _wide(mean, x)
+        own = torch.stack([dy.sum(_others(x)), (dy * away).sum(_others(x))])
+        all_of = (ctx.group.sum_(own.double()) / ctx.n).float()
+        dx = dy - _wide(all_of[0], x) - away * _wide(all_of[1] * slope.square(), x)
+        dx = dx * _wide(slope if weight is None else slope * weight, x)
+        affine = (None, None) if weight is None else (own[1] * slope, own[0])
+        return dx, *affine, None, None, None
+
+
+def _moments(x: Tensor, group: Group) -> tuple[float, Tensor, Tensor]:
+    """How many values a channel has in all processes, their mean and variance, float64 [c]."""
+    own, zero = x.numel() // x.shape[1], x.new_zeros(x.shape[1])
+    variance, mean = torch.var_mean(x, _others(x), correction=0) if own else (zero, zero)
+    mean, variance = mean.double(), variance.double()
+    sums = [own * mean, own * (variance + mean.square()), torch.full_like(mean, own)]
+    total, squares, counts = group.sum_(torch.stack(sums))
     mean = total / counts
-    return float(counts[0]), mean, squares / counts - mean.square()
+    return float(counts[0]), mean, (squares / counts - mean.square()).clamp(min=0.0)
+
+
+def _others(x: Tensor) -> list[int]:
+    """All dimensions but the channels'."""
+    return [0, *range(2, x.ndim)]
+
+
+def _wide(x: Tensor, like: Tensor) -> Tensor:
+    """A value per channel, as it multiplies [n, c, ...]."""
+    return x.reshape([1, -1, *[1] * (like.ndim - 2)])
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ def copied_to_all(model: nn.Module, group: Group) -> Forward:
     """The network as DDP calls it: a pass back averages the gradients over the processes."""
     if group.alone:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    return DistributedDataParallel(model, forward_sync_buffers=False)
 
 
 def shard(model: nn.Module, group: Group) -> None:

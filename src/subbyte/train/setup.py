@@ -17,7 +17,6 @@ from subbyte.train.evaluate import check_classes, check_labels, describe, eval_m
 from subbyte.train.initial import load_initial
 from subbyte.train.settings import DataConfig, ModelConfig, RunConfig
 
-
 _NAMED = 10  # images that a note names, of those that are left out
 
 

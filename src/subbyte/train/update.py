@@ -67,12 +67,15 @@ class State:
 def start(
     model: Network, config: LoopConfig, teacher: nn.Module | None = None, group: Group = ALONE
 ) -> State:
-    """The state before the first epoch; the networks' memory changes to what suits it."""
+    """The state before the first epoch; the networks' memory changes to what suits it.
+
+    Neither FSDP2 nor the buckets of DDP take weights that are not contiguous as they are.
+    """
     sharded = not group.alone and config.strategy == "fsdp"
     for network in (model, teacher):
         if network is not None:
             network.to(group.device)
-            lay_out(network, torch.contiguous_format if sharded else _memory_format(network))
+            lay_out(network, _memory_format(network) if group.alone else torch.contiguous_format)
     ema = averaged(model, config.ema) if config.ema else None
     twin = copied(model) if sharded else None
     if sharded:
@@ -123,8 +126,9 @@ def update(
         share = (len(y) if n is None else n) / group.size  # gradients are averaged over processes
         task = _loss(logits, y, state.teacher, x, config.label_smoothing) / share
     pull = penalty(model, progress)
-    hits = count_correct(logits.detach(), y)
-    total, hits, more = group.sum(task.item() / group.size, hits, float(pull))
+    more = pull.item() if isinstance(pull, Tensor) else pull
+    own = (task.item() / group.size, count_correct(logits.detach(), y), more)
+    total, hits, more = group.sum(*own)
     if not math.isfinite(total + more):
         return total + more, 0
     task.backward()

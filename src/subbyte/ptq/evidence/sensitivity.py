@@ -26,6 +26,7 @@ and Turing do, by that of the rows read once, and shared out among the unread ro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,20 +107,21 @@ def sensitivity(
     sums = [torch.zeros(site.shape[site.channel_axis], dtype=torch.float64) for site in known]
     items = 0
     seeds = torch.randint(2**62, (len(batches),), generator=generator).tolist()
-    own = zip(group.dealt(batches), group.dealt(seeds), strict=True)
+    dealt = zip(group.dealt(batches), group.dealt(seeds), strict=True)
     with (
         _reads_of(model, tables) as reads,
         _scores_of(model, heads) as scores,
         _squares_of(model, known, sums),
     ):
-        for x, seed in own:
+        for x, seed in dealt:
             with torch.enable_grad():
                 y = task.outputs(call(model, x), x)
                 direction = task.direction(y.detach(), torch.Generator().manual_seed(seed))
                 (y * direction).sum().backward()
             items += len(y)
     items = int(group.sum(items)[0])
-    for total in (*sums, *(x for part in (*reads.values(), *scores.values()) for x in part.sums())):
+    seen_by = [own.sums() for own in reads.values()] + [own.sums() for own in scores.values()]
+    for total in itertools.chain(sums, *seen_by):
         group.sum_(total)
     found = {name: own.statistics() for name, own in reads.items() if own.counts.any()}
     effects = {}

@@ -288,11 +288,9 @@ class _Work:
         self.unpaired += [site.name for site in stage if site.name in odd]
         pooled = self.group.pooled(sums)
         totals = dict(zip(counts, map(int, self.group.sum(*counts.values())), strict=True))
-        return {
-            name: _Paired(*(pooled[name, i] / n for i in range(4)), n)
-            for name, n in totals.items()
-            if n and name not in odd
-        }
+        known = {name: n for name, n in totals.items() if n and name not in odd}
+        means = {name: [pooled[name, i] / n for i in range(4)] for name, n in known.items()}
+        return {n: _Paired(zz, xz, z, x, known[n]) for n, (zz, xz, z, x) in means.items()}
 
     def adapted(self, layer: Layer, paired: _Paired) -> Layer:
         """The layer with T for its weight and H for its metric.
