@@ -98,7 +98,7 @@ class Group:
         """What the leading process makes of it; the others wait."""
         if self.alone:
             return make()
-        key = f"told/{self.restarts}/{next(self._calls)}"
+        key = f"told/{next(self._calls)}"
         box: list[Any] = [make() if self.leads else None]
         if self.leads:
             self.store.set(key, "")
@@ -175,16 +175,24 @@ def _join(restarts: int) -> Group:
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
     if cuda:
         torch.cuda.set_device(device)
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    try:
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+        # torchrun keeps one store over restarts: what the last start left there is not for this one
+        store = dist.PrefixStore(f"start/{restarts}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise SubbyteError(
+            f"the processes of the run cannot reach each other: {reason}; start them by torchrun"
+        ) from error
     return Group(rank, size, device, restarts, store)
 
 
 def _was_told(group: Group) -> bool:
     """Whether another process has failed before this one, and said why."""
     try:
-        return bool(group.store.add(f"failed/{group.restarts}", 1) > 1)
+        return bool(group.store.add("failed", 1) > 1)
     except dist.DistError:  # whoever kept the store is gone
         return True
 
