@@ -411,6 +411,24 @@ def test_an_image_that_cannot_be_used_is_named(source, load, broken, problem):
     assert problem in message
 
 
+def test_unreadable_images_up_to_a_number_are_left_out_and_named(source, load):
+    """Of 70, two: the others keep their own pixels and labels, also when the cache is read."""
+    cells = [cell(pixels(i)) for i in range(70)]
+    cells[3], cells[68] = {"bytes": b"not an image", "path": "a.png"}, None
+    parquet(source, "train", {"picture": cells, "kind": [i % 3 for i in range(70)]})
+    assert "image 68 of split 'train'" in refusal(load, unreadable=1)
+    kept = [i for i in range(70) if i not in (3, 68)]
+    for _ in range(2):
+        data = load(unreadable=2)
+        assert data.labels.tolist() == [i % 3 for i in kept]
+        assert all(
+            np.array_equal(x.permute(1, 2, 0), pixels(i))
+            for x, i in zip(data.images, kept, strict=True)
+        )
+        assert [why.split(" of ")[0] for why in data.left_out] == ["image 3", "image 68"]
+    assert "(2 so far); replace or remove it" in refusal(load, unreadable=1)
+
+
 @pytest.mark.parametrize("label", [-1, None])
 def test_labels_that_are_missing(source, load, label):
     parquet(source, "train", {"picture": [cell(COLOUR)] * 2, "kind": [0, label]})
