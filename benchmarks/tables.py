@@ -112,9 +112,11 @@ def distributed() -> str:
             x["machine"]["cpu"], str(x["machine"]["load"]), x["network"], str(x["batch"]),
             x["method"], x["strategy"], *(f"{x[f'{part}_ms']['median']:.0f}" for part in parts),
             f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+            f"{x['cpu_ratio']['median']:.2f}",
         ])  # fmt: skip
     head = ["machine", "load", "network", "batch", "method", "strategy", "one process, ms",
-            "two, ms", "data, ms", "arithmetic, ms", "exchange, ms", "two / one"]  # fmt: skip
+            "two, ms", "data, ms", "arithmetic, ms", "exchange, ms", "two / one",
+            "of CPU time"]  # fmt: skip
     return grid(head, rows)
 
 
