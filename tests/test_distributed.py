@@ -25,6 +25,15 @@ ROUNDINGS = 64 * torch.finfo(torch.float32).eps
 BOUND = STEPS * cases.EPOCHS * cases.LR / (1 - 0.5) * cases.CLIP * ROUNDINGS
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As each of the two has: the number of threads decides the order of sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """(what each of the two processes found, their folder)."""
