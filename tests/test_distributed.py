@@ -209,6 +209,7 @@ def written(folder, classes=10):
     return path
 
 
+@pytest.mark.slow  # torchrun starts the processes twice
 def test_a_killed_worker_restarts_from_the_last_checkpoint_by_itself(tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED.format(count="TORCHELASTIC_RESTART_COUNT"))
