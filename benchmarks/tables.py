@@ -92,6 +92,25 @@ def _language_row(name: str, line: Line) -> list[str]:
     ]  # fmt: skip
 
 
+@table
+def distributed() -> str:
+    """A step of several processes over that of one, and where the time goes."""
+    rows = []
+    for x in newest(lines("distributed"), "network", "batch", "method", "strategy"):
+        parts = ("alone", "together", "data", "arithmetic", "exchange")
+        ratio = x["ratio"]
+        rows.append([
+            x["machine"]["cpu"], str(x["machine"]["load"]), x["network"], str(x["batch"]),
+            x["method"], x["strategy"], *(f"{x[f'{part}_ms']['median']:.0f}" for part in parts),
+            f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+            f"{x['cpu_ratio']['median']:.2f}",
+        ])  # fmt: skip
+    head = ["machine", "load", "network", "batch", "method", "strategy", "one process, ms",
+            "two, ms", "data, ms", "arithmetic, ms", "exchange, ms", "two / one",
+            "of CPU time"]  # fmt: skip
+    return grid(head, rows)
+
+
 # ---------------------------------------------------------------- files of other tools
 
 

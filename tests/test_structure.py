@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "subbyte"
 ORDER = [
     "errors", "runtime", "core", "_native", "packing", "kernels", "methods", "modules", "graph",
     "models", "storage", "bench", "export", "data", "tasks", "ptq", "train", "report",
-    "experiments", "commands", "cli",
+    "experiments", "commands", "cli", "__main__",
 ]  # fmt: skip
 
 

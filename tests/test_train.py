@@ -398,7 +398,7 @@ def test_epochs_and_seeds_draw_differently(tmp_path):
 
 def test_training_images_are_augmented_as_configured(tmp_path):
     data = image_set([0, 1, 2])
-    (plain, _), (cut, _) = (
+    (plain, *_), (cut, *_) = (
         next(loop._draw(data, run_config(tmp_path, data=DataConfig("digits", cutout=size)), 0, 1))
         for size in (0, 4)
     )
