@@ -61,6 +61,7 @@ def converted(job: Job) -> Ready:
 
     def work(quiet: bool) -> Found:
         done = convert(request, method, console_progress(quiet=quiet))
+        assert done is not None  # this process is alone
         return _found(done, method, _paired(request))
 
     return work
