@@ -9,7 +9,7 @@ NATIVE := CMakeLists.txt $(wildcard src/subbyte/kernels/csrc/* native/CMakeLists
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # SUBBYTE_ISA=avx2 (avx512vnni, neon, portable) forces an instruction set in anything below.
-.PHONY: demo test test-all test-tiers test-san test-fuzz test-old test-avx512 test-neon wheel check format bench bench-peers mutants reproduce clean
+.PHONY: demo test test-all test-tiers test-san test-fuzz test-old test-avx512 test-neon wheel check format bench bench-peers mutants pages reproduce clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
@@ -77,9 +77,16 @@ bench-peers: $(STAMP)  ## Products beside ONNX Runtime, OpenVINO and PyTorch (ha
 mutants: $(STAMP)  ## Plant the bugs of tests/mutants.toml one by one: the tests must catch each
 	$(BIN)/python tests/mutants.py
 
-reproduce: $(STAMP)  ## Train again what docs/results/ shows (hours)
-	$(BIN)/python benchmarks/digits.py
-	$(BIN)/python benchmarks/cifar10_cvnn1.py --fresh
+PAPERS := lowres sgm cora open
+pages: $(STAMP)  ## Make the pages, tables and the chart of docs/ from the lines
+	for paper in $(PAPERS); do $(BIN)/subbyte experiment page $$paper || exit 1; done
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/charts.py
+
+reproduce: $(STAMP)  ## Run what experiments/$(or $(PAPER),lowres)/ lacks (hours to days); PAPER=sgm for another
+	for name in $(basename $(notdir $(wildcard experiments/$(or $(PAPER),lowres)/*.toml))); do \
+	  $(BIN)/subbyte experiment run $(or $(PAPER),lowres)/$$name --resume || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

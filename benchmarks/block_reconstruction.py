@@ -1,8 +1,6 @@
 """What a search by gradient descent costs: AdaRound in blocks (BRECQ's way) against `sb.CoRa`.
 
-    .venv/bin/python benchmarks/block_reconstruction.py --iterations 200
-    .venv/bin/python benchmarks/block_reconstruction.py --iterations 20000      # hours
-    .venv/bin/python benchmarks/block_reconstruction.py --iterations 20 --cost-only
+    subbyte experiment run cora/block-reconstruction
 
 ResNet-20 on CIFAR-10, 8 levels a weight, the same 1600 images for both. Each residual block (and
 the first and the last layer) is reconstructed in order: its input from the network quantized so
@@ -12,7 +10,7 @@ batch 32. BRECQ takes 20 000 iterations a block. With fewer, the line also has t
 multiplied out from the measured time of a step and called so; the accuracy is of what was run.
 --cost-only scores nothing: it times steps (on a few images: a step does not depend on how many
 there are), then CoRa, then steps again, for the ratio.
-Written for this comparison only. Appends to benchmarks/results/block-reconstruction.jsonl.
+Written for this comparison only.
 """
 
 import argparse
@@ -22,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from common import append
+from common import leave, run_options
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -133,12 +131,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--levels", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=1600)
     parser.add_argument("--tune", type=int, default=0, help="iterations of CoRa's tuning")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--cost-only", action="store_true", help="times alone, no accuracy")
-    options = parser.parse_args()
+    options = run_options(parser)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -152,28 +149,23 @@ def main() -> None:
     ours = quantize(
         net, CoRa(levels=options.levels, tune=options.tune), calibration=[x], seed=options.seed
     )
-    line: dict[str, object] = {
-        "iterations": options.iterations,
-        "levels": options.levels,
-        "samples": options.samples,
-        "seed": options.seed,
-        "seconds": seconds,
-        "seconds_of_20000_multiplied_out": [PUBLISHED_ITERATIONS * steps],
-        "cora_seconds": ours.evidence.seconds,
-        "cora_tune": options.tune,
-        "cora_bits": ours.layer_bits_per_weight,
-    }
+    whole = [PUBLISHED_ITERATIONS * steps]
+    figures = {"seconds": seconds, "seconds_cora": ours.evidence.seconds,
+               "cora_bits": ours.layer_bits_per_weight}  # fmt: skip
     if options.cost_only:
         again = reconstructed(net, own, options.levels, options.iterations)[2]
-        published = [PUBLISHED_ITERATIONS * s for s in (steps, again)]
-        line["seconds_of_20000_multiplied_out"] = published
-        line["ratio_multiplied_out"] = sum(published) / 2 / ours.evidence.seconds
+        whole.append(PUBLISHED_ITERATIONS * again)
+        figures["cost_ratio"] = sum(whole) / 2 / ours.evidence.seconds
     else:
         test = load_images(str(SHARED / "cifar10"), "test")
-        line["top1"] = evaluate(student, test).top1
-        line["cora_top1"] = evaluate(pack(ours), test, preprocess=net.preprocess).top1
-    append("block-reconstruction", line)
-    print(line)
+        top1 = evaluate(student, test).top1
+        top1_cora = evaluate(pack(ours), test, preprocess=net.preprocess).top1
+        figures |= {"top1": top1, "top1_cora": top1_cora, "gain": top1_cora - top1,
+                    "cost_ratio": seconds / ours.evidence.seconds}  # fmt: skip
+    leave(options, figures, seconds, {
+        "iterations": options.iterations, "levels": options.levels, "samples": options.samples,
+        "seconds_of_20000_multiplied_out": whole, "cora_tune": options.tune,
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,49 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from subbyte.bench.timing import Spread, spread
+from subbyte.experiments.machine import machine
+from subbyte.experiments.machine import revision as commit
+from subbyte.experiments.work import RESULT
 
-__all__ = ["RESULTS", "ROOT", "Spread", "append", "machine", "revision", "spread"]
+__all__ = ["RESULTS", "ROOT", "Spread", "append", "leave", "revision", "run_options", "spread"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def machine() -> dict[str, Any]:
-    """Where a figure was measured. load: of the last minute, before this benchmark weighs much."""
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def revision() -> str:
     """The commit that the tree is at."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return found.stdout.strip()
+    return commit(ROOT)
 
 
 def append(name: str, result: dict[str, Any]) -> Path:
@@ -55,6 +34,22 @@ def append(name: str, result: dict[str, Any]) -> Path:
     with path.open("a") as file:
         file.write(json.dumps(line, default=_plain, allow_nan=False) + "\n")
     return path
+
+
+def run_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options that `subbyte experiment run` gives a script, beside its own."""
+    parser.add_argument("--variation", required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder that gets result.json")
+    return parser.parse_args()
+
+
+def leave(
+    options: argparse.Namespace, figures: dict[str, Any], seconds: float, details: dict[str, Any]
+) -> None:
+    """What a run of an experiment gave, for `subbyte experiment run`."""
+    found = {"figures": figures, "seconds": seconds, "details": details}
+    (options.out / RESULT).write_text(json.dumps(found, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:

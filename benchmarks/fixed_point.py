@@ -1,6 +1,7 @@
 """A packed fixed-point network in integers: the same answers at how many bits of activations?
 
-    .venv/bin/python benchmarks/fixed_point.py runs/mnist-lenet5-sgm2-seed0/net.safetensors \
+    .venv/bin/python benchmarks/fixed_point.py \
+        runs/experiments/sgm/lenet5-mnist/2-bits-seed0/net.safetensors \
         --data ../shared/data/mnist --images 1000
 
 Runs the first test images through the packed network in float32 and through

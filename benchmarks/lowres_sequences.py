@@ -1,58 +1,45 @@
 """LowRes beyond images: a small language model and a forecast, from scratch, several seeds.
 
-    python benchmarks/lowres_sequences.py text [--levels float 5 3] [--seeds 0 1 2]
-    python benchmarks/lowres_sequences.py series
+    subbyte experiment run open/text
+    subbyte experiment run open/series
 
 text: a transformer of three blocks over bytes, on the help texts that ship with Python (the module
 pydoc_data.topics); perplexity per byte on its last tenth. series: a GRU over the membrane potential
 that ships with matplotlib (membrane.dat, 12,000 samples), which forecasts 8 samples ahead; R^2 on
 the last quarter, beside the forecast that nothing changes. Levels go into every layer, tables and
-heads included. A line per run goes to benchmarks/results/lowres-sequences.jsonl; what has a line is
-not run again.
+heads included. --variation is "float" or, say, "5-levels"; `result.json` in the folder of --out has
+the figures.
 """
 
 import argparse
 import math
-import platform
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import append, revision
-from tables import lines
+from common import leave, run_options
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import subbyte as sb
 
-RESULT = "lowres-sequences"
 WINDOW, AHEAD = 96, 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", choices=CASES)
-    parser.add_argument("--levels", nargs="+", default=["float", "5", "3"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    for seed in options.seeds:
-        for levels in options.levels:
-            known = levels if levels == "float" else int(levels)
-            if not lines(RESULT, case=options.case, levels=known, seed=seed):
-                one_run(options.case, known, seed)
-
-
-def one_run(case: str, levels: Any, seed: int) -> None:
-    torch.manual_seed(seed)
-    found = CASES[case](levels)
-    append(RESULT, {
-        "case": case, "levels": levels, "seed": seed, "revision": revision(),
-        "python": platform.python_version(), **found,
-    })  # fmt: skip
+    options = run_options(parser)
+    word = options.variation.removesuffix("-levels")
+    torch.manual_seed(options.seed)
+    started = time.perf_counter()
+    found = CASES[options.case]("float" if word == "float" else int(word))
+    figures = {key: found.pop(key) for key in ("score", "bytes")}
+    leave(options, figures, time.perf_counter() - started, found)
 
 
 def trained(

@@ -1,4 +1,5 @@
-"""Tables and figures of the documents, made from the raw lines in benchmarks/results/.
+"""Tables and figures of the documents, made from the raw lines in benchmarks/results/ and beside
+the files in experiments/.
 
     python benchmarks/tables.py            # rewrite them in place
     python benchmarks/tables.py --check    # name the documents that differ from the lines
@@ -14,12 +15,17 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from subbyte.experiments.page import grid, spread
+from subbyte.experiments.run import lines_of
+from subbyte.experiments.settings import read_experiment
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+EXPERIMENTS = ROOT / "experiments"
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 Line = dict[str, Any]
@@ -45,10 +51,6 @@ def newest(found: Iterable[Line], *keys: str) -> list[Line]:
     for line in found:
         last[tuple(line.get(key) for key in keys)] = line
     return list(last.values())
-
-
-def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 @table
@@ -90,15 +92,23 @@ def _language_row(name: str, line: Line) -> list[str]:
     ]  # fmt: skip
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and range over seeds: 91.70 (0.14); one value alone as it is."""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.2f} ({max(values) - min(values):.2f})"
-
-
-def seeds_of(found: Sequence[Line]) -> str:
-    return ", ".join(str(line["seed"]) for line in found)
+@table
+def distributed() -> str:
+    """A step of several processes over that of one, and where the time goes."""
+    rows = []
+    for x in newest(lines("distributed"), "network", "batch", "method", "strategy"):
+        parts = ("alone", "together", "data", "arithmetic", "exchange")
+        ratio = x["ratio"]
+        rows.append([
+            x["machine"]["cpu"], str(x["machine"]["load"]), x["network"], str(x["batch"]),
+            x["method"], x["strategy"], *(f"{x[f'{part}_ms']['median']:.0f}" for part in parts),
+            f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+            f"{x['cpu_ratio']['median']:.2f}",
+        ])  # fmt: skip
+    head = ["machine", "load", "network", "batch", "method", "strategy", "one process, ms",
+            "two, ms", "data, ms", "arithmetic, ms", "exchange, ms", "two / one",
+            "of CPU time"]  # fmt: skip
+    return grid(head, rows)
 
 
 # ---------------------------------------------------------------- files of other tools
@@ -172,96 +182,7 @@ def file_size() -> str:
     return grid(head, rows)
 
 
-# ---------------------------------------------------------------- LowRes
-
-
-@table
-def lowres_digits() -> str:
-    rows = []
-    for line in newest(lines("digits"), "variant"):
-        each = ", ".join(f"{value:.2f}" for value in line["top1"])
-        rows.append([
-            line["variant"], f"{line['median']:.2f} ({line['spread']:.2f})", each,
-            f"{line['reduction']:.1f}x",
-        ])  # fmt: skip
-    head = ["weights", "top-1 %, median (spread)", "each seed", "quantized layers smaller by"]
-    return grid(head, rows)
-
-
-@table
-def lowres_cvnn1() -> str:
-    """One row per number of levels, float first."""
-    found = newest(lines("lowres-cvnn1"), "levels", "seed")
-    order = sorted({x["levels"] for x in found}, key=lambda n: 1000 if n == "float" else n)
-    floats = {x["seed"]: x["top1"] for x in found if x["levels"] == "float"}
-    rows = []
-    for levels in reversed(order):
-        own = sorted((x for x in found if x["levels"] == levels), key=lambda x: x["seed"])
-        paired = [x["top1"] - floats[x["seed"]] for x in own if x["seed"] in floats]
-        gap = "" if levels == "float" or not paired else f"{statistics.mean(paired):+.2f}"
-        rows.append([
-            "float32" if levels == "float" else str(levels), spread([x["top1"] for x in own]),
-            seeds_of(own), gap, f"{own[-1]['file_bytes']:,}",
-        ])  # fmt: skip
-    return grid(["levels", "top-1 %", "seeds", "against float", "bytes of the file"], rows)
-
-
-@table
-def lowres_text() -> str:
-    return _sequences("text", 3)
-
-
-@table
-def lowres_series() -> str:
-    return _sequences("series", 4)
-
-
-def _sequences(case: str, digits: int) -> str:
-    """One row per number of levels, float first."""
-    found = newest(lines("lowres-sequences", case=case), "levels", "seed")
-    floats = {x["seed"]: x["score"] for x in found if x["levels"] == "float"}
-    rows = []
-    for levels in sorted({x["levels"] for x in found}, key=str, reverse=True):
-        own = sorted((x for x in found if x["levels"] == levels), key=lambda x: x["seed"])
-        scores = [x["score"] for x in own]
-        gaps = [x["score"] - floats[x["seed"]] for x in own if x["seed"] in floats]
-        rows.append([
-            "float32" if levels == "float" else str(levels),
-            f"{statistics.mean(scores):.{digits}f} ({max(scores) - min(scores):.{digits}f})",
-            seeds_of(own), "" if levels == "float" else f"{statistics.mean(gaps):+.{digits}f}",
-            f"{own[-1]['bytes']:,}",
-        ])  # fmt: skip
-    head = ["levels", f"{found[0]['measure']}, mean (range)", "seeds", "against float", "bytes"]
-    return grid(head, rows)
-
-
-# ---------------------------------------------------------------- SGM and its neighbours
-
-
-@table
-def sgm_mnist() -> str:
-    found = sorted(newest(lines("mnist-lenet5"), "seed"), key=lambda x: x["seed"])
-    rows = [
-        [what, spread([x[key] for x in found]), ", ".join(f"{x[key]:.2f}" for x in found)]
-        for what, key in (
-            ("float32", "float_error"),
-            ("SGM, 2 bits", "sgm2_error"),
-            ("the same before rounding", "sgm2_error_before_rounding"),
-        )
-    ]
-    return grid(["weights", "error %, mean (spread)", f"seeds {seeds_of(found)}"], rows)
-
-
-@table
-def sgm_resnet20() -> str:
-    rows = []
-    for line in newest(lines("cifar10-resnet20"), "run"):
-        before = line.get("error_before_rounding")
-        rows.append([
-            line["run"], str(line["epochs"]), f"{line['error']:.2f}",
-            "" if before is None else f"{before:.2f}",
-        ])  # fmt: skip
-    return grid(["run", "epochs", "error %", "before rounding"], rows)
+# ---------------------------------------------------------------- training
 
 
 @table
@@ -295,69 +216,7 @@ def integer_run() -> str:
     return grid(["activations", *(f"BatchNorm {mode}" for mode in modes)], rows)
 
 
-# ---------------------------------------------------------------- CoRa
-
-
-def _cora(network: str, methods: Sequence[str]) -> str:
-    found = newest(lines("cora", network=network), "method", "seed")
-    rows = []
-    for method in methods:
-        own = sorted((x for x in found if x["method"] == method), key=lambda x: x["seed"])
-        if own:
-            seconds = statistics.median(x["seconds"] for x in own)
-            rows.append([
-                method, f"{statistics.median(x['bits_per_weight'] for x in own):.3f}",
-                f"{own[-1]['bytes']:,}", spread([x["top1"] for x in own]),
-                f"{own[-1]['top1_float']:.2f}", seeds_of(own),
-                f"{seconds:.0f}",
-            ])  # fmt: skip
-    head = ["budget", "bits per quantized weight", "bytes of the file", "top-1 %", "float", "seeds",
-            "seconds"]  # fmt: skip
-    return grid(head, rows)
-
-
-BUDGETS = ("4.25 bits", "3.45 bits", "2.45 bits")
-PLAIN = ("4 levels", "3 levels", "published, 4 bits", "published, 3 bits")
-
-
-@table
-def cora_resnet20() -> str:
-    return _cora("resnet20", (*BUDGETS, *PLAIN))
-
-
-@table
-def cora_vit() -> str:
-    return _cora("vit1", (*BUDGETS, "4 bits", "3 bits"))
-
-
-@table
-def cora_mobilenet() -> str:
-    return _cora("mobilenetv1", (*BUDGETS, *(f"{b}, not tuned" for b in BUDGETS)))
-
-
-@table
-def cora_squeezenet() -> str:
-    return _cora("squeezenet11", (*BUDGETS, *(f"{b}, not tuned" for b in BUDGETS)))
-
-
-@table
-def block_reconstruction() -> str:
-    rows = []
-    for x in lines("block-reconstruction"):
-        whole = x["seconds_of_20000_multiplied_out"]
-        times = whole if isinstance(whole, list) else [whole]
-        rows.append([
-            str(x["iterations"]), " and ".join(f"{t:,.0f}" for t in times),
-            f"{x['cora_seconds']:,.0f}" if "cora_seconds" in x else "",
-            _or_blank(x.get("top1")), _or_blank(x.get("cora_top1")),
-        ])  # fmt: skip
-    head = ["iterations per block that were run", "seconds of 20 000, multiplied out",
-            "seconds of CoRa", "top-1 %", "top-1 % of CoRa"]  # fmt: skip
-    return grid(head, rows)
-
-
-def _or_blank(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+# ---------------------------------------------------------------- C and GGUF
 
 
 @table
@@ -383,6 +242,20 @@ def export_gguf() -> str:
 
 
 # ---------------------------------------------------------------- the README's
+
+
+# experiment, variation of float, road, network and data; then variations with their bits in words
+ACCURACY = (
+    ("lowres/options-digits", "train from scratch (LowRes)", "DigitsNet, digits",
+     {"5-levels": "5 levels, 2.37 bits"}),
+    ("lowres/accuracy-by-levels", "", "CVNN1, CIFAR-10",
+     {"5-levels": "5 levels, 2.37 bits", "3-levels": "3 levels, 1.60 bits"}),
+    ("sgm/lenet5-mnist", "fine-tune to fixed point (SGM)", "LeNet5, MNIST",
+     {"2-bits": "3 levels, 1.60 bits"}),
+    ("cora/budgets-resnet20", "convert, no labels (CoRa)", "ResNet-20, CIFAR-10",
+     {"4.25-bits": "4.25 bits", "3.45-bits": "3.45 bits", "2.45-bits": "2.45 bits",
+      "4-levels": "2.04 bits"}),
+)  # fmt: skip
 
 
 @table
@@ -428,36 +301,26 @@ def runtime_start() -> str:
 
 @table
 def readme_accuracy() -> str:
-    """One row per road: network, float, and what is left at how many bits."""
-    digits = {x["variant"]: x for x in newest(lines("digits"), "variant")}
-    mnist = newest(lines("mnist-lenet5"), "seed")
-    cora = newest(lines("cora", network="resnet20"), "method", "seed")
-    rows = [[
-        "train from scratch (LowRes)", "DigitsNet, digits", f"{digits['float32']['median']:.2f}",
-        f"{digits['5 levels']['median']:.2f}", "5 levels, 2.37 bits",
-    ]]  # fmt: skip
-    levels = newest(lines("lowres-cvnn1"), "levels", "seed")
-    floats = [x["top1"] for x in levels if x["levels"] == "float"]
-    for n, bits in ((5, "2.37"), (3, "1.60")):
-        own = [x["top1"] for x in levels if x["levels"] == n]
-        if own and floats:
-            rows.append(["", "CVNN1, CIFAR-10", spread(floats), spread(own),
-                         f"{n} levels, {bits} bits"])  # fmt: skip
-    rows.append([
-        "fine-tune to fixed point (SGM)", "LeNet5, MNIST",
-        f"{100 - statistics.mean(x['float_error'] for x in mnist):.2f}",
-        f"{100 - statistics.mean(x['sgm2_error'] for x in mnist):.2f}", "3 levels, 1.60 bits",
-    ])  # fmt: skip
-    for i, name in enumerate((*BUDGETS, "4 levels")):
-        own = [x for x in cora if x["method"] == name]
-        bits = statistics.median(x["bits_per_weight"] for x in own)
-        rows.append([
-            "convert, no labels (CoRa)" if i == 0 else "", "ResNet-20, CIFAR-10",
-            f"{own[0]['top1_float']:.2f}", spread([x["top1"] for x in own]), f"{bits:.2f} bits",
-        ])  # fmt: skip
+    """One row per road and budget: float, and what is left; medians over the seeds."""
+    rows = []
+    for name, road, network, variations in ACCURACY:
+        for variation, bits in variations.items():
+            own = figures(name, variation, "top1")
+            floats = figures(name, "float", "top1") or figures(name, variation, "top1_float")
+            sizes = figures(name, variation, "bytes")
+            size = f"{statistics.median(sizes):,.0f}" if sizes else ""
+            rows.append([road, network, spread(floats, ".2f"), spread(own, ".2f"), bits, size])
+            road = ""
     head = ["road", "network, data", "float32, top-1 %", "quantized, top-1 %",
-            "per quantized weight"]  # fmt: skip
+            "per quantized weight", "bytes of the file"]  # fmt: skip
     return grid(head, rows)
+
+
+def figures(name: str, variation: str, figure: str) -> list[float]:
+    """A figure of an experiment's runs that count, by seed."""
+    found = lines_of(read_experiment(name, EXPERIMENTS), EXPERIMENTS)
+    own = [x["figures"].get(figure) for (v, _), x in sorted(found.items()) if v == variation]
+    return [value for value in own if value is not None]
 
 
 @table

@@ -33,6 +33,7 @@ COPIED = (
     "native",
     "tests",
     "examples",
+    "experiments",
     "docs",
     "benchmarks",
     "pyproject.toml",

@@ -11,7 +11,7 @@ from torch import nn
 
 import subbyte as sb
 from subbyte import CoRa
-from subbyte.core.conv1d import is_conv1d
+from subbyte.core.as_linear import is_conv1d
 from subbyte.ptq.entrance import float_twin
 
 pytest.importorskip("subbyte._native", reason="the C++ core was not built")

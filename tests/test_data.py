@@ -398,7 +398,7 @@ def test_sizes_that_differ_need_size(source, load):
     [
         ({"bytes": encoded(COLOUR)[:70], "path": None}, "cannot be decoded"),
         ({"bytes": b"not an image", "path": None}, "cannot be decoded"),
-        (None, "is missing; remove the row"),
+        (None, "is missing; replace or remove it"),
         (cell(np.zeros((5, 6), dtype=np.uint16)), "has more than 8 bits per channel (mode I;16)"),
     ],
     ids=["cut", "text", "none", "16 bits"],
@@ -409,6 +409,24 @@ def test_an_image_that_cannot_be_used_is_named(source, load, broken, problem):
     message = refusal(load)
     assert message.startswith(f"image 70 of split 'train' of '{source}' ")
     assert problem in message
+
+
+def test_unreadable_images_up_to_a_number_are_left_out_and_named(source, load):
+    """Of 70, two: the others keep their own pixels and labels, also when the cache is read."""
+    cells = [cell(pixels(i)) for i in range(70)]
+    cells[3], cells[68] = {"bytes": b"not an image", "path": "a.png"}, None
+    parquet(source, "train", {"picture": cells, "kind": [i % 3 for i in range(70)]})
+    assert "image 68 of split 'train'" in refusal(load, unreadable=1)
+    kept = [i for i in range(70) if i not in (3, 68)]
+    for _ in range(2):
+        data = load(unreadable=2)
+        assert data.labels.tolist() == [i % 3 for i in kept]
+        assert all(
+            np.array_equal(x.permute(1, 2, 0), pixels(i))
+            for x, i in zip(data.images, kept, strict=True)
+        )
+        assert [why.split(" of ")[0] for why in data.left_out] == ["image 3", "image 68"]
+    assert "(2 so far); replace or remove it" in refusal(load, unreadable=1)
 
 
 @pytest.mark.parametrize("label", [-1, None])

@@ -369,3 +369,13 @@ def test_float16_weights_become_float32():
     assert {t.dtype for t in stored.values()} == {torch.float16}
     assert {p.dtype for p in net.parameters()} == {torch.float32}
     assert torch.equal(net.classifier.bias, stored["classifier.bias"].float())
+
+
+def test_a_width_of_one_s_own_is_part_of_the_spec():
+    net = build("cvnn1", width=8)
+    again = build(net.spec.name, **net.spec.arguments)
+    assert [p.shape for p in again.parameters()] == [p.shape for p in net.parameters()]
+    assert net.features[0].weight.shape[0] == 8
+    assert build("cvnn1").features[0].weight.shape[0] == 32
+    with pytest.raises(SubbyteError, match="width=0 of network 'cvnn1'"):
+        build("cvnn1", width=0)

@@ -117,3 +117,9 @@ def test_a_module_used_twice_is_no_tie():
     assert net[0] is net[2]
     x = torch.randn(3, 4)
     torch.testing.assert_close(net(x), model(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", [{"types": None}, {"names": 3}, {"types": LowRes(levels=3)}])
+def test_patterns_are_text(given):
+    with pytest.raises(SubbyteError, match="a name or a pattern in quotes"):
+        Rule(**given)

@@ -14,12 +14,13 @@ import subbyte as sb
 from subbyte import LSQ, SGM, TWN, Recipe, Rule, SubbyteError
 from subbyte.cli import app
 from subbyte.commands.demo import BASE
+from subbyte.experiments.settings import read_experiment
 from subbyte.methods import quantizers
 from subbyte.methods.sgm import least_squares_power_of_two
 from subbyte.models import build
 from subbyte.report import size_report
 from subbyte.train import run
-from subbyte.train.config import read_config
+from subbyte.train.config import config_of
 from subbyte.train.watch import BINS, histograms
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -255,9 +256,10 @@ def test_bad_options_are_named(options, says):
         SGM(**options)
 
 
-def test_the_vgg7_example_trains(tmp_path):
+def test_the_vgg7_experiment_trains(tmp_path):
     """Three steps from float weights, on images that are at hand: the run itself needs a GPU."""
-    config = read_config(ROOT / "examples" / "cifar10-vgg7-sgm2.toml")
+    settings = read_experiment("sgm/vgg7", ROOT / "experiments").variations["2-bits"]
+    config = config_of(settings, "sgm/vgg7", "2-bits")
     config = replace(
         config,
         model=replace(config.model, weights=None, arguments={"in_channels": 1, "image_size": 8}),

@@ -18,8 +18,8 @@ SOURCE = ROOT / "src" / "subbyte"
 
 ORDER = [
     "errors", "runtime", "core", "_native", "packing", "kernels", "methods", "modules", "graph",
-    "models", "storage", "bench", "export", "data", "tasks", "ptq", "train", "report", "commands",
-    "cli",
+    "models", "storage", "bench", "export", "data", "tasks", "ptq", "train", "report",
+    "experiments", "commands", "cli", "__main__",
 ]  # fmt: skip
 
 

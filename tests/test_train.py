@@ -398,7 +398,7 @@ def test_epochs_and_seeds_draw_differently(tmp_path):
 
 def test_training_images_are_augmented_as_configured(tmp_path):
     data = image_set([0, 1, 2])
-    (plain, _), (cut, _) = (
+    (plain, *_), (cut, *_) = (
         next(loop._draw(data, run_config(tmp_path, data=DataConfig("digits", cutout=size)), 0, 1))
         for size in (0, 4)
     )
@@ -697,6 +697,18 @@ def test_the_saved_score_is_of_the_file_that_was_read(tmp_path, monkeypatch):
     result = run(run_config(tmp_path, TERNARY, epochs=1), quiet=True)
     assert result.saved.loss == pytest.approx(math.log(10), rel=1e-6)
     assert result.trained.loss != pytest.approx(math.log(10), rel=1e-3)
+
+
+@pytest.mark.parametrize(("has", "auto"), [(True, "bf16"), (False, "float32")])
+def test_auto_is_bf16_where_the_cpu_has_it(monkeypatch, has, auto):
+    from subbyte.train.update import emulates_bf16, precision_on
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has, "avx2": True})
+    config = LoopConfig(epochs=1, lr=0.1, precision="auto")
+    assert precision_on(torch.device("cpu"), config) == auto
+    assert precision_on(torch.device("cuda"), config) == "bf16"
+    assert not emulates_bf16(torch.nn.Linear(2, 2), config)
+    assert precision_on(torch.device("cpu"), LoopConfig(epochs=1, lr=0.1)) == "float32"
 
 
 @pytest.mark.parametrize(("has", "warns"), [(True, False), (False, True)])

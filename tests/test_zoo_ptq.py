@@ -43,6 +43,8 @@ def sounds(n):
 
 
 MIXTRAL = {**LLAMA, "num_local_experts": 4}
+GPT_OSS = {**MIXTRAL, "head_dim": 8, "num_experts_per_tok": 2, "sliding_window": 4}
+QWEN3_MOE = {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 WHISPER = {"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
            "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32,
            "decoder_ffn_dim": 32, "num_mel_bins": 8, "max_source_positions": 20,
@@ -57,6 +59,8 @@ NETWORKS = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2, tokens),
     "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA, tokens),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", MIXTRAL, tokens),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", GPT_OSS, tokens),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", QWEN3_MOE, tokens),
     "bert": ("BertForSequenceClassification", "BertConfig", TEXT, tokens),
     "t5": ("T5ForConditionalGeneration", "T5Config", T5, pairs),
     "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, sounds),
@@ -67,7 +71,9 @@ NETWORKS = {
 SMALL = {"channels": (8, 16, 32, 64)}  # or its widest layers take minutes to solve
 OF_TIMM = {**TIMM, "resnet18": SMALL, "regnetx_002": {}}
 KEPT = {  # parameters of two or more dimensions that stay float, by the end of their names
-    "mixtral": ("mlp.gate.weight", "experts.gate_up_proj", "experts.down_proj"),
+    "mixtral": ("mlp.gate.weight",),  # the routers
+    "gpt_oss": ("mlp.router.weight", "down_proj_bias"),
+    "qwen3_moe": ("mlp.gate.weight",),
     "whisper": ("decoder.embed_positions.weight",),
     "vit": ("cls_token", "position_embeddings"),
 }
@@ -141,7 +147,7 @@ def test_networks_of_timm(name, tmp_path):
     check_account(done, net, path)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_generate_gives_the_same_tokens_before_and_after_saving(name, tmp_path):
     torch.manual_seed(0)
     packed = sb.pack(quantized(made(name), tokens))

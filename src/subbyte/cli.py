@@ -13,6 +13,7 @@ import typer
 from subbyte.commands.bench import bench
 from subbyte.commands.demo import demo
 from subbyte.commands.evaluate import evaluate
+from subbyte.commands.experiment import experiment
 from subbyte.commands.export import export
 from subbyte.commands.inspect import inspect
 from subbyte.commands.quantize import quantize
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 for command in (demo, train, quantize, evaluate, inspect, report, verify, export, bench):
     app.command()(command)
+app.add_typer(experiment, name="experiment")
 
 
 def main() -> None:

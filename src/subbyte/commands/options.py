@@ -138,3 +138,16 @@ Input = Annotated[
 Batch = Annotated[str, Option(metavar="N,...", help="Batch sizes to time.")]
 Threads = Annotated[int | None, Option(help="Number of threads; by default as PyTorch has them.")]
 Seconds = Annotated[float, Option(help="How long to measure, about.")]
+
+# ---- experiments
+Experiment = Annotated[str, Argument(help="Which experiment, as lowres/accuracy-by-levels.")]
+Paper = Annotated[str, Argument(help="Which folder of experiments, as lowres or open.")]
+Only = Annotated[
+    str | None, Option("--only", metavar="VARIATION,...", help="Run only these variations.")
+]
+Seeds = Annotated[
+    str | None, Option("--seeds", metavar="N,...", help="Run with these seeds, not the file's.")
+]
+DryRun = Annotated[bool, Option("--dry-run", help="Print what would run, and how long about.")]
+Root = Annotated[Path, Option("--root", help="The folder of experiments.")]
+Pages = Annotated[Path, Option("--out", help="The folder that gets the page and its pictures.")]

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from subbyte.commands.converted import check_places, details, evidence_of, figures
+from subbyte.core.group import ALONE, Group
 from subbyte.core.plan import Plan
 from subbyte.core.quantized import Evidence, Quantized
 from subbyte.errors import SubbyteError
@@ -78,11 +79,18 @@ class FolderConversion:
 
 
 def convert_folder(
-    request: FolderRequest, method: CoRa | PublishedCoRa, listener: Listener | None = None
-) -> FolderConversion:
-    """Quantize a folder of `transformers` and write the packed one."""
+    request: FolderRequest,
+    method: CoRa | PublishedCoRa,
+    listener: Listener | None = None,
+    group: Group = ALONE,
+) -> FolderConversion | None:
+    """Quantize a folder of `transformers` and write the packed one.
+
+    group: processes that quantize together; one of them writes, and for the others this is None.
+    """
     task = _task(request.task)
-    check_places(request.out / PACKED, request.save_plan)
+    if group.leads:
+        check_places(request.out / PACKED, request.save_plan)
     plan = None if request.plan is None else Plan.load(request.plan)
     text = _text(request.calibrate)
     tokenizer = tokenizer_of(request.folder)
@@ -97,8 +105,10 @@ def convert_folder(
     model = float_model(request.folder)
     done = quantize(
         model, method, calibration=batches, task=task, plan=plan, seed=request.seed,
-        listener=listener,
+        listener=listener, group=group,
     )  # fmt: skip
+    if not group.leads:
+        return None
     if request.save_plan is not None:
         evidence_of(done).plan.save(request.save_plan)
     n_bytes = save_pretrained(pack(done), request.folder, request.out)

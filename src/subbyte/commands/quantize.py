@@ -25,6 +25,7 @@ from subbyte.commands.pretrained import (
     convert_folder,
 )
 from subbyte.commands.pretrained import table as folder_table
+from subbyte.core.group import ALONE, Group, joined
 from subbyte.core.plan import Plan
 from subbyte.core.quantized import Evidence, Quantized
 from subbyte.data import ImageSet, load_images
@@ -65,23 +66,33 @@ def quantize(
     compress: o.Compress = False,
     json_: o.Json = False,
 ) -> None:
-    """Quantize a trained network with some examples and no labels; leaves a packed file."""
-    chosen = method_of(method, bits, levels, (target_bits, group), tune, adapter_bits)
-    if is_folder(model):
-        check_plain_folder({"--weights": weights, "--size": size, "--compress": compress or None})
-        folder = FolderRequest(
-            Path(model), task or "", Path(calibrate), out, window, samples, seed, plan, save_plan
-        )
-        made = convert_folder(folder, chosen, console_progress(quiet=json_))
-        show(made, folder_table, json_)
-        return
-    if task is not None:
-        raise SubbyteError(NO_FOLDER.format(model))
-    request = Request(
-        model, calibrate, out, weights, SAMPLES if samples is None else samples, seed, split,
-        score or None, size, compress, plan, save_plan,
-    )  # fmt: skip
-    show(convert(request, chosen, console_progress(quiet=json_)), table, json_)
+    """Quantize a trained network with some examples and no labels; leaves a packed file.
+
+    Several processes share the work: torchrun --nproc-per-node 2 -m subbyte quantize ...
+    """
+    with joined() as processes:
+        chosen = method_of(method, bits, levels, (target_bits, group), tune, adapter_bits)
+        progress = console_progress(quiet=json_ or not processes.leads)
+        if is_folder(model):
+            own = {"--weights": weights, "--size": size, "--compress": compress or None}
+            check_plain_folder(own)
+            folder = FolderRequest(
+                Path(model), task or "", Path(calibrate), out, window, samples, seed, plan,
+                save_plan,
+            )  # fmt: skip
+            made = convert_folder(folder, chosen, progress, processes)
+            if made is not None:
+                show(made, folder_table, json_)
+            return
+        if task is not None:
+            raise SubbyteError(NO_FOLDER.format(model))
+        request = Request(
+            model, calibrate, out, weights, SAMPLES if samples is None else samples, seed, split,
+            score or None, size, compress, plan, save_plan,
+        )  # fmt: skip
+        found = convert(request, chosen, progress, processes)
+        if found is not None:
+            show(found, table, json_)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +146,19 @@ class Conversion:
 
 
 def convert(
-    request: Request, method: CoRa | PublishedCoRa, listener: Listener | None = None
-) -> Conversion:
-    """Quantize, save, read back, score. Raises SubbyteError for what a user can fix."""
-    check_places(request.out, request.save_plan)
-    images = load_images(request.calibrate, request.split, size=request.size)
+    request: Request,
+    method: CoRa | PublishedCoRa,
+    listener: Listener | None = None,
+    group: Group = ALONE,
+) -> Conversion | None:
+    """Quantize, save, read back, score. Raises SubbyteError for what a user can fix.
+
+    group: processes that quantize together; one of them writes, and for the others this is None.
+    """
+    if group.leads:
+        check_places(request.out, request.save_plan)
+    with group.in_turn():
+        images = load_images(request.calibrate, request.split, size=request.size)
     net = float_network(request.model, request.weights, images)
     preprocess = preprocess_of(net)
     plan = None if request.plan is None else Plan.load(request.plan)
@@ -147,17 +166,31 @@ def convert(
     pairs = zip(chosen.images.split(256), chosen.labels.split(256), strict=True)
     inputs = [(preprocess(x), y) for x, y in pairs]
     result = ptq.quantize(
-        net, method, calibration=inputs, plan=plan, seed=request.seed, listener=listener
+        net,
+        method,
+        calibration=inputs,
+        plan=plan,
+        seed=request.seed,
+        listener=listener,
+        group=group,
     )
+    return _written(request, net, result, inputs[0][0], listener) if group.leads else None
+
+
+def _written(
+    request: Request, net: nn.Module, result: Quantized, inputs: Tensor, listener: Listener | None
+) -> Conversion:
+    """The files; then the scores of the float network and of what was written."""
     if request.save_plan is not None:
         evidence_of(result).plan.save(request.save_plan)
-    n_bytes, notes = _save(net, result, request, inputs[0][0][:_EXAMPLES])
+    n_bytes, notes = _save(net, result, request, inputs[:_EXAMPLES])
     if listener is not None:
         for note in notes:
             listener.note(note)
     result = replace(result, notes=(*result.notes, *notes))
     before = after = None
     if request.score is not None:
+        preprocess = preprocess_of(net)
         test = load_images(request.calibrate, request.score, size=request.size)
         before = evaluate(net, test, preprocess=preprocess)
         skeleton = None if isinstance(net, Network) else net

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from subbyte.commands import options as o
 from subbyte.commands.output import print_json
+from subbyte.core.group import Group, joined
 from subbyte.errors import SubbyteError
-from subbyte.train import run
+from subbyte.train import RunConfig, RunResult, run
 from subbyte.train.checkpoint import read_checkpoint
 from subbyte.train.config import read_config
 from subbyte.train.loop import CHECKPOINT
@@ -22,15 +23,29 @@ def train(
     set_: o.Set = None,
     json_: o.Json = False,
 ) -> None:
-    """Train from a config; leaves the packed network, metrics, curves and a checkpoint in `out`."""
-    if resume and fresh:
-        raise SubbyteError("--resume goes on with a run, --fresh begins anew; give one of them")
-    wanted = read_config(config, _overrides(set_ or []))
+    """Train from a config; leaves the packed network, metrics, curves and a checkpoint in `out`.
+
+    Several processes train together: torchrun --nproc-per-node 2 -m subbyte train CONFIG
+    """
+    with joined() as group:
+        if resume and fresh:
+            raise SubbyteError("--resume goes on with a run, --fresh begins anew; give one of them")
+        wanted = read_config(config, _overrides(set_ or []))
+        result = _trained(wanted, resume, fresh, json_, group)
+    if group.leads:
+        _show(result, json_)
+
+
+def _trained(config: RunConfig, resume: bool, fresh: bool, quiet: bool, group: Group) -> RunResult:
     try:
-        result = run(wanted, resume=resume, fresh=fresh, quiet=json_)
+        return run(config, resume=resume, fresh=fresh, quiet=quiet, group=group)
     except KeyboardInterrupt:
-        print(_stopped(wanted.out / CHECKPOINT), file=sys.stderr)
+        if group.leads:
+            print(_stopped(config.out / CHECKPOINT), file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _show(result: RunResult, json_: bool) -> None:
     if json_:
         print_json(
             {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from subbyte.core.conv1d import is_conv1d
+from subbyte.core.as_linear import in_other_form, is_conv1d
 from subbyte.core.sites import join, own_parameters, owners_of_tied_weights, sites, unsupported
 from subbyte.core.tensors import QuantizedLayer
 
@@ -68,8 +68,9 @@ def _reason(module: nn.Module, n_dims: int, is_weight: bool, owners: list[str] |
         return f"a bias, norm or other vector of {kind}"
     if owners is not None:
         return f"shared by {', '.join(owners)}"
-    if is_conv1d(module):
-        return "Conv1D stays float in training, and where the recipe or the plan says so"
+    if in_other_form(module):
+        what = "Conv1D stays" if is_conv1d(module) else "a stack of experts stays"
+        return f"{what} float in training, and where the recipe or the plan says so"
     if is_weight:
         return "the recipe or the plan keeps it float"
     return f"{kind} is no layer that can be quantized"

@@ -75,5 +75,5 @@ class Quantized:
     @property
     def layer_bits_per_weight(self) -> float:
         """Of the quantized layers alone: codes, scales and adapters over their weights."""
-        n_weights = sum(layer.weight.codes.numel() for layer in self.layers.values())
+        n_weights = sum(layer.weight.shape.numel() for layer in self.layers.values())
         return 8 * sum(layer.n_bytes for layer in self.layers.values()) / max(1, n_weights)

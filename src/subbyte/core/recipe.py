@@ -35,6 +35,16 @@ class Rule:
     types: str = "*"
     method: Any = None
 
+    def __post_init__(self) -> None:
+        """Raises SubbyteError for patterns that are no text, such as a method in their place."""
+        for field in ("names", "types"):
+            value = getattr(self, field)
+            if not isinstance(value, str):
+                raise SubbyteError(
+                    f"{field} of a Rule are a name or a pattern in quotes, not {value!r}; "
+                    "a method goes by its name: Rule(names, method=...)"
+                )
+
     def matches(self, names: tuple[str, ...], type_name: str) -> bool:
         """names: of a layer, or of one of its weights and the layer. They may hold brackets."""
         named = any(name == self.names or fnmatchcase(name, self.names) for name in names)

@@ -16,30 +16,34 @@ from subbyte.core.grids import Grid, PerChannel, PerGroup
 from subbyte.core.tensors import QuantizedTensor
 
 LEAST, MOST, RATIO = 0.1, 1.15, 1.04  # scales tried, times max |w|
+COARSE = 1.12  # a ratio for estimates: a third of the scales, and the refits make up for most
 _REFITS = 3
 
 
-def rtn(matrix: Tensor, gram: Tensor | None, grid: Grid) -> QuantizedTensor:
+def rtn(matrix: Tensor, gram: Tensor | None, grid: Grid, ratio: float = RATIO) -> QuantizedTensor:
     """Nearest levels, with the scale of least squares; matrix float [out, width].
 
     gram: its diagonal weights the squares; None weights all alike. The grid is of the matrix
-    (channels on axis 0), per channel, per tensor, or per group of inputs.
+    (channels on axis 0), per channel, per tensor, or per group of inputs. ratio: of one scale that
+    is tried to the next.
     """
     if isinstance(grid.granularity, PerGroup):
-        scale = _group_scale(matrix, gram, grid, grid.granularity.size)
+        scale = _group_scale(matrix, gram, grid, ratio)
     else:
-        scale = _plain_scale(matrix, _column_weights(matrix, gram), grid)
+        scale = _plain_scale(matrix, _column_weights(matrix, gram), grid, ratio)
     return QuantizedTensor(encode(matrix, scale, grid), scale, grid)
 
 
-def _group_scale(matrix: Tensor, gram: Tensor | None, grid: Grid, size: int) -> Tensor:
+def _group_scale(matrix: Tensor, gram: Tensor | None, grid: Grid, ratio: float) -> Tensor:
     """Every group is a row of a matrix of its own; what fills up the last ones weighs nothing."""
+    assert isinstance(grid.granularity, PerGroup)
+    size = grid.granularity.size
     weights = _column_weights(matrix, gram).expand(matrix.shape)
     by_row = replace(grid, granularity=PerChannel(0))
-    return _plain_scale(in_groups(matrix, size), in_groups(weights, size), by_row)
+    return _plain_scale(in_groups(matrix, size), in_groups(weights, size), by_row, ratio)
 
 
-def _plain_scale(matrix: Tensor, weights: Tensor, grid: Grid) -> Tensor:
+def _plain_scale(matrix: Tensor, weights: Tensor, grid: Grid, ratio: float) -> Tensor:
     """The scale with the least weighted squared rounding error of a geometric series of them.
 
     Each of the last ones is the best for the codes of the one before.
@@ -48,8 +52,8 @@ def _plain_scale(matrix: Tensor, weights: Tensor, grid: Grid) -> Tensor:
     peak = peak.reshape(-1) / max(abs(grid.levels[0]), abs(grid.levels[-1]))
     best = torch.full_like(peak, torch.inf, dtype=torch.float64)
     chosen = round_scale(peak, grid.scale_domain)
-    count = int(math.log(MOST / LEAST) / math.log(RATIO))
-    factors: list[float | None] = [MOST * RATIO**-i for i in range(count)]
+    count = int(math.log(MOST / LEAST) / math.log(ratio))
+    factors: list[float | None] = [MOST * ratio**-i for i in range(count)]
     for factor in factors + [None] * _REFITS:
         if factor is None:
             q = decode(encode(matrix, chosen, grid), torch.ones_like(chosen), grid)

@@ -6,6 +6,7 @@ All three values are frozen; tensors inside them are never written to.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,22 @@ from torch import Tensor
 from subbyte.core.functional import decode, n_groups
 from subbyte.core.grids import Grid, n_words
 from subbyte.errors import SubbyteError
+
+
+class QuantizedWeight(Protocol):
+    """What is read of a quantized weight: a `QuantizedTensor`, or what a file holds of one."""
+
+    @property
+    def codes(self) -> Tensor: ...
+    @property
+    def scale(self) -> Tensor: ...
+    @property
+    def grid(self) -> Grid: ...
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def n_bytes(self) -> int: ...
+    def dequantize(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,10 +58,7 @@ class QuantizedTensor:
                 f"scale has shape {tuple(self.scale.shape)}, codes of shape "
                 f"{tuple(self.codes.shape)} on this grid need ({groups},)"
             )
-        if not self.scale.isfinite().all():
-            raise SubbyteError("scale has NaN or infinite values")
-        if (self.scale < 0).any():
-            raise SubbyteError("scale has negative values")
+        check_scale(self.scale)
         top = int(self.codes.max()) if self.codes.numel() else 0
         if top >= self.grid.n_levels:
             raise SubbyteError(f"code {top} is above the grid's last code {self.grid.n_levels - 1}")
@@ -62,6 +76,14 @@ class QuantizedTensor:
     def dequantize(self) -> Tensor:
         """The weight as float32, of the codes' shape."""
         return decode(self.codes, self.scale, self.grid)
+
+
+def check_scale(scale: Tensor) -> None:
+    """Raises SubbyteError for scales that are not finite, or negative."""
+    if not scale.isfinite().all():
+        raise SubbyteError("scale has NaN or infinite values")
+    if (scale < 0).any():
+        raise SubbyteError("scale has negative values")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,7 +161,7 @@ def low_rank_product(up: Tensor, down: Tensor, scale: Tensor) -> Tensor:
 class QuantizedLayer:
     """One layer: its quantized weight, its bias (float), and a low-rank adapter if it has one."""
 
-    weight: QuantizedTensor
+    weight: QuantizedWeight
     bias: Tensor | None = None
     adapter: LowRank | None = None
 
@@ -147,7 +169,7 @@ class QuantizedLayer:
         if self.adapter is None:
             return
         size = self.adapter.up.shape[0] * self.adapter.down.shape[1]
-        if size != self.weight.codes.numel():
+        if size != self.weight.shape.numel():
             raise SubbyteError(
                 f"the adapter's product is {self.adapter.up.shape[0]} x "
                 f"{self.adapter.down.shape[1]}, the weight has shape {tuple(self.weight.shape)}"

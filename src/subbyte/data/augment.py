@@ -1,7 +1,8 @@
 """Random crop, flip and cutout of whole batches of stored images, without a loop over images.
 
 All take uint8 [n, c, h, w] and return a new tensor of the same shape; the draws are one per image,
-from a generator on the images' device.
+from a generator on the images' device. rows, of images that are a part of a batch: how many the
+batch has, and which these are; each image is varied as it would be in the whole batch.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from subbyte.errors import SubbyteError
+
+Rows = tuple[int, slice]
 
 
 @dataclass(frozen=True)
@@ -31,18 +34,22 @@ class Augment:
             if value < 0:
                 raise SubbyteError(f"{name}={value} of Augment is negative; use 0 to leave it out.")
 
-    def __call__(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, generator: Generator | None = None, rows: Rows | None = None
+    ) -> Tensor:
         """Augmented copies of uint8 images [n, c, h, w] (`x` itself if nothing is switched on)."""
         if self.crop:
-            x = random_crop(x, self.crop, generator)
+            x = random_crop(x, self.crop, generator, rows)
         if self.flip:
-            x = random_flip(x, generator)
+            x = random_flip(x, generator, rows)
         if self.cutout:
-            x = cutout(x, self.cutout, generator)
+            x = cutout(x, self.cutout, generator, rows)
         return x
 
 
-def random_crop(x: Tensor, padding: int, generator: Generator | None = None) -> Tensor:
+def random_crop(
+    x: Tensor, padding: int, generator: Generator | None = None, rows: Rows | None = None
+) -> Tensor:
     """Every image moved by up to `padding` pixels either way, black where nothing was.
 
     Draws two integers of 0 .. 2 padding an image: the rows, then the columns, at which the crop
@@ -50,31 +57,34 @@ def random_crop(x: Tensor, padding: int, generator: Generator | None = None) -> 
     """
     n, _, height, width = x.shape
     padded = F.pad(x, (padding,) * 4)
-    top, left = (_draw(2 * padding + 1, n, x, generator) for _ in range(2))
+    top, left = (_draw(2 * padding + 1, x, generator, rows) for _ in range(2))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(n, device=x.device), :, top, left]
 
 
-def random_flip(x: Tensor, generator: Generator | None = None) -> Tensor:
+def random_flip(x: Tensor, generator: Generator | None = None, rows: Rows | None = None) -> Tensor:
     """Every image mirrored left to right with probability 1/2; draws 0 or 1 (mirror) an image."""
-    mirror = _draw(2, len(x), x, generator).bool()
+    mirror = _draw(2, x, generator, rows).bool()
     return torch.where(mirror.view(-1, 1, 1, 1), x.flip(3), x)
 
 
-def cutout(x: Tensor, size: int, generator: Generator | None = None) -> Tensor:
+def cutout(
+    x: Tensor, size: int, generator: Generator | None = None, rows: Rows | None = None
+) -> Tensor:
     """A black square of `size` x `size` pixels in every image, cut off at the image's edge.
 
     Draws the square's row, then its column, uniformly over the image: pixel `size // 2` of the
     square. DeVries and Taylor, arXiv:1708.04552.
     """
-    n, _, height, width = x.shape
-    rows = _covered(_draw(height, n, x, generator), height, size)
-    columns = _covered(_draw(width, n, x, generator), width, size)
-    return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+    height, width = x.shape[2:]
+    high = _covered(_draw(height, x, generator, rows), height, size)
+    wide = _covered(_draw(width, x, generator, rows), width, size)
+    return x.masked_fill((high[:, :, None] & wide[:, None, :])[:, None], 0)
 
 
-def _draw(below: int, n: int, x: Tensor, generator: Generator | None) -> Tensor:
-    return torch.randint(below, (n,), generator=generator, device=x.device)
+def _draw(below: int, x: Tensor, generator: Generator | None, rows: Rows | None) -> Tensor:
+    n, own = rows or (len(x), slice(None))
+    return torch.randint(below, (n,), generator=generator, device=x.device)[own]
 
 
 def _covered(centre: Tensor, length: int, size: int) -> Tensor:

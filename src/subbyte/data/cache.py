@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from subbyte.data.decode import Written
 from subbyte.data.imageset import ImageSet
 from subbyte.errors import SubbyteError
 
@@ -26,9 +27,9 @@ IMAGES, LABELS, HEADER = "images.u8", "labels.i64", "header.json"
 
 @dataclass(frozen=True)
 class Content:
-    """What a new entry is made from; `write_images` fills a file and returns (c, h, w)."""
+    """What a new entry is made from; `write_images` fills a file and says what is in it."""
 
-    write_images: Callable[[Path], tuple[int, int, int]]
+    write_images: Callable[[Path], Written]
     labels: np.ndarray
     classes: tuple[str, ...]
     split: str
@@ -77,7 +78,8 @@ def read(entry: Path, source: str) -> ImageSet | None:
         shape = tuple(header["shape"])
         images = _mapped(entry / IMAGES, shape, torch.uint8)
         labels = _mapped(entry / LABELS, shape[:1], torch.int64).clone()
-        return ImageSet(images, labels, tuple(header["classes"]), source, header["split"])
+        classes, left_out = tuple(header["classes"]), tuple(header.get("left_out", ()))
+        return ImageSet(images, labels, classes, source, header["split"], left_out)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SubbyteError(
             f"the decoded images of '{source}' in {entry} are damaged ({error}); "
@@ -103,13 +105,15 @@ def write(entry: Path, content: Content) -> None:
 
 
 def _fill(folder: Path, content: Content) -> None:
-    shape = content.write_images(folder / IMAGES)
-    (folder / LABELS).write_bytes(content.labels.tobytes())
+    written = content.write_images(folder / IMAGES)
+    labels = np.delete(content.labels, [x.row for x in written.left_out])
+    (folder / LABELS).write_bytes(labels.tobytes())
     header = {
         "version": VERSION,
-        "shape": [len(content.labels), *shape],
+        "shape": [len(labels), *written.shape],
         "classes": content.classes,
         "split": content.split,
+        "left_out": [x.why for x in written.left_out],
     }
     (folder / HEADER).write_text(json.dumps(header), "utf-8")
 

@@ -23,6 +23,22 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Unreadable:
+    """An image that is missing or damaged. why: a sentence that names it."""
+
+    row: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Written:
+    """shape: (c, h, w) of each image in the file. left_out: those that are not in it."""
+
+    shape: tuple[int, int, int]
+    left_out: tuple[Unreadable, ...] = ()
+
+
+@dataclass(frozen=True)
 class EncodedImages:
     """A column of encoded images: `rows` [n] of {"bytes": ..., "path": ...}; `place` for errors."""
 
@@ -34,10 +50,10 @@ class EncodedImages:
         """Number of images."""
         return len(self.rows)
 
-    def each(self, function: Callable[[Any], T]) -> Iterator[T]:
+    def each(self, function: Callable[[Any], T]) -> Iterator[T | Unreadable]:
         """`function` of every image, opened by PIL, in order; in threads, `CHUNK` images at a time.
 
-        Raises SubbyteError with the row of an image that is missing or damaged.
+        Raises SubbyteError with the row of an image that the function refuses.
         """
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             for start in range(0, len(self), CHUNK):
@@ -45,12 +61,14 @@ class EncodedImages:
                 numbers = range(start, start + len(chunk))
                 yield from pool.map(lambda row, i: self._one(function, row, i), chunk, numbers)
 
-    def _one(self, function: Callable[[Any], T], row: dict[str, Any] | None, i: int) -> T:
+    def _one(
+        self, function: Callable[[Any], T], row: dict[str, Any] | None, i: int
+    ) -> T | Unreadable:
         from PIL import Image
 
         where = f"image {i} of {self.place}"
         if row is None or (row["bytes"] is None and row["path"] is None):
-            raise SubbyteError(f"{where} is missing; remove the row.")
+            return Unreadable(i, f"{where} is missing")
         try:
             encoded = row["bytes"]
             data = row["path"] if encoded is None else io.BytesIO(encoded)
@@ -60,31 +78,48 @@ class EncodedImages:
             raise SubbyteError(f"{where} {error}") from None
         except (*DAMAGED, Image.DecompressionBombError) as error:
             name = f" ({row['path']})" if row["path"] else ""
-            raise SubbyteError(
-                f"{where}{name} cannot be decoded: {error}; replace or remove it."
-            ) from error
+            return Unreadable(i, f"{where}{name} cannot be decoded: {error}")
 
 
-def write_pixels(images: EncodedImages, size: int | None, path: Path) -> tuple[int, int, int]:
-    """Decode all images into one raw file, uint8 [n, c, h, w]; returns (c, h, w).
+def write_pixels(images: EncodedImages, size: int | None, unreadable: int, path: Path) -> Written:
+    """Decode all images into one raw file, uint8 [n, c, h, w], but for some that are unreadable.
 
     c is 1 if every image is grey, else 3: stored as grey, or WebP, which cannot say so, with equal
     channels. With `size`, the shorter side is scaled to it (bilinear, antialiased) and the centre
-    cut out. Raises SubbyteError if the sizes differ and `size` is None.
+    cut out. Raises SubbyteError if the sizes differ and `size` is None, and for one image more that
+    cannot be read than `unreadable`.
     """
     first: tuple[int, ...] = ()
     all_grey = True
+    bad: list[Unreadable] = []
     with path.open("wb") as file:
-        for i, (array, grey) in enumerate(images.each(lambda image: _decode(image, size))):
+        for i, found in enumerate(images.each(lambda image: _decode(image, size))):
+            if isinstance(found, Unreadable):
+                bad.append(found)
+                check_unreadable([x.why for x in bad], unreadable)
+                continue
+            array, grey = found
             first = first or array.shape
             if array.shape != first:
                 raise SubbyteError(_sizes(i, array.shape, first, images.place))
             file.write(array.tobytes())
             all_grey &= grey
+    if not first:
+        raise SubbyteError(f"none of the {len(images)} images of {images.place} can be read")
     _, height, width = first
     if all_grey:
-        _keep_one_channel(path, (len(images), 3, height, width))
-    return 1 if all_grey else 3, height, width
+        _keep_one_channel(path, (len(images) - len(bad), 3, height, width))
+    return Written((1 if all_grey else 3, height, width), tuple(bad))
+
+
+def check_unreadable(left_out: Sequence[str], most: int) -> None:
+    """Raises SubbyteError, naming the last, for more images that cannot be read than `most`."""
+    if len(left_out) > most:
+        count = f" ({len(left_out)} so far)" if len(left_out) > 1 else ""
+        raise SubbyteError(
+            f"{left_out[-1]}{count}; replace or remove it, or let up to so many be left out by "
+            "unreadable= (data.unreadable)."
+        )
 
 
 def checked_labels(labels: Sequence[int | None], n_classes: int, place: str) -> np.ndarray:

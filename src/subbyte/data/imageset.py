@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subbyte.core.group import ALONE, Group
 from subbyte.errors import SubbyteError
 
 
@@ -15,7 +16,8 @@ class ImageSet:
 
     images: uint8 [n, c, h, w], c = 1 (grey) or 3 (RGB); pages of a file that are read when used.
     labels: int64 [n], each an index into `classes`. source: where they come from. split: the split
-    that was read, which is not always the one asked for (`load_images`).
+    that was read, which is not always the one asked for (`load_images`). left_out: a sentence for
+    each image of the source that could not be read.
     """
 
     images: Tensor
@@ -23,6 +25,7 @@ class ImageSet:
     classes: tuple[str, ...]
     source: str
     split: str
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of images."""
@@ -61,12 +64,14 @@ def batches(
     *,
     generator: torch.Generator | None = None,
     drop_last: bool = False,
+    group: Group = ALONE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One pass over `data`: uint8 images [b, c, h, w] and int64 labels [b], fresh copies.
 
     In order, or shuffled by `generator` (of the CPU). The last batch is smaller if `batch_size`
-    does not divide the number of images; `drop_last` leaves it out. Raises SubbyteError, at the
-    call, if that leaves no batch at all.
+    does not divide the number of images; `drop_last` leaves it out. group: each process is given
+    its part of every batch, which may be empty. Raises SubbyteError, at the call, if that leaves no
+    batch at all.
     """
     n = len(data)
     end = n - n % batch_size if drop_last and batch_size > 0 else n
@@ -75,13 +80,14 @@ def batches(
             f"batch_size={batch_size} makes no batch of the {n} images of '{data.source}'; "
             f"use 1 to {n}."
         )
-    return _batches(data, batch_size, end, generator)
+    return _batches(data, batch_size, end, generator, group)
 
 
 def _batches(
-    data: ImageSet, batch_size: int, end: int, generator: torch.Generator | None
+    data: ImageSet, batch_size: int, end: int, generator: torch.Generator | None, group: Group
 ) -> Iterator[tuple[Tensor, Tensor]]:
     n = len(data)
     order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
-    for chosen in order[:end].split(batch_size):
+    for batch in order[:end].split(batch_size):
+        chosen = batch[group.own(len(batch))]
         yield data.images.index_select(0, chosen), data.labels.index_select(0, chosen)

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from subbyte.core.account import float_parameters, note_on_size, notes_on_float
 from subbyte.core.functional import FLOAT16_MAX, spread
 from subbyte.core.grids import ScaleDomain
+from subbyte.core.group import local
 from subbyte.core.plan import Plan, PlannedLayer
 from subbyte.core.quantized import Quantized
 from subbyte.core.ready import check_ready, check_weight, copied, make_plain
@@ -47,11 +48,15 @@ class WeightQuantizer(nn.Module):
         raise NotImplementedError(type(self))
 
     def penalty(self, w: Tensor, progress: float) -> Tensor | float:
-        """Added to the loss; progress is the fraction of training done, 0 to 1."""
+        """Added to the loss: a sum over weights, of which w may be a part (see `penalty`).
+
+        progress: the fraction of training done, 0 to 1.
+        """
         return 0.0
 
     def after_step(self, w: Tensor, progress: float) -> None:
-        """In place on the float weight, without gradient, after each optimizer step."""
+        """In place on the float weight, or a part of it, without gradient, after each optimizer
+        step."""
 
     def pull(self, progress: float) -> float | None:
         """How strongly weights are drawn to their levels now, for the record; None: not at all."""
@@ -199,10 +204,13 @@ def frozen_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 def penalty(model: nn.Module, progress: float) -> Tensor | float:
-    """Sum of all quantizers' penalties: add it to the loss."""
+    """Sum of all quantizers' penalties: add it to the loss.
+
+    Of a network that FSDP2 has sharded: the part of this process's shards.
+    """
     total: Tensor | float = 0.0
     for _, quantizer, weight in quantizers(model):
-        total = total + quantizer.penalty(weight, progress)
+        total = total + quantizer.penalty(local(weight), progress)
     return total
 
 
@@ -210,7 +218,7 @@ def penalty(model: nn.Module, progress: float) -> Tensor | float:
 def after_step(model: nn.Module, progress: float) -> None:
     """Call it after every `optimizer.step()`."""
     for _, quantizer, weight in quantizers(model):
-        quantizer.after_step(weight, progress)
+        quantizer.after_step(local(weight), progress)
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[Site, WeightQuantizer, nn.Parameter]]:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from subbyte.models.base import (
     Network,
+    checked_spec,
     conv_bn_relu,
     glorot_,
     halved,
-    image_spec,
     linear_bn_relu,
 )
 from subbyte.models.preprocess import centred
@@ -27,7 +27,9 @@ class CVNN(Network):
     def __init__(
         self, name: str, width: int, in_channels: int, image_size: int, classes: int
     ) -> None:
-        spec = image_spec(name, in_channels=in_channels, image_size=image_size, classes=classes)
+        spec = checked_spec(
+            name, width=width, in_channels=in_channels, image_size=image_size, classes=classes
+        )
         super().__init__(spec, centred(in_channels, image_size), classes)
         features: list[nn.Module] = []
         channels = in_channels
@@ -46,11 +48,15 @@ class CVNN(Network):
         return logits
 
 
-def cvnn1(*, in_channels: int = 3, image_size: int = 32, classes: int = 10) -> CVNN:
+def cvnn1(
+    *, width: int = 32, in_channels: int = 3, image_size: int = 32, classes: int = 10
+) -> CVNN:
     """Width 32: 0.55 million parameters, 39 million multiply-adds at 32x32."""
-    return CVNN("cvnn1", 32, in_channels, image_size, classes)
+    return CVNN("cvnn1", width, in_channels, image_size, classes)
 
 
-def cvnn2(*, in_channels: int = 3, image_size: int = 32, classes: int = 10) -> CVNN:
+def cvnn2(
+    *, width: int = 96, in_channels: int = 3, image_size: int = 32, classes: int = 10
+) -> CVNN:
     """Width 96: 4.9 million parameters, 345 million multiply-adds at 32x32."""
-    return CVNN("cvnn2", 96, in_channels, image_size, classes)
+    return CVNN("cvnn2", width, in_channels, image_size, classes)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from subbyte import kernels
-from subbyte.core.conv1d import with_linears
+from subbyte.core.as_linear import with_linears
 from subbyte.core.quantized import Quantized
 from subbyte.core.ready import check_plain, copied
 from subbyte.core.sites import Site, join, sharing_sites, sites, supported_type, unsupported

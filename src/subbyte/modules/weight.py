@@ -22,7 +22,8 @@ from subbyte.core.tensors import (
 )
 from subbyte.errors import SubbyteError
 from subbyte.kernels import Activation, Epilogue, Ready
-from subbyte.packing import PackedMatrix, radix
+from subbyte.packing import PackedMatrix, StoredTensor, radix
+from subbyte.packing.stored import check_codes
 
 
 def keep_types(module: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -73,8 +74,14 @@ class PackedWeight(nn.Module):
         for name, part in zip(("up", "down", "adapter_scale"), parts, strict=True):
             self.register_buffer(name, own_copy(part))
         self.dtype_of = nn.Parameter(torch.empty(0), requires_grad=False)
-        self.register_buffer("words", radix.pack(weight.codes, weight.grid.n_levels))
-        self.register_buffer("scale", store_scale(weight.scale, weight.grid.scale_domain))
+        if isinstance(weight, StoredTensor):  # the words stay where they are, perhaps in a file
+            words, scale = weight.words, own_copy(weight.stored_scale)
+        else:
+            words = radix.pack(weight.codes, weight.grid.n_levels)
+            scale = store_scale(weight.scale, weight.grid.scale_domain)
+        self.register_buffer("words", words)
+        self.register_buffer("scale", scale)
+        self._unchecked = isinstance(weight, StoredTensor) and not weight.checked
         self._matrix: PackedMatrix | None = None
         self._epilogue: Epilogue | None = None
         self._ready: Ready | None = None
@@ -90,6 +97,9 @@ class PackedWeight(nn.Module):
             and held.grid is self.grid
         ):
             return held
+        if self._unchecked and not torch.compiler.is_compiling():
+            check_codes(words, self.grid, self.n_weights)  # type: ignore[arg-type]
+            self._unchecked = False
         made = PackedMatrix(words, scale, self.grid, self.shape)  # type: ignore[arg-type]
         if not torch.compiler.is_compiling():
             self._matrix = made

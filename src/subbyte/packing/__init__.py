@@ -2,5 +2,6 @@
 
 from subbyte.packing import radix
 from subbyte.packing.matrix import PackedMatrix
+from subbyte.packing.stored import StoredTensor
 
-__all__ = ["PackedMatrix", "radix"]
+__all__ = ["PackedMatrix", "StoredTensor", "radix"]

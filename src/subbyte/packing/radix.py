@@ -28,6 +28,7 @@ except ImportError:  # a source tree without a compiler: the torch path does eve
 
 _LOW = 0xFFFFFFFF
 _ZSTD_LEVEL = 19
+_AT_ONCE = 2**18  # words that are looked at in one go
 
 
 def why_not_native(device: torch.device) -> str | None:
@@ -97,13 +98,34 @@ def _(packed: Tensor, n_levels: int, count: int) -> Tensor:
 
 def check_words(packed: Tensor, n_levels: int, count: int) -> str | None:
     """What is wrong with words read from a file, in words; None if `unpack` may have them."""
+    fault = check_size(packed, n_levels, count)
+    if fault is None and count and not _are_digits(packed, n_levels, count):
+        fault = f"a word holds a code above the grid (more than {n_levels} levels) or a stray digit"
+    return fault
+
+
+def check_size(packed: Tensor, n_levels: int, count: int) -> str | None:
+    """As `check_words`, without a look at what the words hold."""
     expected = 8 * n_words(count, n_levels)
-    if packed.dtype != torch.uint8 or tuple(packed.shape) != (expected,):
-        found = f"{str(packed.dtype).removeprefix('torch.')} {list(packed.shape)}"
-        return f"{count} codes of {n_levels} levels take uint8 [{expected}], not {found}"
-    if not torch.equal(pack(unpack(packed, n_levels, count), n_levels), packed):
-        return f"a word holds a code above the grid (more than {n_levels} levels) or a stray digit"
-    return None
+    if packed.dtype == torch.uint8 and tuple(packed.shape) == (expected,):
+        return None
+    found = f"{str(packed.dtype).removeprefix('torch.')} {list(packed.shape)}"
+    return f"{count} codes of {n_levels} levels take uint8 [{expected}], not {found}"
+
+
+def _are_digits(packed: Tensor, n_levels: int, count: int) -> bool:
+    """Whether each word is below N^d, and the last one below N to the number of its own digits."""
+    digits = digits_per(n_levels, 64)
+    left = count - (len(packed) // 8 - 1) * digits
+    if int.from_bytes(bytes(packed[-8:].tolist()), "little") >= n_levels**left:
+        return False
+    lowest = -(2**63)  # words are unsigned: both sides of the comparison move down by 2^63
+    top = n_levels**digits + lowest
+    if top == -lowest:
+        return True
+    plain = packed if packed.storage_offset() % 8 == 0 else packed.clone()
+    parts = plain.view(torch.int64).split(_AT_ONCE)
+    return not any(bool(((part ^ lowest) >= top).any()) for part in parts)
 
 
 def pack_torch(flat: Tensor, n_levels: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from subbyte.core.conv1d import linears_in_place
+from subbyte.core.as_linear import linears_in_place
 from subbyte.core.ready import check_present, copied, make_plain, unwrapped
 from subbyte.core.sites import sites
 from subbyte.errors import SubbyteError

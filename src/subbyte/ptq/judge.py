@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from subbyte.core.group import ALONE, Group
 from subbyte.core.quantized import Quantized
 from subbyte.modules import pack
 from subbyte.tasks.base import Task
@@ -29,11 +31,16 @@ class Verdict:
 
 
 class Judge:
-    """Some inputs of the network and what the float network `teacher` makes of them."""
+    """Some inputs of the network and what the float network `teacher` makes of them.
 
-    def __init__(self, teacher: nn.Module, examples: Examples, task: Task) -> None:
-        self.teacher, self.task = teacher, task
-        self.batches = in_batches(examples, _BATCH, SCORED_TOKENS)
+    group: processes that share the inputs; all of them come to the same verdict.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, examples: Examples, task: Task, group: Group = ALONE
+    ) -> None:
+        self.teacher, self.task, self.group = teacher, task, group
+        self.batches = group.dealt(in_batches(examples, _BATCH, SCORED_TOKENS))
         self._kept: list[Tensor] = []
 
     def distance(self, quantized: Quantized) -> float:
@@ -45,13 +52,17 @@ class Judge:
         total, same, decided, items = 0.0, 0, 0, 0
         for y, wanted in self._pairs(net):
             if not y.isfinite().all():
-                return Verdict(float("inf"), None)
+                total = math.inf
+                break
             total += float(self.task.distance(y, wanted).sum())
             items += len(y)
             agrees = self.task.agrees(y, wanted)
             if agrees is not None:
                 same, decided = same + int(agrees.sum()), decided + agrees.numel()
-        return Verdict(total / max(1, items), 100.0 * same / decided if decided else None)
+        whole, n, agreeing, judged = self.group.sum(total, items, same, decided)
+        if not math.isfinite(whole):
+            return Verdict(math.inf, None)
+        return Verdict(whole / max(1, n), 100.0 * agreeing / judged if judged else None)
 
     def _pairs(self, net: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs of the network and of the float one."""

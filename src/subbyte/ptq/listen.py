@@ -66,7 +66,8 @@ class _Watched(Sequence[T], Generic[T]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[T]: ...
     def __getitem__(self, index: Any) -> Any:
-        return self.items[index]
+        found = self.items[index]
+        return _Watched(self.step, found, self.notes) if isinstance(index, slice) else found
 
     def __iter__(self) -> Iterator[T]:
         for i, item in enumerate(self.items):

@@ -28,7 +28,7 @@ def measured(run: Run) -> dict[str, Statistics]:
     heads = [head for name, own in shared.items() if name in run.sites for head in own]
     own = [*run.sites.values(), *heads]
     batches = run.notes.over("statistics of inputs", in_batches(run.teaching, 64, SCORED_TOKENS))
-    return input_statistics(run.teacher, own, batches, task=run.task)
+    return input_statistics(run.teacher, own, batches, task=run.task, group=run.group)
 
 
 def sensitivities(
@@ -40,8 +40,9 @@ def sensitivities(
     watched = run.notes.over("effects of errors", batches)
     with recomputed(run.teacher, run.blocks):
         return sensitivity(
-            run.teacher, list(run.sites.values()), statistics, watched, run.task, generator
-        )
+            run.teacher, list(run.sites.values()), statistics, watched, run.task, generator,
+            run.group,
+        )  # fmt: skip
 
 
 def note_unmeasured(run: Run, statistics: Mapping[str, Statistics]) -> None:
@@ -87,7 +88,7 @@ def seen_more(
     more: dict[str, Statistics] = {}
     if len(mosaics):
         own = [run.sites[name] for name in seen if name in run.sites]
-        more = input_statistics(run.teacher, own, mosaics)
+        more = input_statistics(run.teacher, own, mosaics, group=run.group)
     for layer in known:
         name = layer.site.name
         if name in more:

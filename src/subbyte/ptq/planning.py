@@ -48,8 +48,9 @@ def _searched(run: Run, layers: Sequence[Layer], method: CoRa) -> Plan:
         groups = GROUPS
     layers = run.notes.over("search", layers)
     return search(
-        layers, method.target_bits, levels=levels, groups=groups, adapter_bits=method.adapter_bits
-    )
+        layers, method.target_bits, levels=levels, groups=groups,
+        adapter_bits=method.adapter_bits, group=run.group,
+    )  # fmt: skip
 
 
 def _group(layer: Layer, method: CoRa) -> int | None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.core.account import note_on_size
+from subbyte.core.group import ALONE, Group
 from subbyte.core.plan import Plan
 from subbyte.core.quantized import Evidence, Quantized
 from subbyte.core.ready import unwrapped
@@ -43,7 +44,7 @@ from subbyte.ptq.measuring import (
     sensitivities,
     starved_layers,
 )
-from subbyte.ptq.plan.search import Layer
+from subbyte.ptq.plan.search import Layer, work
 from subbyte.ptq.planning import as_solved, chosen_plan, compensates, note_scales, solver_of
 from subbyte.ptq.published import PublishedCoRa, published_layers, search_ranks
 from subbyte.ptq.run import Run, start_run
@@ -73,6 +74,7 @@ def quantize(
     plan: Plan | None = None,
     seed: int = 0,
     listener: Listener | None = None,
+    group: Group = ALONE,
 ) -> Quantized:
     """Quantize a trained network; the network itself stays as it is. Works on the CPU, in float32.
 
@@ -81,14 +83,17 @@ def quantize(
     dicts, with or without labels, which PublishedCoRa alone uses. task: what the network is for
     (`subbyte.tasks`), as a value or a name of TASKS; guessed from its outputs where it is plain.
     plan: levels and ranks to use in place of a search; it may come from `prepare`. seed: of the
-    pseudo-labels and the tuning. Seven parameters: each is a user's choice of its own.
+    pseudo-labels and the tuning. group: processes that share the work (`subbyte.core.group`); each
+    calls this with the same values and gets the same network. Eight parameters: each is a user's
+    choice of its own.
     What cannot be quantized stays float and is named in the notes. Raises SubbyteError, before the
     long work, for batches that the network cannot run, outputs that its task cannot read, and
     weights without values or not finite; later for inputs that are not finite (naming the layer)
     and a budget that cannot be met (naming the smallest).
     """
     with torch.inference_mode(False):  # a caller may be in it, and steps here need gradients
-        run = start_run(model, as_recipe(method), (calibration, task), plan, Notes(listener))
+        notes = Notes(listener)
+        run = start_run(model, as_recipe(method), (calibration, task), plan, notes, group)
         done = _quantized(run, seed, searching=plan is None)
     set_cache(done.model, uses_cache(unwrapped(model)))
     return done
@@ -167,7 +172,8 @@ def _reclaimed(run: Run, generator: torch.Generator, seed: int) -> _Outcome:
         run.notes.add("layers solved in order, a block at a time")
     else:
         solve_each = run.notes.counted("solving layers", solve, len(known))
-        layers = {x.site.name: solve_each(x) for x in known}
+        solved = run.group.each(solve_each, known, work)
+        layers = {x.site.name: own for x, own in zip(known, solved, strict=True)}
         start = Quantized(copy.deepcopy(run.teacher), layers)
     if in_order and not at_once:
         steps.append(_Step(_IN_ORDER_NOTE, partial(_in_order, run, known, solve, mosaics)))
@@ -261,7 +267,7 @@ def _in_order(
     batches = some_batches(in_batches(some, 64), _IN_ORDER_TOKENS)
     solve = run.notes.counted("solving in order", solve, len(known))
     return solve_in_order(
-        start, known, solve, batches, task=run.task, more=mosaics, starved=starved
+        start, known, solve, batches, task=run.task, more=mosaics, starved=starved, group=run.group
     )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from subbyte.core.account import float_parameters, notes_on_float
-from subbyte.core.conv1d import conv1d_in_place
+from subbyte.core.as_linear import given_form_in_place
+from subbyte.core.group import ALONE, Group
 from subbyte.core.plan import Plan
 from subbyte.core.ready import check_ready, unwrapped
 from subbyte.core.recipe import Recipe
@@ -34,7 +35,8 @@ class Run:
 
     teacher: the float network. plan: which layers are quantized, by which method. sites: of these
     layers, by name. examples, labels: the calibration. blocks: of a network that is a chain of
-    them (`steps.chain`) and large; empty for all others.
+    them (`steps.chain`) and large; empty for all others. group: processes that share the work, each
+    of which has all of these values.
     """
 
     teacher: nn.Module
@@ -46,6 +48,7 @@ class Run:
     judge: Judge
     notes: Notes
     blocks: tuple[str, ...] = ()
+    group: Group = ALONE
 
     @property
     def teaching(self) -> Examples:
@@ -62,6 +65,7 @@ def start_run(
     given_for: tuple[Iterable[Any], Task | str | None],
     plan: Plan | None,
     notes: Notes,
+    group: Group = ALONE,
 ) -> Run:
     """Everything that can be refused is refused here. given_for: calibration batches and task."""
     _check_methods(recipe)
@@ -69,7 +73,7 @@ def start_run(
     base = recipe.plan(twin, shared=True)
     base = base if plan is None else base.following(plan)
     names = {layer.name for layer in base.quantized}
-    twin = conv1d_in_place(twin, unwrapped(model), names)
+    twin = given_form_in_place(twin, unwrapped(model), names)
     chosen = {site.name: site for site in sites(twin) if site.name in names}
     if not chosen:
         why = next((f": {layer.reason}" for layer in base.layers if layer.reason), "")
@@ -83,10 +87,11 @@ def start_run(
     kept = notes_on_float(float_parameters(twin, names))
     for note in (*given.notes, *((guess,) if guess else ()), *kept):
         notes.add(note)
-    judge = Judge(twin, judging(given.examples), task)
+    judge = Judge(twin, judging(given.examples), task, group)
     large = sum(site.n_weights for site in chosen.values()) > _LARGE
     blocks = blocks_of(twin, one_batch(given.examples[:2])) if large else ()
-    return Run(twin, base, chosen, given.examples, given.labels, task, judge, notes, blocks)
+    examples, labels = given.examples, given.labels
+    return Run(twin, base, chosen, examples, labels, task, judge, notes, blocks, group)
 
 
 def _check_methods(recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from subbyte.core.functional import level_shares
-from subbyte.core.tensors import QuantizedTensor
+from subbyte.core.tensors import QuantizedWeight
 from subbyte.train.curves import COLORS, Histories, new_figure, plot_curves
 
 
@@ -21,7 +21,7 @@ class Histogram:
     title: str
     layer: str
     weights: Tensor
-    quantized: QuantizedTensor
+    quantized: QuantizedWeight
 
 
 def plot_demo(histories: Histories, histograms: Sequence[Histogram], path: Path) -> None:

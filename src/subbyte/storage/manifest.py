@@ -14,10 +14,10 @@ from torch import Tensor
 from subbyte.core.functional import MIN_EXPONENT, n_groups, read_scale
 from subbyte.core.grids import Grid, ScaleDomain
 from subbyte.core.sites import join
-from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor
+from subbyte.core.tensors import LowRank, QuantizedLayer, QuantizedTensor, QuantizedWeight
 from subbyte.errors import SubbyteError
 from subbyte.graph.program import Program
-from subbyte.packing import radix
+from subbyte.packing import StoredTensor, radix
 
 FORMAT, VERSION = "subbyte", 2
 MAX_WEIGHTS = 2**40  # of one layer; a larger shape is damage
@@ -57,7 +57,8 @@ class Artifact:
     network's class; preprocess: how images become its input. distance: of the float weights to
     their levels when they were rounded, in steps; None if the method does not say. shared: layers
     that use the weight of another layer, each with that layer's name. digests: checksums of
-    `names`, none in a file that was made before there were any.
+    `names`, none in a file that was made before there were any. checked: whether the words of
+    layers are looked at when the layers are read, else when they are first used.
     """
 
     network: dict[str, Any] | None
@@ -72,6 +73,7 @@ class Artifact:
     preprocess: dict[str, Any] | None = None
     shared: Mapping[str, str] = field(default_factory=dict)
     digests: tuple[str, ...] = ()
+    checked: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -93,11 +95,7 @@ class Artifact:
 
     def _layer(self, name: str, entry: LayerEntry) -> QuantizedLayer:
         try:
-            codes = _read_codes(self.tensors[join(name, "codes")], entry)
-            scale = self.tensors[join(name, "scale")]
-            _check_scale(scale, entry)
-            scale = read_scale(scale, entry.grid.scale_domain)
-            weight = QuantizedTensor(codes.reshape(entry.shape), scale, entry.grid)
+            weight = self._weight(name, entry)
             bias = self.tensors[join(name, "bias")] if entry.bias else None
             if bias is not None and not bias.is_floating_point():
                 raise SubbyteError(f"the bias is {bias.dtype}, not a float type")
@@ -105,12 +103,26 @@ class Artifact:
         except SubbyteError as error:
             raise SubbyteError(f"layer '{name}': {error}") from None
 
+    def _weight(self, name: str, entry: LayerEntry) -> QuantizedWeight:
+        stored, scale = (self.tensors[join(name, part)] for part in ("codes", "scale"))
+        _check_scale(scale, entry)
+        shape, grid = torch.Size(entry.shape), entry.grid
+        if entry.encoding == WORDS:
+            return StoredTensor(stored, scale, grid, shape, self.checked)
+        if stored.dtype != torch.uint8 or stored.ndim != 1:
+            raise SubbyteError(f"compressed codes are {stored.dtype} {list(stored.shape)}")
+        codes = radix.decompress(stored, grid.n_levels, shape.numel()).reshape(shape)
+        return QuantizedTensor(codes, read_scale(scale, grid.scale_domain), grid)
+
     def _adapter(self, name: str) -> LowRank:
         up, down, scale = (self.tensors[join(name, part)] for part in ADAPTER)
         return LowRank(up, down, scale)
 
 
-def parse(metadata: Mapping[str, str], tensors: dict[str, Tensor], n_bytes: int) -> Artifact:
+def parse(
+    metadata: Mapping[str, str], tensors: dict[str, Tensor], n_bytes: int, *, checked: bool = True
+) -> Artifact:
+    """What metadata and tensors say. Raises SubbyteError for what does not fit together."""
     manifest = _manifest(metadata)
     try:
         grids = [Grid.from_dict(value) for value in manifest["grids"]]
@@ -142,7 +154,7 @@ def parse(metadata: Mapping[str, str], tensors: dict[str, Tensor], n_bytes: int)
         raise SubbyteError(f"{fault}; the file is damaged, make or fetch it again")
     return Artifact(
         network, entries, tensors, state, n_bytes, affine, distance, ties, program, preprocess,
-        shared, digests,
+        shared, digests, checked,
     )  # fmt: skip
 
 
@@ -230,18 +242,6 @@ def fault_of(state: Mapping[str, Tensor]) -> str | None:
         if name.endswith("running_var") and (value < 0).any():
             return f"'{name[:200]}' is a variance and has negative values"
     return None
-
-
-def _read_codes(stored: Tensor, entry: LayerEntry) -> Tensor:
-    count, n_levels = torch.Size(entry.shape).numel(), entry.grid.n_levels
-    if entry.encoding == ZSTD:
-        if stored.dtype != torch.uint8 or stored.ndim != 1:
-            raise SubbyteError(f"compressed codes are {stored.dtype} {list(stored.shape)}")
-        return radix.decompress(stored, n_levels, count)
-    fault = radix.check_words(stored, n_levels, count)
-    if fault:
-        raise SubbyteError(fault)
-    return radix.unpack(stored, n_levels, count)
 
 
 def _check_scale(scale: Tensor, entry: LayerEntry) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import mmap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from subbyte.core.conv1d import with_linears
+from subbyte.core.as_linear import with_linears
 from subbyte.core.quantized import Quantized
 from subbyte.core.ready import copied
 from subbyte.core.sites import sites
@@ -37,8 +39,11 @@ def load(
 
     A zoo network rebuilds itself from the manifest, and a file that was saved with an example opens
     by its program; for any other pass `model`, the float network (its weights do not matter; it
-    stays as it is). precision: of products, see `pack`. verify: by the file's checksums. Raises
-    SubbyteError for a file that is missing, damaged, of a newer version, or of another network.
+    stays as it is). precision: of products, see `pack`. verify: by the file's checksums. Without,
+    opening takes no longer for a large file: the codes of a layer are read and checked when the
+    layer first runs. Packed weights stay in the file, which is mapped: replace it as `save` does,
+    by another, and do not write into it while the network is in use. Raises SubbyteError for a file
+    that is missing, damaged, of a newer version, or of another network.
     """
     artifact = read(path, verify=verify)
     try:
@@ -81,19 +86,38 @@ def read(path: str | Path, *, verify: bool = True) -> Artifact:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors |= _mapped(path, [name for name in tensors if name.rpartition(".")[2] == "codes"])
     except (SafetensorError, OSError) as error:
         raise SubbyteError(
             f"{path}: not a whole safetensors file ({error}); it is damaged or was cut off: "
             "make or fetch it again"
         ) from None
     try:
-        found = parse(metadata, tensors, path.stat().st_size)
+        found = parse(metadata, tensors, path.stat().st_size, checked=verify)
         if verify and (found.digests or HEADER in metadata):
             check_header(path, metadata)
             check_tensors(tensors, found.names, found.digests)
         return found
     except SubbyteError as error:
         raise SubbyteError(f"{path}: {error}") from None
+
+
+def _mapped(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Tensors of a whole safetensors file as parts of the mapped file; nothing is read yet.
+
+    Each has a storage of its own, so that a copy of one layer is no copy of the file. Words that do
+    not lie on 8 bytes, as the kernels read them, are left out.
+    """
+    with path.open("rb") as file:
+        held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = 8 + int.from_bytes(held[:8], "little")
+    header = json.loads(held[8:start])
+    found = {}
+    for name in names:
+        first, end = (start + offset for offset in header[name]["data_offsets"])
+        if first % 8 == 0 and end > first and header[name]["dtype"] == "U8":
+            found[name] = torch.frombuffer(held, dtype=torch.uint8, count=end - first, offset=first)
+    return found
 
 
 def _skeleton(artifact: Artifact, model: nn.Module | None) -> nn.Module:

@@ -18,7 +18,10 @@ from subbyte.train.watch import Histograms
 
 _VERSION = 3
 _MARK = b"subbyte-sha256:"  # behind what torch.save wrote, with the checksum of that
-_FREE_KEYS = ("out", "compress", "batchnorm", "train.epochs", "train.threads")
+_FREE_KEYS = (  # they may differ at resume
+    "out", "compress", "batchnorm", "train.epochs", "train.threads", "train.strategy",
+    "data.unreadable",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Checkpoint:
     """epoch: how many are done. ema: None when the run averages nothing.
 
     histograms: of the quantized layers' float weights, before the first epoch and after each.
-    threads: of the CPU, on which the last bits of every sum depend.
+    threads, processes: on which the last bits of every sum depend. All values are whole, whoever
+    held shards of them.
     """
 
     model: dict[str, Any]
@@ -61,6 +65,7 @@ class Checkpoint:
     histograms: tuple[Histograms, ...]
     fingerprint: dict[str, str]
     threads: int
+    processes: int = 1
 
 
 def fingerprint(config: RunConfig) -> dict[str, str]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from subbyte.core.group import ALONE, Group
 from subbyte.data import ImageSet, batches
 from subbyte.errors import SubbyteError
 from subbyte.models import Network
@@ -33,11 +34,13 @@ def evaluate(
     *,
     preprocess: ToInput | None = None,
     batch_size: int = 256,
+    group: Group = ALONE,
 ) -> Evaluation:
     """The model, put into eval mode for the while, on every image of the data.
 
     preprocess: uint8 [n, c, h, w] to the model's input; a `Network` brings its own. An image with
-    a logit that is not finite counts as wrong. Raises SubbyteError for an empty data set and for
+    a logit that is not finite counts as wrong. group: processes that share the images, `batch_size`
+    each at a time; all of them get the figures. Raises SubbyteError for an empty data set and for
     a label that the output has no class for.
     """
     if len(data) == 0:
@@ -48,13 +51,14 @@ def evaluate(
     device = device_of(model)
     correct, loss = 0, 0.0
     with eval_mode(model), torch.inference_mode(), parametrize.cached():
-        for x, y in batches(data, batch_size):
+        for x, y in batches(data, batch_size * group.size, group=group):
             logits = model(preprocess(x.to(device))).float()
             check_labels(data, logits.shape[1])
             y = y.to(device)
             correct += count_correct(logits, y)
             loss += F.cross_entropy(logits, y, reduction="sum").item()
-    return Evaluation(100.0 * correct / len(data), loss / len(data), len(data))
+    hits, total = group.sum(correct, loss)
+    return Evaluation(100.0 * hits / len(data), total / len(data), len(data))
 
 
 @contextmanager

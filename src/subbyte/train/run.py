@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from subbyte import storage
+from subbyte.core.group import ALONE, Group
 from subbyte.data import load_images
 from subbyte.errors import SubbyteError
 from subbyte.methods import freeze, frozen_layers, quantizers
@@ -44,21 +45,35 @@ class RunResult:
 
 
 def run(
-    config: RunConfig, *, resume: bool = False, fresh: bool = False, quiet: bool = False
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    fresh: bool = False,
+    quiet: bool = False,
+    group: Group = ALONE,
 ) -> RunResult:
     """Leaves the network, `curves.png`, `metrics.jsonl` and the checkpoint in `config.out`.
 
-    resume, fresh: what to do with a run that is there, see `train`.
+    resume, fresh, group: as in `train`; all processes of a group get the result.
     A method with soft weights leaves `modes.png` too, and a note if they end far from their levels.
     """
-    progress = console_progress(quiet=quiet)
-    result = train(config, resume=resume, fresh=fresh, progress=progress)
+    progress = console_progress(quiet=quiet or not group.leads)
+    result = train(config, resume=resume, fresh=fresh, progress=progress, group=group)
+    return group.told(lambda: _left_behind(result, config, progress))
+
+
+def _left_behind(result: TrainResult, config: RunConfig, progress: Progress) -> RunResult:
     file, net = _save(result, config)
     last = result.history[-1]
     far = None if last.rounded_top1 is None else far_from_levels(last.distance or 0.0)
     if far:
         progress.note(f"warning: {far}")
-    test = load_images(config.data.source, config.data.test_split, size=config.data.size)
+    test = load_images(
+        config.data.source,
+        config.data.test_split,
+        size=config.data.size,
+        unreadable=config.data.unreadable,
+    )
     saved = evaluate(net, test, preprocess=result.model.preprocess)
     _plot(result, config, progress)
     return RunResult(file, file.stat().st_size, result.evaluation, saved, result.history)

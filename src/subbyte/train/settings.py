@@ -20,7 +20,8 @@ from subbyte.modules.absorb import BatchNormMode
 
 OptimizerName = Literal["sgd", "adamw"]
 ScheduleName = Literal["cosine", "step", "constant"]
-Precision = Literal["float32", "bf16"]
+Precision = Literal["float32", "bf16", "auto"]
+StrategyName = Literal["ddp", "fsdp"]
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
@@ -57,7 +58,8 @@ class DataConfig:
     """Where the images come from, and how the training images vary.
 
     size: side in pixels every image is resized to, None leaves it. crop: pixels of padding before
-    a random crop. cutout: side in pixels of the square that is blanked.
+    a random crop. cutout: side in pixels of the square that is blanked. unreadable: how many images
+    of a split may be left out because they are missing or damaged; a note names them.
     """
 
     source: str
@@ -67,10 +69,12 @@ class DataConfig:
     crop: int = 0
     flip: bool = False
     cutout: int = 0
+    unreadable: int = 0
 
     def __post_init__(self) -> None:
         _require(self.size is None or self.size >= 1, "size", self.size, "at least 1")
         _require(self.crop <= 1024, "crop", self.crop, "at most 1024 pixels")
+        _require(self.unreadable >= 0, "unreadable", self.unreadable, "0 or more")
         self.augment()  # checks its own ranges
 
     def augment(self) -> Augment:
@@ -86,8 +90,11 @@ class LoopConfig:
     multiplies the learning rate by `gamma`. ema: decay of the averaged weights that are evaluated
     and saved, 0 for none. clip_grad_norm: the largest gradient norm, 0 for no limit. teacher:
     weights of the same network, of any kind that `ModelConfig.weights` takes, whose outputs are
-    learned along with the labels (knowledge distillation). threads: PyTorch's CPU threads, None
-    leaves them. limit_batches: steps an epoch at most, for trials.
+    learned along with the labels (knowledge distillation). precision: of products in training;
+    "auto" is bf16 where the device has instructions for it. threads: PyTorch's CPU threads, None
+    leaves them. limit_batches: steps an epoch at most, for trials. strategy: how several processes
+    share the network, "ddp" (each has a copy) or "fsdp" (each has a shard). batch_size is that of
+    all processes together.
     """
 
     epochs: int
@@ -109,6 +116,7 @@ class LoopConfig:
     seed: int = 0
     threads: int | None = None
     limit_batches: int | None = None
+    strategy: StrategyName = "ddp"
 
     def __post_init__(self) -> None:
         self._check_loop()
@@ -121,6 +129,7 @@ class LoopConfig:
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "[0, 1)")
         _require(0 <= self.ema < 1, "ema", self.ema, "0 <= ema < 1")
         _require_choice("precision", self.precision, Precision)
+        _require_choice("strategy", self.strategy, StrategyName)
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 <= seed < 2**63")
         for name in ("threads", "limit_batches"):
             value = getattr(self, name)

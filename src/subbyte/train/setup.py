@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from subbyte.core.group import ALONE, Group
 from subbyte.data import ImageSet, load_images
 from subbyte.errors import SubbyteError
 from subbyte.methods import prepare
@@ -15,6 +16,8 @@ from subbyte.models import Network, build
 from subbyte.train.evaluate import check_classes, check_labels, describe, eval_mode
 from subbyte.train.initial import load_initial
 from subbyte.train.settings import DataConfig, ModelConfig, RunConfig
+
+_NAMED = 10  # images that a note names, of those that are left out
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,20 @@ class Setup:
     plan: Any | None
     teacher: Network | None
 
+    def notes(self) -> tuple[str, ...]:
+        """What the method does, and which images could not be read."""
+        found = () if self.plan is None else (str(self.plan),)
+        short = [data for data in (self.train, self.test) if data.left_out]
+        return (*found, *(_left_out(data) for data in short))
 
-def set_up(config: RunConfig) -> Setup:
-    """Data, network, checks, method, in this order; weights come from torch's global generator."""
-    train, test = _load(config.data)
+
+def set_up(config: RunConfig, group: Group = ALONE) -> Setup:
+    """Data, network, checks, method, in this order; weights come from torch's global generator.
+
+    Of a group the leading process decodes the images, and the others find them decoded.
+    """
+    with group.in_turn():
+        train, test = _load(config.data)
     model = _build(config.model, config.model.weights)
     for data in (train, test):
         _check_fit(model, data)
@@ -41,9 +54,17 @@ def set_up(config: RunConfig) -> Setup:
 
 
 def _load(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    train = load_images(config.source, config.train_split, size=config.size)
-    test = load_images(config.source, config.test_split, size=config.size)
+    size, unreadable = config.size, config.unreadable
+    train = load_images(config.source, config.train_split, size=size, unreadable=unreadable)
+    test = load_images(config.source, config.test_split, size=size, unreadable=unreadable)
     return train, test
+
+
+def _left_out(data: ImageSet) -> str:
+    names = "; ".join(data.left_out[:_NAMED])
+    more = len(data.left_out) - _NAMED
+    rest = f"; and {more} more" if more > 0 else ""
+    return f"{len(data.left_out)} images of {describe(data)} are left out: {names}{rest}"
 
 
 def _build(config: ModelConfig, weights: str | None) -> Network:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.core.functional import divide, spread
+from subbyte.core.group import ALONE, Group
 from subbyte.core.quantized import Quantized
-from subbyte.core.tensors import QuantizedLayer, QuantizedTensor
+from subbyte.core.tensors import QuantizedLayer, QuantizedWeight
 from subbyte.data import ImageSet
 from subbyte.methods import frozen_layers, quantizers, without_quantizers
 from subbyte.modules import pack
@@ -43,9 +44,14 @@ def codes_of(model: nn.Module) -> Codes:
 
 
 def watch(
-    model: nn.Module, before: Mapping[str, Tensor], test: ImageSet, progress: float
+    model: nn.Module,
+    before: Mapping[str, Tensor],
+    test: ImageSet,
+    progress: float,
+    group: Group = ALONE,
 ) -> tuple[Watch, Codes]:
-    """The figures and the codes after an epoch; before: the codes of the epoch before."""
+    """The figures and the codes after an epoch; before: the codes of the epoch before. group: as in
+    `evaluate`."""
     layers = _frozen(model)
     if not layers:
         return Watch(), {}
@@ -61,12 +67,12 @@ def watch(
     rounded = None
     if soft:
         done = Quantized(without_quantizers(model), layers)
-        rounded = evaluate(pack(done, precision="float32"), test).top1
+        rounded = evaluate(pack(done, precision="float32"), test, group=group).top1
     pull = max((pull for pull in pulls if pull is not None), default=None)
     return Watch(away / n_weights, changed / n_weights, rounded, pull), codes
 
 
-def in_steps(x: Tensor, weight: QuantizedTensor) -> Tensor:
+def in_steps(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """x in units of the distance between neighbouring levels (their mean, if they differ)."""
     grid = weight.grid
     step = (grid.levels[-1] - grid.levels[0]) / (grid.n_levels - 1)

@@ -26,6 +26,7 @@ and Turing do, by that of the rows read once, and shared out among the unread ro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subbyte.core.group import ALONE, Group
 from subbyte.core.sites import Site, sharing_sites
 from subbyte.core.tensors import as_matrix
 from subbyte.ptq.evidence.statistics import Statistics
@@ -60,6 +62,9 @@ class _Reads:
         self.squares.index_add_(0, read, rows.square().sum(1).double())
         self.counts += torch.bincount(read, minlength=len(self.counts))
 
+    def sums(self) -> tuple[Tensor, ...]:
+        return self.gram, self.squares, self.counts
+
     def statistics(self) -> Statistics:
         reads = int(self.counts.sum())
         return Statistics((self.gram / max(1, reads))[None], max(1, reads))
@@ -70,6 +75,9 @@ class _Scores:
     """What became of a head's outputs. squares: sum of the squared gradient of each."""
 
     squares: Tensor
+
+    def sums(self) -> tuple[Tensor, ...]:
+        return (self.squares,)
 
     def take(self, gradient: Tensor) -> None:
         self.squares += gradient.flatten(0, -2).square().sum(0).double()
@@ -82,6 +90,7 @@ def sensitivity(
     batches: Sequence[Batch],
     task: Task,
     generator: torch.Generator,
+    group: Group = ALONE,
 ) -> tuple[dict[str, Tensor], dict[str, Statistics]]:
     """The effect F of each row, float64 [out], of the layers with statistics and of the tables;
     and the statistics of the tables that are read.
@@ -89,22 +98,31 @@ def sensitivity(
     statistics: a head that shares its weight with a table is in them under its own name. The
     gradient of a batch's outputs in random directions (`Task.direction`), squared, estimates the
     sum of the items' squared gradients, because the directions are independent with mean zero.
+    Those of a batch come from a seed of its own, whichever process of the group it falls to. Seven
+    parameters: they are independent of each other.
     """
     tables = [site for site in layers if site.type == "Embedding"]
     heads = {n: own for n, own in sharing_sites(model).items() if n in {t.name for t in tables}}
     known = [s for s in layers if s.name in statistics or (s in tables and s.name not in heads)]
     sums = [torch.zeros(site.shape[site.channel_axis], dtype=torch.float64) for site in known]
     items = 0
+    seeds = torch.randint(2**62, (len(batches),), generator=generator).tolist()
+    dealt = zip(group.dealt(batches), group.dealt(seeds), strict=True)
     with (
         _reads_of(model, tables) as reads,
         _scores_of(model, heads) as scores,
         _squares_of(model, known, sums),
     ):
-        for x in batches:
+        for x, seed in dealt:
             with torch.enable_grad():
                 y = task.outputs(call(model, x), x)
-                (y * task.direction(y.detach(), generator)).sum().backward()
+                direction = task.direction(y.detach(), torch.Generator().manual_seed(seed))
+                (y * direction).sum().backward()
             items += len(y)
+    items = int(group.sum(items)[0])
+    seen_by = [own.sums() for own in reads.values()] + [own.sums() for own in scores.values()]
+    for total in itertools.chain(sums, *seen_by):
+        group.sum_(total)
     found = {name: own.statistics() for name, own in reads.items() if own.counts.any()}
     effects = {}
     for site, total in zip(known, sums, strict=True):

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from subbyte.core.group import ALONE, Group
 from subbyte.core.sites import Site
 from subbyte.errors import SubbyteError
 from subbyte.ptq.evidence.recurrent import weight_inputs
@@ -81,21 +82,25 @@ def input_statistics(
     task: Task | None = None,
     limit: int = GRAM_BYTES,
     patches: int = PATCHES,
+    group: Group = ALONE,
 ) -> dict[str, Statistics]:
     """Statistics of each layer's input, in the order in which the network runs the layers.
 
     batches: inputs of the network, gone through once for every `limit` bytes of sums. task: which
     of their positions are no padding. patches: a layer with many more is seen at every 2nd, 3rd,
-    ... position, so that about this many are left. Layers of a type outside MEASURED, and those
-    that the batches never reach, are left out. Raises SubbyteError for no batches and for an input
-    that is not finite, naming the layer.
+    ... position, so that about this many are left. group: processes that share the batches; all of
+    them get all sums. Layers of a type outside MEASURED, and those that the batches never reach,
+    are left out. Raises SubbyteError for no batches and for an input that is not finite, naming the
+    layer. Seven parameters: what is measured, on what, with which limits, by whom.
     """
     if not len(batches):
         raise SubbyteError("no calibration batches; give at least one image")
     found: dict[str, Statistics] = {}
     quota = patches_an_image(batches, patches)
     for part in _passes(layers, limit):
-        found |= _one_pass(model, part, batches, task, quota)
+        sums, counts = _one_pass(model, part, group.dealt(batches), task, quota)
+        totals = group.pooled(counts)
+        found |= {n: _mean(total, int(totals[n])) for n, total in group.pooled(sums).items()}
     return found
 
 
@@ -151,9 +156,10 @@ def _one_pass(
     batches: Sequence[Batch],
     task: Task | None,
     quota: int,
-) -> dict[str, Statistics]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Sums of x x' over the patches of each layer, and how many they are (0-dim)."""
     sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    counts: dict[str, Tensor] = {}
 
     last: list[Any] = [None, 0, ()]  # an input, how often it was written to, sums of its patches
 
@@ -164,13 +170,13 @@ def _one_pass(
             last[:] = x, x._version, found
         for product, count in last[2]:
             sums[name] = sums[name].add_(product) if name in sums else product.clone()
-            counts[name] = counts.get(name, 0) + count
+            counts[name] = counts.get(name, torch.tensor(0)) + count
 
     for x in batches:
         mask = None if task is None else task.mask(x)
         with inputs_of(model, layers, add, quota * len(x), mask):
             call(model, x)
-    return {name: _mean(sums.pop(name), counts[name]) for name in list(sums)}
+    return sums, counts
 
 
 def _mean(total: Tensor, count: int) -> Statistics:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from subbyte.core.functional import n_groups
 from subbyte.core.grids import n_words
+from subbyte.core.group import ALONE, Group
 from subbyte.core.plan import Plan, PlannedLayer
 from subbyte.core.rtn import rtn
 from subbyte.core.sites import Site
@@ -54,6 +55,11 @@ class Layer:
     starved: bool = False
 
 
+def work(layer: Layer) -> float:
+    """What solving a layer costs, beside the others."""
+    return float(layer.matrix.numel() * layer.matrix.shape[1])
+
+
 def code_bytes(layer: Layer, levels: int, group: int | None = None) -> int:
     """Radix words, and a scale per channel or per group of inputs."""
     grid = matrix_grid(layer.matrix, levels, group)
@@ -82,19 +88,23 @@ def search(
     groups: Sequence[int | None] = (),
     adapter_bits: int = 8,
     most_rank: int = MOST_RANK,
+    group: Group = ALONE,
 ) -> Plan:
     """The plan with the least predicted loss of at most `target_bits` bits per weight.
 
     groups: sizes of groups of inputs to choose among, None for a scale per channel; large matrices
     choose among these in place of ranks. Empty: ranks, and a scale per channel, for all.
-    Raises SubbyteError, with the smallest budget that can be met, if that is too little.
+    group: processes that share the layers; all of them get the plan. Seven parameters: the budget,
+    and everything that there is to choose among. Raises SubbyteError, with the smallest budget that
+    can be met, if that is too little.
     """
-    options = [
-        grouped_options(layer, levels, groups)
-        if groups and layer.site.n_weights >= LARGE and layer.groups == 1
-        else _options(layer, levels, adapter_bits, most_rank)
-        for layer in layers
-    ]
+
+    def options_of(layer: Layer) -> list[_Option]:
+        if groups and layer.site.n_weights >= LARGE and layer.groups == 1:
+            return grouped_options(layer, levels, groups)
+        return _options(layer, levels, adapter_bits, most_rank)
+
+    options = group.each(options_of, layers, work)
     own = [layers[i] for i in range(len(layers))]  # who listens has heard of each by now
     weights = sum(layer.site.n_weights for layer in own)
     budget = int(target_bits * weights / 8)

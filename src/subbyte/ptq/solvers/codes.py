@@ -27,7 +27,7 @@ from subbyte.core.functional import (
     spread,
 )
 from subbyte.core.grids import Grid, PerChannel, PerGroup, PerTensor, ScaleDomain, uniform
-from subbyte.core.rtn import MOST, rtn
+from subbyte.core.rtn import COARSE, MOST, rtn
 from subbyte.core.tensors import QuantizedTensor
 from subbyte.errors import SubbyteError
 
@@ -300,7 +300,7 @@ def quick_errors(
     [1, width, width]; None for rounding to nearest.
     """
     grids = [matrix_grid(matrix, n, size) for n, size in choices]
-    found = [rtn(matrix, gram, grid) for grid in grids]
+    found = [rtn(matrix, gram, grid, COARSE) for grid in grids]
     if gram is None:
         return torch.stack([row_errors(matrix - q.dequantize(), None) for q in found])
     metric = damped(gram.double())

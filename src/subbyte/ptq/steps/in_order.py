@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.core.follow import norms_behind
+from subbyte.core.group import ALONE, Group
 from subbyte.core.quantized import Quantized
 from subbyte.core.ready import copied
 from subbyte.core.sites import Site, bias_of
@@ -43,6 +44,7 @@ from subbyte.ptq.evidence.statistics import (
     patches_an_image,
 )
 from subbyte.ptq.plan.search import Layer
+from subbyte.ptq.plan.search import work as work_of
 from subbyte.ptq.solvers.codes import damped
 from subbyte.ptq.steps.chain import Chain, blocks_of
 from subbyte.tasks.base import Task
@@ -66,6 +68,7 @@ def solve_in_order(
     task: Task | None = None,
     more: Sequence[Batch] = (),
     starved: Collection[str] = (),
+    group: Group = ALONE,
 ) -> Quantized:
     """Solve every layer of `known`, in the order in which the float network runs them.
 
@@ -73,16 +76,17 @@ def solve_in_order(
     quantize, with the float network's statistics. solve: codes and adapter of a layer, in the
     metric of the statistics it is given. batches: inputs of the network; task: which of their
     positions are no padding. more: yet more, for the layers named in `starved` alone. Layers
-    without statistics of inputs, and tables, are solved first, as they are. parameters: seven, for
-    they are independent of each other.
+    without statistics of inputs, and tables, are solved first, as they are. group: processes that
+    share the batches, and the layers of a stage. parameters: eight, independent of each other.
     """
     held = (start.model.get_submodule(x.site.owner)._parameters for x in known)
     weights = [own[x.site.parameter] for own, x in zip(held, known, strict=True)]
-    work = _Work(start.model, batches, more, starved, task, [w for w in weights if w is not None])
+    shared = [w for w in weights if w is not None]
+    work = _Work(start.model, _Inputs(batches, more, starved, task), shared, group)
     measured = {layer.site.name: layer for layer in known if _has_inputs(layer)}
-    for layer in known:
-        if layer.site.name not in measured:
-            work.take(layer, solve(layer), None)
+    others = [layer for layer in known if layer.site.name not in measured]
+    for layer, solved in zip(others, group.each(solve, others, work_of), strict=True):
+        work.take(layer, solved, None)
     needs = work.needs([layer.site for layer in measured.values()])
     blocks = () if starved else blocks_of(work.teacher, batches[0][:2])
     before, inside, after = _by_block(list(needs), blocks)
@@ -153,10 +157,13 @@ def _solve_stage(
     solve: Solve,
 ) -> None:
     paired = work.paired([layer.site for layer in stage], wanted, seen)
-    for layer in stage:
+
+    def solved(layer: Layer) -> QuantizedLayer:
         pair = paired.get(layer.site.name)
-        adapted = layer if pair is None else work.adapted(layer, pair)
-        work.take(layer, solve(adapted), pair)
+        return solve(layer if pair is None else work.adapted(layer, pair))
+
+    for layer, own in zip(stage, work.group.each(solved, stage, work_of), strict=True):
+        work.take(layer, own, paired.get(layer.site.name))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,38 +182,46 @@ class _Paired:
         return replace(self, zz=self.zz - z @ self.z.mT, xz=self.xz - self.x @ z.mT)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Inputs:
+    """Of the network: for all layers, and more for the starved; the task knows what is padding."""
+
+    batches: Sequence[Batch]
+    more: Sequence[Batch]
+    starved: Collection[str]
+    task: Task | None
+
+
 class _Work:
-    """The float network, the one quantized so far (in float arithmetic), and its layers."""
+    """The float network, the one quantized so far (in float arithmetic), and its layers.
+
+    batches, more: this process's own.
+    """
 
     def __init__(
-        self,
-        teacher: nn.Module,
-        batches: Sequence[Batch],
-        more: Sequence[Batch],
-        starved: Collection[str],
-        task: Task | None,
-        weights: Iterable[Tensor] = (),
+        self, teacher: nn.Module, inputs: _Inputs, weights: Iterable[Tensor], group: Group
     ) -> None:
-        self.task = task
-        self.teacher, self.batches, self.more, self.starved = teacher, batches, more, starved
+        self.task, self.teacher, self.starved = inputs.task, teacher, inputs.starved
+        self.group, self.all_batches = group, inputs.batches
+        self.batches, self.more = group.dealt(inputs.batches), group.dealt(inputs.more)
         self.model = copied(teacher, weights)  # of these only the codes go on
         self.student = copied(teacher)
-        self.norms = norms_behind(teacher, lambda: call(teacher, batches[0][:2]))
+        self.norms = norms_behind(teacher, lambda: call(teacher, inputs.batches[0][:2]))
         self.layers: dict[str, QuantizedLayer] = {}
         self.unpaired: list[str] = []
-        self.quota = patches_an_image(batches, PATCHES)
+        self.quota = patches_an_image(inputs.batches, PATCHES)
 
     def needs(self, layers: Sequence[Site]) -> dict[str, int]:
         """About the bytes of each layer's patches, in the order in which the layers first run.
 
         Layers that two examples do not reach (experts) come where a batch reaches them, or last.
         """
-        few = self.batches[0][:2]
+        few = self.all_batches[0][:2]
         seen = self._of_batch(self.teacher, layers, few)
         if len(seen) < len(layers):
-            few = self.batches[0]
+            few = self.all_batches[0]
             seen = self._of_batch(self.teacher, layers, few)
-        share = sum(len(x) for x in self.batches) / len(few)
+        share = sum(len(x) for x in self.all_batches) / len(few) / self.group.size
         needs = {n: round(share * sum(x.nbytes for x in own)) for n, own in seen.items()}
         return needs | {site.name: 0 for site in layers if site.name not in needs}
 
@@ -231,6 +246,9 @@ class _Work:
 
     def stages_of_block(self, chain: Chain, i: int, layers: Sequence[Site]) -> list[list[str]]:
         """Layers that see the same input are one stage; in the order of execution."""
+        return self.group.told(lambda: self._stages_of_block(chain, i, layers))
+
+    def _stages_of_block(self, chain: Chain, i: int, layers: Sequence[Site]) -> list[list[str]]:
         owners: dict[str, list[str]] = {}
         for site in layers:
             owners.setdefault(site.owner, []).append(site.name)
@@ -251,7 +269,7 @@ class _Work:
         has sent it other tokens, and there is nothing to pair.
         """
         odd: set[str] = set()
-        sums: dict[str, list[Tensor]] = {}
+        sums: dict[tuple[str, int], Tensor] = {}
         counts = dict.fromkeys((site.name for site in stage), 0)
         for x, z in zip(wanted, seen, strict=False):
             for name in z:
@@ -262,18 +280,17 @@ class _Work:
                 # z is of the first call alone, if the pass ended there
                 for a, b in zip(x[name], z[name], strict=False):
                     products = (b @ b.mT, a @ b.mT, b.sum(2, True), a.sum(2, True))
-                    own = sums.setdefault(name, [torch.zeros(()).double() for _ in products])
-                    sums[name] = [
-                        old + new.double() for old, new in zip(own, products, strict=True)
-                    ]
+                    for i, new in enumerate(products):
+                        old = sums.get((name, i))
+                        sums[name, i] = new.double() if old is None else old + new.double()
                     counts[name] += a.shape[2]
+        odd = set().union(*self.group.gathered(odd))
         self.unpaired += [site.name for site in stage if site.name in odd]
-        means = {
-            name: [s / counts[name] for s in own]
-            for name, own in sums.items()
-            if counts[name] and name not in odd
-        }
-        return {n: _Paired(zz, xz, z, x, counts[n]) for n, (zz, xz, z, x) in means.items()}
+        pooled = self.group.pooled(sums)
+        totals = dict(zip(counts, map(int, self.group.sum(*counts.values())), strict=True))
+        known = {name: n for name, n in totals.items() if n and name not in odd}
+        means = {name: [pooled[name, i] / n for i in range(4)] for name, n in known.items()}
+        return {n: _Paired(zz, xz, z, x, known[n]) for n, (zz, xz, z, x) in means.items()}
 
     def adapted(self, layer: Layer, paired: _Paired) -> Layer:
         """The layer with T for its weight and H for its metric.
