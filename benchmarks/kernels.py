@@ -249,14 +249,17 @@ def resnet18(batch: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def runtime_peer(net: nn.Module, x: Tensor, threads: int) -> Any:
-    """A packed network of 3 levels as the C++ runtime runs its file, NumPy in and out."""
+    """A packed network of 3 levels as the C++ runtime runs its file, int8 between layers, NumPy in
+    and out."""
     from peers import Peer
+    from resnet18 import images as random_images
 
     import subbyte.runtime
 
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
         path = Path(folder) / "net.safetensors"
-        sb.save(net, path, example=torch.zeros(2, *x.shape[1:]))
+        scales = sb.calibrate_activations(net, [random_images(4, seed) for seed in (1, 2)])
+        sb.save(net, path, example=torch.zeros(2, *x.shape[1:]), activations=scales)
         opened = subbyte.runtime.open(path, threads=threads)
     images = x.contiguous().numpy()
     return Peer(

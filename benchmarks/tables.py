@@ -259,6 +259,47 @@ ACCURACY = (
 
 
 @table
+def runtime_speed() -> str:
+    """Peers' medians over the runtime's, of the newest line of each network and batch."""
+    rows = []
+    for line in newest(lines("runtime", case="speed"), "network", "batch", "threads"):
+        own, ratios = line["ms"]["subbyte runtime"], line["ratios"]
+        peers = [ratios[name] for name in ("OpenVINO int8 (QDQ)", "ORT int8 (QDQ)")]
+        rows.append([line["network"], str(line["batch"]), str(line["threads"]),
+                     "yes" if line["static"] else "no", f"{own['median']:.2f}",
+                     *(f"{ratio:.2f}" for ratio in (*peers, ratios["subbyte, dynamic"])),
+                     f"{min(peers):.2f}"])  # fmt: skip
+    head = ["network", "batch", "threads", "static scales", "ms", "OpenVINO int8", "ORT int8",
+            "rounded at each layer", "the better peer"]  # fmt: skip
+    return grid(head, rows)
+
+
+@table
+def runtime_accuracy() -> str:
+    rows = []
+    for line in newest(lines("runtime", case="accuracy"), "network"):
+        top1, loss = line["top1"], line["loss"]
+        rows.append([line["network"], str(line["images"]), line["rule"],
+                     *(f"{top1[key]:.2f}" for key in ("float32", "dynamic", "int8")),
+                     *(f"{loss[key][0]:.2f} ({loss[key][1]:.2f} .. {loss[key][2]:.2f})"
+                       for key in ("float32", "dynamic"))])  # fmt: skip
+    head = ["network", "images", "rule", "float32 %", "rounded at each layer %", "int8 chain %",
+            "loss to float32, points", "loss to rounding at each layer"]  # fmt: skip
+    return grid(head, rows)
+
+
+@table
+def runtime_start() -> str:
+    rows = []
+    for line in newest(lines("runtime", case="start"), "network", "threads"):
+        ms = line["ms"]
+        rows.append(["open and first result, ms", f"{ms['median']:.0f}"])
+    for line in newest(lines("runtime", case="memory"), "network", "threads"):
+        rows.append(["memory beyond the file, MiB", f"{line['beyond_the_file_mib']:.1f}"])
+    return grid(["ResNet-18, batch 1", "measured"], rows)
+
+
+@table
 def readme_accuracy() -> str:
     """One row per road and budget: float, and what is left; medians over the seeds."""
     rows = []

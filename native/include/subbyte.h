@@ -49,10 +49,13 @@ typedef struct {
 typedef enum {
   SUBBYTE_PRECISION_INT8 = 0,
   SUBBYTE_PRECISION_INT16 = 1,
-  SUBBYTE_PRECISION_FLOAT32 = 2
+  SUBBYTE_PRECISION_FLOAT32 = 2,
+  SUBBYTE_PRECISION_DYNAMIC = 3
 } subbyte_precision;
 
-/* precision: of activations in the products of packed layers. verify: by the file's checksums.
+/* precision: of activations in the products of packed layers. int8 uses the file's scales of
+ * activations where it has any, and keeps them in 8 bits between layers; dynamic rounds them to int8
+ * at each layer, by the largest value of a row or image. verify: by the file's checksums.
  * memory: bytes that the values of one run may take at most, 0 for the default of 16 GiB. */
 typedef struct {
   subbyte_precision precision;
@@ -107,6 +110,9 @@ SUBBYTE_API int subbyte_watch(subbyte_network* network, const subbyte_tensor* in
                               int32_t input_count, int32_t threads,
                               void (*seen)(void* context, const subbyte_tensor* value),
                               void* context);
+
+/* What the command subbyte-run does: its words, the first of which is its name; its exit code. */
+SUBBYTE_API int subbyte_command(int32_t count, char** words);
 
 #ifdef __cplusplus
 }

@@ -71,8 +71,11 @@ void fill(subbyte_tensor& tensor, Dtype dtype, const Shape& shape, const char* n
 Settings settings_of(const subbyte_options* options) {
   Settings settings;
   if (!options) return settings;
-  require_that(options->precision >= 0 && options->precision <= 2, "the precision is unknown");
-  settings.precision = static_cast<subbyte::Precision>(options->precision);
+  require_that(options->precision >= 0 && options->precision <= SUBBYTE_PRECISION_DYNAMIC,
+               "the precision is unknown");
+  settings.chain = options->precision != SUBBYTE_PRECISION_DYNAMIC;
+  settings.precision = settings.chain ? static_cast<subbyte::Precision>(options->precision)
+                                      : subbyte::Precision::kInt8;
   if (options->memory) settings.memory = static_cast<std::size_t>(options->memory);
   return settings;
 }

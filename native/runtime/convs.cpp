@@ -129,9 +129,13 @@ Value padded(Op& op, const Value& x, const Shape& pads, const std::string& mode,
         inside = inside && at >= 0;
         place += at * strides[d];
       }
-      for (std::int64_t i = 0; i < inner; ++i, out += size) {
-        const std::int64_t at = from[rank - 1][i];
-        std::memcpy(out, inside && at >= 0 ? in + (place + at) * size : other, size);
+      for (std::int64_t i = 0; i < inner;) {  // neighbours that come from neighbours together
+        const std::int64_t at = inside ? from[rank - 1][i] : -1;
+        std::int64_t n = 1;
+        if (at >= 0)
+          while (i + n < inner && from[rank - 1][i + n] == at + n) ++n;
+        std::memcpy(out, at >= 0 ? in + (place + at) * size : other, n * size);
+        i += n, out += n * size;
       }
     }
   });

@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cstring>
 
+#include "bytes.hpp"
 #include "error.hpp"
 
 namespace subbyte::runtime {
@@ -136,8 +137,11 @@ void Network::watch(const std::vector<Given>& inputs, int threads, const Shown& 
   std::size_t done = 0;
   for (const Made& made : own->made()) {
     for (; done < made.steps; ++done) own->steps()[done].work(now);
-    if (made.result.kind == Arg::Kind::kTensor)
-      shown(made.name, made.result.value, places[made.result.value.id]);
+    if (made.result.kind == Arg::Kind::kTensor) {
+      Value value = made.result.value;
+      value.shape = shape_in_memory(value);
+      shown(made.name, value, places[value.id]);
+    }
     for (std::size_t i = 0; i < made.result.list.size(); ++i)
       shown(made.name + "." + std::to_string(i), made.result.list[i].value,
             places[made.result.list[i].value.id]);

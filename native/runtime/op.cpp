@@ -20,12 +20,54 @@ bool Op::has(const char* name) {
   });
 }
 
+Arg* Op::given(const char* name) {
+  seen_.insert(name);
+  for (auto& [own, value] : args_)
+    if (own == name) return &value;
+  return nullptr;
+}
+
 const Arg& Op::arg(const char* name) {
   static const Arg kNothing;
-  seen_.insert(name);
-  for (const auto& [own, value] : args_)
-    if (own == name) return value;
-  return kNothing;
+  Arg* found = given(name);
+  if (!found) return kNothing;
+  plan_.to_floats(*found);
+  return *found;
+}
+
+Value Op::bytes(const char* name) {
+  const Arg* found = given(name);
+  const bool held = found && found->kind == Arg::Kind::kTensor && found->value.in_bytes();
+  return held ? found->value : Value{};
+}
+
+std::vector<Value> Op::list_of_bytes(const char* name) {
+  const Arg* found = given(name);
+  std::vector<Value> values;
+  if (!found || found->kind != Arg::Kind::kList) return {};
+  for (const Arg& item : found->list) {
+    if (item.kind != Arg::Kind::kTensor || !item.value.in_bytes()) return {};
+    values.push_back(item.value);
+  }
+  return values;
+}
+
+const Shape& Op::shape_of(const char* name) {
+  const Arg* found = given(name);
+  if (!found || found->kind != Arg::Kind::kTensor) fail(std::string("'") + name + "' is no tensor");
+  return found->value.shape;
+}
+
+const ByteScale* Op::result_scale() const {
+  if (!plan_.settings_.chain || plan_.settings_.precision != Precision::kInt8) return nullptr;
+  const auto found = plan_.program_.activations.find(node_.out);
+  return found == plan_.program_.activations.end() ? nullptr : &found->second;
+}
+
+Value Op::make_bytes(const Shape& shape, ByteScale scale) {
+  Value made = make(Dtype::kUint8, shape);
+  made.scale = scale;
+  return made;
 }
 
 Value Op::checked(const Arg& arg, const char* name) const {

@@ -24,9 +24,14 @@ class Op {
   // Arguments; they count as understood then. A missing one without a default throws Error.
   bool has(const char* name);
   const Arg& arg(const char* name);
-  Value in(const char* name);      // a tensor
-  Value maybe(const char* name);   // the same, without an id if there is none
-  Value floats(const char* name);  // a float32 tensor
+  // A tensor that lies in 8 bits; without an id if it does not. All others give it in float32.
+  Value bytes(const char* name);
+  // All tensors of a list, if all lie in 8 bits; else none.
+  std::vector<Value> list_of_bytes(const char* name);
+  const Shape& shape_of(const char* name);  // of a tensor
+  Value in(const char* name);               // a tensor
+  Value maybe(const char* name);            // the same, without an id if there is none
+  Value floats(const char* name);           // a float32 tensor
   Value maybe_floats(const char* name);
   std::vector<Value> list(const char* name);
   std::int64_t integer(const char* name);
@@ -44,7 +49,10 @@ class Op {
   void finish() const;  // throws Error for an argument that nobody asked for
 
   // Values.
-  Value make(Dtype dtype, const Shape& shape);     // of this operation's own
+  Value make(Dtype dtype, const Shape& shape);  // of this operation's own
+  Value make_bytes(const Shape& shape, ByteScale scale);
+  // Where the file has a scale for this operation's result, and the network is to use it.
+  const ByteScale* result_scale() const;
   Value view(const Value& x, const Shape& shape);  // the same memory
   Value constant(Dtype dtype, const Shape& shape, const void* data);
   Value number(double value, Dtype dtype);  // of shape []
@@ -66,6 +74,7 @@ class Op {
 
  private:
   Value checked(const Arg& arg, const char* name) const;
+  Arg* given(const char* name);
 
   Plan& plan_;
   const Node& node_;

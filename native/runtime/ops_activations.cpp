@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "broadcast.hpp"
+#include "bytes.hpp"
 
 namespace subbyte::runtime {
 namespace {
@@ -10,6 +11,10 @@ namespace {
 // f of every value; the result may lie where x lies.
 template <class F>
 void map(Op& op, F f) {
+  if (const Value bytes = op.bytes("x"); bytes.given() && op.result_scale()) {
+    const ByteScale scale = *op.result_scale();
+    return op.result(looked_up(op, bytes, scale, table_of(bytes.scale, scale, f)));
+  }
   const Value x = op.floats("x");
   const Value y = op.make(Dtype::kFloat32, x.shape);
   op.step(

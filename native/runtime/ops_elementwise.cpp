@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "broadcast.hpp"
+#include "bytes.hpp"
 
 namespace subbyte::runtime {
 
@@ -161,7 +162,34 @@ Value scaled(Op& op, const Value& b) {
   return arithmetic(op, b, alpha, [](auto x, auto y) { return times(x, y); });
 }
 
+// round((a - zero) * (a's scale / y's) + (b - zero) * (b's scale / y's)), in float32.
+bool add_bytes(Op& op) {
+  const Value a = op.bytes("a"), b = op.bytes("b");
+  const ByteScale* scale = op.result_scale();
+  if (!a.given() || !b.given() || a.shape != b.shape || !scale || op.real("alpha", 1.0) != 1.0)
+    return false;
+  const Value y = op.make_bytes(a.shape, *scale);
+  op.step(
+      {a, b}, {y},
+      [=](const Run& run) {
+        const std::uint8_t *left = run.in<std::uint8_t>(a), *right = run.in<std::uint8_t>(b);
+        std::uint8_t* out = run.out<std::uint8_t>(y);
+        const float inverse = 1.0f / y.scale.scale;
+        const float p = a.scale.scale * inverse, q = b.scale.scale * inverse;
+        spread(run.threads, y.count(), 2, [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t i = begin; i < end; ++i)
+            out[i] = rounded(static_cast<float>(left[i] - a.scale.zero) * p +
+                                 static_cast<float>(right[i] - b.scale.zero) * q,
+                             1.0f, y.scale);
+        });
+      },
+      kStatic, a);
+  op.result(y);
+  return true;
+}
+
 void add(Op& op) {
+  if (add_bytes(op)) return;
   const Pair p = pair_of(op);
   const Value b = scaled(op, p.b);
   if (p.a.dtype == Dtype::kBool && b.dtype == Dtype::kBool)

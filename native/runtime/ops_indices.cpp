@@ -1,8 +1,11 @@
 // Values by their indices, and tensors made of nothing.
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 
 #include "broadcast.hpp"
+#include "bytes.hpp"
 #include "convs.hpp"
 
 namespace subbyte::runtime {
@@ -167,7 +170,62 @@ void triangle(Op& op) {
   op.result(y);
 }
 
+// Images in bytes with zeros around them, left, right, above and below; row by row.
+Value bordered(Op& op, const Value& x, const std::array<std::int64_t, 4>& pads) {
+  const auto [left, right, above, below] = pads;
+  const std::int64_t h = x.shape[2], w = x.shape[3], channels = x.shape[1];
+  constexpr std::int64_t kMost = std::int64_t{1} << 31;
+  for (const std::int64_t pad : pads)
+    if (pad < 0 || pad > kMost) op.fail("pads are " + std::to_string(pad));
+  const Value y =
+      op.make_bytes({x.shape[0], channels, h + above + below, w + left + right}, x.scale);
+  op.step(
+      {x}, {y},
+      [=](const Run& run) {
+        const std::int64_t row = y.shape[3] * channels, own = w * channels;
+        const std::int64_t before = left * channels, after = right * channels;
+        const std::uint8_t* in = run.in<std::uint8_t>(x);
+        std::uint8_t* out = run.out<std::uint8_t>(y);
+        spread(run.threads, y.shape[0] * y.shape[2], row,
+               [&](std::int64_t begin, std::int64_t end) {
+                 for (std::int64_t i = begin; i < end; ++i) {
+                   const std::int64_t at = i % y.shape[2] - above;
+                   std::uint8_t* to = out + i * row;
+                   if (at < 0 || at >= h) {
+                     std::memset(to, x.scale.zero, row);
+                     continue;
+                   }
+                   std::memset(to, x.scale.zero, before);
+                   std::memcpy(to + before, in + (i / y.shape[2] * h + at) * own, own);
+                   std::memset(to + before + own, x.scale.zero, after);
+                 }
+               });
+      },
+      kStatic);
+  return y;
+}
+
+// Zeros around images in bytes: the last dimension in memory is that of the channels.
+bool pad_bytes(Op& op) {
+  const Value x = op.bytes("x");
+  Shape pads = op.integers("pads");
+  const bool grows = std::all_of(pads.begin(), pads.end(), [](std::int64_t p) { return p >= 0; });
+  const bool zeros =
+      grows && op.word("mode", "constant") == "constant" && op.real("value", 0.0) == 0.0;
+  if (x.rank() != 4 || !zeros || pads.size() % 2 || pads.size() > 8) return false;
+  pads.resize(8, 0);  // of w, h, c, n
+  if (pads[4] || pads[5] || pads[6] || pads[7]) {
+    const Shape own{pads[4], pads[5], pads[0], pads[1], pads[2], pads[3], pads[6], pads[7]};
+    const Value y = padded(op, plain(op, x), own, "constant", x.scale.zero);
+    op.result(as_bytes(op, y, {y.shape[0], y.shape[3], y.shape[1], y.shape[2]}, x.scale));
+    return true;
+  }
+  op.result(bordered(op, x, {pads[0], pads[1], pads[2], pads[3]}));
+  return true;
+}
+
 void pad(Op& op) {
+  if (pad_bytes(op)) return;
   const Value x = op.in("x");
   const std::string mode = op.word("mode", "constant");
   op.result(padded(op, x, op.integers("pads"), mode, op.real("value", 0.0)));

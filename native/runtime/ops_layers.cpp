@@ -4,6 +4,7 @@
 #include <limits>
 #include <memory>
 
+#include "bytes.hpp"
 #include "convs.hpp"
 #include "dispatch.hpp"
 #include "linear.hpp"
@@ -151,7 +152,36 @@ Value packed_linear(Op& op, const Value& x, const Packed& packed, const Value& b
 
 namespace {
 
+// Rows in bytes times a packed weight, to float32.
+bool linear_of_bytes(Op& op) {
+  const Value x = op.bytes("x");
+  const Packed& packed = packed_of(op, op.layer());
+  const Shape& weight = packed.shape();
+  if (!x.rank() || x.rank() == 4 || weight.size() != 2 || x.shape.back() != weight[1] ||
+      packed.by_groups() || packed.rank() || !packed.served(weight[1]))
+    return false;
+  Shape shape = x.shape;
+  shape.back() = packed.rows();
+  const Value bias = bias_of(op, packed, packed.rows()), plus = plus_of(op, shape);
+  const Limits limits = activation_of(op);
+  const Value y = op.make(Dtype::kFloat32, shape);
+  const Panel& panel = packed.panel();
+  const std::int64_t n = x.count() / weight[1];
+  op.step(
+      {x, bias, plus}, {y},
+      [=, &panel](const Run& run) {
+        const Finish last = finish_of(bias.given() ? run.in<float>(bias) : nullptr,
+                                      plus.given() ? run.in<float>(plus) : nullptr, limits);
+        linear(kernels(), panel, run.in<std::uint8_t>(x), x.scale, n, run.out<float>(y), last,
+               run.threads);
+      },
+      kStatic);
+  op.result(y);
+  return true;
+}
+
 void linear_layer(Op& op) {
+  if (linear_of_bytes(op)) return;
   const Value x = op.floats("x");
   const Packed& packed = packed_of(op, op.layer());
   if (packed.shape().size() != 2 || !x.rank() || x.shape.back() != packed.shape()[1])
@@ -211,15 +241,83 @@ Value adapted(Op& op, const Value& x, const Packed& packed, const Geometry& g, c
   return extra;
 }
 
-void conv_by_kernels(Op& op, const Value& x, const Packed& packed, const ConvSettings& s,
+ConvShape shape_of(const ConvSettings& s, const Geometry& g) {
+  return {g.channels,   g.out_channels, g.kernel[1],   g.kernel[2],  g.stride[1],
+          g.stride[2],  g.dilation[1],  g.dilation[2], s.padding[0], s.after[0],
+          s.padding[1], s.after[1],     g.groups};
+}
+
+// What a convolution that gives bytes works on. x and plus: floats or bytes; plus and bias may be
+// missing.
+struct ToBytes {
+  Value x, plus, bias, y;
+  Geometry g;
+  Limits limits;
+
+  const float* shift(const Run& run) const { return bias.given() ? run.in<float>(bias) : nullptr; }
+  Images images(const Run& run) const {
+    if (x.in_bytes()) return {nullptr, false, run.in<std::uint8_t>(x), x.scale};
+    return {run.in<float>(x), false, nullptr, {}};
+  }
+  Target target(const Run& run) const {
+    const std::uint8_t* more = plus.given() ? run.in<std::uint8_t>(plus) : nullptr;
+    return {nullptr, false, run.out<std::uint8_t>(y), y.scale, more, plus.scale};
+  }
+
+  // An image of floats that has no scale, in float32.
+  void compute(const Run& run, const Packed& packed, std::int64_t image) const {
+    const std::int64_t in = g.channels * g.in_values(), out = g.out_channels * g.out_values();
+    const std::vector<float> weight = packed.decoded(false);
+    std::vector<float> values(out);
+    convolve(g, run.in<float>(x) + image * in, weight.data(), shift(run), 1, values.data(),
+             run.threads);
+    for (std::int64_t c = 0; plus.given() && c < g.out_channels; ++c)
+      for (std::int64_t p = 0; p < g.out_values(); ++p)
+        values[c * g.out_values() + p] +=
+            static_cast<float>(run.in<std::uint8_t>(plus)[image * out + p * g.out_channels + c] -
+                               plus.scale.zero) *
+            plus.scale.scale;
+    finish(values.data(), nullptr, out, limits);
+    bytes_from_floats(values.data(), 1, y, run.out<std::uint8_t>(y) + image * out, run.threads);
+  }
+};
+
+void conv_to_bytes(Op& op, const ToBytes& own, const Packed& packed, const ConvPanels& panels) {
+  op.step(
+      {own.x, own.bias, own.plus}, {own.y},
+      [=, &panels, &packed](const Run& run) {
+        const auto odd =
+            conv2d(kernels(), panels, own.images(run), own.x.shape[0], own.g.in[1], own.g.in[2],
+                   own.target(run), finish_of(own.shift(run), nullptr, own.limits),
+                   Precision::kInt8, run.threads);
+        for (const std::int64_t image : odd) own.compute(run, packed, image);
+      },
+      own.x.in_bytes() ? kStatic : "int8, to static scales");
+  op.result(own.y);
+}
+
+// Whether the result, and the sum with `plus`, can be in bytes.
+bool gives_bytes(Op& op, const Value& x, const Packed& packed, bool depthwise) {
+  if (!op.result_scale() || packed.rank() || (depthwise && !x.in_bytes())) return false;
+  return !op.has("plus") || op.bytes("plus").rank() == 4;
+}
+
+void conv_by_kernels(Op& op, const Value& given, const Packed& packed, const ConvSettings& s,
                      const Geometry& g, const Value& bias) {
-  const Shape shape = result_of(g, x, 2);
+  const ConvPanels& panels = packed.conv(shape_of(s, g));
+  const Shape shape = result_of(g, given, 2);
+  const bool depthwise = panels.shape().depthwise();
+  if (gives_bytes(op, given, packed, depthwise)) {
+    const Value plus = op.bytes("plus"), y = op.make_bytes(shape, *op.result_scale());
+    if (plus.given() && plus.shape != shape)
+      op.fail("'plus' is " + text_of(plus.shape) + ", the result " + text_of(shape));
+    return conv_to_bytes(op, {given, plus, bias, y, g, activation_of(op)}, packed, panels);
+  }
+  const bool in_bytes = given.in_bytes() && !depthwise && !packed.rank();
+  const Value x = in_bytes ? given : op.floats("x");
   const Value extra = packed.rank() ? adapted(op, x, packed, g, shape) : Value{};
   const Value plus = sum_of(op, plus_of(op, shape), extra);
   const Value y = op.make(Dtype::kFloat32, shape);
-  const ConvPanels& panels = packed.conv(
-      {g.channels, g.out_channels, g.kernel[1], g.kernel[2], g.stride[1], g.stride[2],
-       g.dilation[1], g.dilation[2], s.padding[0], s.after[0], s.padding[1], s.after[1], g.groups});
   const Limits limits = activation_of(op);
   const Precision precision = op.precision();
   const std::int64_t n = x.shape[0], in = g.channels * g.in_values();
@@ -227,11 +325,13 @@ void conv_by_kernels(Op& op, const Value& x, const Packed& packed, const ConvSet
   op.step(
       {x, bias, plus}, {y},
       [=, &panels, &packed](const Run& run) {
-        const float* image = run.in<float>(x);
+        const float* image = in_bytes ? nullptr : run.in<float>(x);
+        const std::uint8_t* bytes = in_bytes ? run.in<std::uint8_t>(x) : nullptr;
         const float* shift = bias.given() ? run.in<float>(bias) : nullptr;
         const float* side = plus.given() ? run.in<float>(plus) : nullptr;
         float* to = run.out<float>(y);
-        const auto odd = conv2d(kernels(), panels, image, n, g.in[1], g.in[2], to, false,
+        const auto odd = conv2d(kernels(), panels, Images{image, false, bytes, x.scale}, n, g.in[1],
+                                g.in[2], Target{to, false, nullptr, {}, nullptr, {}},
                                 finish_of(shift, side, limits), precision, run.threads);
         if (odd.empty()) return;
         const std::vector<float> weight = packed.decoded(false);
@@ -240,18 +340,21 @@ void conv_by_kernels(Op& op, const Value& x, const Packed& packed, const ConvSet
           finish(to + i * out, side ? side + i * out : nullptr, out, limits);
         }
       },
-      panels.shape().depthwise() ? "float32" : how(precision));
-  op.result(y);
+      depthwise  ? "float32"
+      : in_bytes ? kStatic
+                 : how(precision));
+  op.result(op.result_scale() ? to_bytes(op, y, *op.result_scale()) : y);
 }
 
 void conv_layer(Op& op, int dims) {
-  Value x = op.floats("x");
+  const Json* mode = op.settings().find("padding_mode");
+  const bool zeros = !mode || mode->text == "zeros";
+  Value x = dims == 2 && zeros ? op.bytes("x") : Value{};
+  if (!x.given()) x = op.floats("x");
   const Packed& packed = packed_of(op, op.layer());
   const Shape weight = packed.shape();
   if (static_cast<int>(weight.size()) != dims + 2) op.fail("the weight is " + text_of(weight));
   ConvSettings s = settings_of(op, dims, weight);
-  const Json* mode = op.settings().find("padding_mode");
-  const bool zeros = !mode || mode->text == "zeros";
   if (!zeros) {
     Shape pads;
     for (int d = dims; d-- > 0;) pads.push_back(s.padding[d]), pads.push_back(s.after[d]);
@@ -266,6 +369,7 @@ void conv_layer(Op& op, int dims) {
   if (dims == 2 && zeros && !packed.by_groups() && (of_group >= kFewChannels || depthwise) &&
       packed.served(length))
     return conv_by_kernels(op, x, packed, s, g, bias);
+  x = x.in_bytes() ? op.floats("x") : x;
   const auto decoded = std::make_shared<std::vector<float>>(packed.decoded(true));
   const Shape shape = result_of(g, x, dims);
   const Value y = op.make(Dtype::kFloat32, shape);

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "broadcast.hpp"
+#include "bytes.hpp"
 
 namespace subbyte::runtime {
 namespace {
@@ -84,7 +85,23 @@ void sum_operator(Op& op, bool all, F f, G g) {
   op.result(y);
 }
 
+// The mean over the last two of four dimensions in bytes.
+bool mean_of_bytes(Op& op) {
+  const Value x = op.bytes("x");
+  if (x.rank() != 4 || op.has("dtype")) return false;
+  Shape axes = op.integers("axes", {});
+  for (std::int64_t& axis : axes) axis = op.axis(axis, 4);
+  std::sort(axes.begin(), axes.end());
+  if (axes != Shape{2, 3}) return false;
+  const bool keep = op.flag("keepdims", false);
+  op.ignore({"dtype"});
+  const Value y = mean_of_images(op, x);
+  op.result(keep ? op.view(y, {x.shape[0], x.shape[1], 1, 1}) : y);
+  return true;
+}
+
 void mean(Op& op) {
+  if (mean_of_bytes(op)) return;
   sum_operator(op, false, [](double x) { return x; }, [](double sum, double n) { return sum / n; });
 }
 

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "bytes.hpp"
 #include "math.hpp"
 #include "op.hpp"
 
@@ -21,9 +22,20 @@ Value copied(Op& op, const Value& x, std::int64_t offset, const Shape& strides,
   return y;
 }
 
+Value permuted(Op& op, const Value& x, const std::vector<int>& perm);
+
+// x of another shape; images in bytes become rows in bytes, everything else floats.
+void result_as(Op& op, const Shape& shape) {
+  const Value x = op.bytes("x");
+  const bool rows = x.rank() == 4 && shape.size() == 2 && shape[0] == x.shape[0];
+  if (!rows || count_of(shape) != x.count()) return op.result(op.view(op.in("x"), shape));
+  const Value together = permuted(op, plain(op, x), {0, 3, 1, 2});  // by channels, as floats lie
+  op.result(as_bytes(op, together, shape, x.scale));
+}
+
 void reshape(Op& op) {
-  const Value x = op.in("x");
   Shape shape = op.integers("shape");
+  const std::int64_t count = count_of(op.shape_of("x"));
   std::int64_t rest = -1, known = 1;
   for (std::size_t d = 0; d < shape.size(); ++d) {
     if (shape[d] == -1 && rest < 0)
@@ -31,20 +43,21 @@ void reshape(Op& op) {
     else if (shape[d] < 0 || __builtin_mul_overflow(known, shape[d], &known))
       op.fail("the shape is " + text_of(shape));
   }
-  if (rest >= 0 && known > 0) shape[rest] = x.count() / known;
-  op.result(op.view(x, shape));
+  if (rest >= 0 && known > 0) shape[rest] = count / known;
+  result_as(op, shape);
 }
 
 void flatten(Op& op) {
-  const Value x = op.in("x");
-  const int first = op.axis(op.integer("start_dim", 0), x.rank());
-  const int last = op.axis(op.integer("end_dim", -1), x.rank());
-  if (!x.rank()) return op.result(op.view(x, {1}));
+  const Shape own = op.shape_of("x");
+  const int rank = static_cast<int>(own.size());
+  const int first = op.axis(op.integer("start_dim", 0), rank);
+  const int last = op.axis(op.integer("end_dim", -1), rank);
+  if (!rank) return op.result(op.view(op.in("x"), {1}));
   if (first > last) op.fail("start_dim is behind end_dim");
-  Shape shape(x.shape.begin(), x.shape.begin() + first);
-  shape.push_back(count_of({x.shape.begin() + first, x.shape.begin() + last + 1}));
-  shape.insert(shape.end(), x.shape.begin() + last + 1, x.shape.end());
-  op.result(op.view(x, shape));
+  Shape shape(own.begin(), own.begin() + first);
+  shape.push_back(count_of({own.begin() + first, own.begin() + last + 1}));
+  shape.insert(shape.end(), own.begin() + last + 1, own.end());
+  result_as(op, shape);
 }
 
 void unflatten(Op& op) {
@@ -223,7 +236,27 @@ Value joined(Op& op, std::vector<Value> parts, int axis) {
   return y;
 }
 
+// Images in bytes by their channels; what has another scale is looked up.
+bool concat_bytes(Op& op) {
+  std::vector<Value> parts = op.list_of_bytes("inputs");
+  const ByteScale* scale = op.result_scale();
+  const auto image = [](const Value& part) { return part.rank() == 4; };
+  if (parts.empty() || !scale || !std::all_of(parts.begin(), parts.end(), image) ||
+      op.axis(op.integer("axis", 0), 4) != 1)
+    return false;
+  for (Value& part : parts) {
+    const bool same = part.scale.scale == scale->scale && part.scale.zero == scale->zero;
+    const auto value = [](float x) { return x; };
+    if (!same) part = looked_up(op, part, *scale, table_of(part.scale, *scale, value));
+    part = plain(op, part);
+  }
+  const Value y = joined(op, parts, 3);
+  op.result(as_bytes(op, y, {y.shape[0], y.shape[3], y.shape[1], y.shape[2]}, *scale));
+  return true;
+}
+
 void concat(Op& op) {
+  if (concat_bytes(op)) return;
   std::vector<Value> parts;
   for (const Value& part : op.list("inputs"))  // as torch.cat: empty vectors do not count
     if (part.shape != Shape{0}) parts.push_back(part);
@@ -256,7 +289,7 @@ Value sliced(Op& op, const Value& x, int axis, std::int64_t start, std::int64_t 
 }
 
 void slice(Op& op) {
-  const Value x = op.in("x");
+  const Value bytes = op.bytes("x"), x = bytes.given() ? bytes : op.in("x");
   const int axis = op.axis(op.integer("axis", 0), x.rank());
   if (!x.rank()) op.fail("x has no dimensions");
   const std::int64_t size = x.shape[axis], step = op.integer("steps", 1);
@@ -267,7 +300,12 @@ void slice(Op& op) {
   const std::int64_t start = within(op.integer("start", 0)), end = within(op.integer("end", size));
   const std::int64_t room = std::max<std::int64_t>(end - start, 0);
   const std::int64_t length = room / step + (room % step != 0);
-  op.result(sliced(op, x, axis, start, length, length > 1 ? step : 1));
+  const std::int64_t own = length > 1 ? step : 1;
+  if (!bytes.given()) return op.result(sliced(op, x, axis, start, length, own));
+  Shape shape = x.shape;
+  shape[axis] = length;
+  const Value y = sliced(op, plain(op, x), axis_in_memory(x, axis), start, length, own);
+  op.result(as_bytes(op, y, shape, x.scale));
 }
 
 Value selected(Op& op, const Value& x, int axis, std::int64_t index) {
@@ -383,7 +421,8 @@ void roll(Op& op) {
 void same(Op& op) {
   op.ignore({"memory_format", "p"});
   if (op.flag("train", false)) op.fail("dropout is on");
-  op.result(op.in("x"));
+  const Value bytes = op.bytes("x");
+  op.result(bytes.given() ? bytes : op.in("x"));
 }
 
 void item(Op& op) {
@@ -396,10 +435,10 @@ void item(Op& op) {
 }
 
 void size(Op& op) {
-  const Value x = op.in("x");
-  const int axis = op.axis("axis", x.rank());
-  if (!x.rank()) op.fail("x has no dimensions");
-  op.result(x.shape[axis]);
+  const Shape shape = op.shape_of("x");
+  const int axis = op.axis("axis", static_cast<int>(shape.size()));
+  if (shape.empty()) op.fail("x has no dimensions");
+  op.result(shape[axis]);
 }
 
 template <class F>

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <limits>
 
+#include "bytes.hpp"
 #include "convs.hpp"
 
 namespace subbyte::runtime {
@@ -147,11 +148,76 @@ void for_values(const Geometry& g, const float* x, const std::array<std::int64_t
     }
 }
 
+// The window of place i of the result of an image.
+struct Window {
+  std::array<std::int64_t, 3> first, last, start;
+
+  Window(const Geometry& g, std::int64_t i) {
+    const std::int64_t at[3] = {i / (g.out[1] * g.out[2]), i / g.out[2] % g.out[1], i % g.out[2]};
+    for (int d = 0; d < 3; ++d) {
+      start[d] = at[d] * g.stride[d] - g.before[d];
+      inside(start[d], g.kernel[d], g.dilation[d], g.in[d], first[d], last[d]);
+    }
+  }
+};
+
+// f(result [channels], window, pixel) for every pixel of the result of images of bytes, where
+// pixel(y, x) is what lies there, [channels].
+template <class F>
+void for_pixels(const Pool& pool, const Value& x, const Value& y, const Run& run, F&& f) {
+  const Geometry& g = pool.g;
+  const std::int64_t channels = x.shape[1], out = g.out_values();
+  const std::uint8_t* in = run.in<std::uint8_t>(x);
+  std::uint8_t* to = run.out<std::uint8_t>(y);
+  spread(run.threads, x.shape[0] * out, channels * g.taps(),
+         [&](std::int64_t begin, std::int64_t end) {
+           for (std::int64_t i = begin; i < end; ++i) {
+             const std::uint8_t* image = in + i / out * g.in_values() * channels;
+             f(to + i * channels, Window(g, i % out), [=](std::int64_t row, std::int64_t column) {
+               return image + (row * g.in[2] + column) * channels;
+             });
+           }
+         });
+}
+
+// g(pixel) for the pixels of a window.
+template <class P, class F>
+void for_window(const Geometry& g, const Window& window, P&& pixel, F&& f) {
+  for (std::int64_t a = window.first[1]; a < window.last[1]; ++a)
+    for (std::int64_t b = window.first[2]; b < window.last[2]; ++b)
+      f(pixel(window.start[1] + a * g.dilation[1], window.start[2] + b * g.dilation[2]));
+}
+
+// most[c] = max(most[c], value[c]).
+void take_larger(const std::uint8_t* value, std::int64_t n, std::uint8_t* most) {
+  for (std::int64_t c = 0; c < n; ++c) most[c] = value[c] > most[c] ? value[c] : most[c];
+}
+
+void max_pool_bytes(Op& op, const Value& x) {
+  Shape shape;
+  const Pool pool = pool_of(op, x, 2, shape);
+  const Value y = op.make_bytes(shape, x.scale);
+  op.step(
+      {x}, {y},
+      [=](const Run& run) {
+        const std::int64_t channels = x.shape[1];
+        for_pixels(pool, x, y, run, [&](std::uint8_t* most, const Window& window, auto&& pixel) {
+          std::fill_n(most, channels, 0);
+          for_window(pool.g, window, pixel,
+                     [&](const std::uint8_t* value) { take_larger(value, channels, most); });
+        });
+      },
+      kStatic);
+  op.result(y);
+}
+
 // NaN stays.
 inline float larger(float x, float y) { return x > y || x != x ? x : y; }
 
 template <int Dims>
 void max_pool(Op& op) {
+  if constexpr (Dims == 2)
+    if (const Value bytes = op.bytes("x"); bytes.rank() == 4) return max_pool_bytes(op, bytes);
   const Value x = op.floats("x");
   Shape shape;
   const Pool pool = pool_of(op, x, Dims, shape);
@@ -184,14 +250,62 @@ void max_pool(Op& op) {
   op.result(y);
 }
 
+// What the sum of a window is divided by.
+struct Divisor {
+  bool padding;
+  std::int64_t given;
+
+  explicit Divisor(Op& op)
+      : padding(op.flag("count_include_pad", true)), given(op.integer("divisor_override", 0)) {
+    if (given < 0) op.fail("divisor_override is " + std::to_string(given));
+  }
+  template <class Places>
+  float of(const Geometry& g, int dims, const Places& first, const Places& last,
+           const Places& start) const {
+    std::int64_t count = 1;
+    for (int d = 3 - dims; d < 3; ++d) {
+      const std::int64_t end = std::min(start[d] + g.kernel[d], g.in[d] + g.before[d]);
+      count *= padding ? end - start[d] : last[d] - first[d];
+    }
+    return static_cast<float>(given ? given : count);
+  }
+};
+
+// round(sum * (x's scale / y's) / divisor), in float32 from left to right.
+void average_pool_bytes(Op& op, const Value& x, ByteScale scale) {
+  Shape shape;
+  const Pool pool = pool_of(op, x, 2, shape);
+  const Divisor divisor(op);
+  const Value y = op.make_bytes(shape, scale);
+  op.step(
+      {x}, {y},
+      [=](const Run& run) {
+        const std::int64_t channels = x.shape[1];
+        const float factor = x.scale.scale * (1.0f / scale.scale);
+        for_pixels(pool, x, y, run, [&](std::uint8_t* out, const Window& window, auto&& pixel) {
+          thread_local std::vector<std::int32_t> sums;
+          sums.assign(channels, 0);
+          for_window(pool.g, window, pixel, [&](const std::uint8_t* value) {
+            for (std::int64_t c = 0; c < channels; ++c) sums[c] += value[c] - x.scale.zero;
+          });
+          const float count = divisor.of(pool.g, 2, window.first, window.last, window.start);
+          for (std::int64_t c = 0; c < channels; ++c)
+            out[c] = rounded(static_cast<float>(sums[c]) * factor / count, 1.0f, scale);
+        });
+      },
+      kStatic);
+  op.result(y);
+}
+
 template <int Dims>
 void average_pool(Op& op) {
+  if constexpr (Dims == 2)
+    if (const Value bytes = op.bytes("x"); bytes.rank() == 4 && op.result_scale())
+      return average_pool_bytes(op, bytes, *op.result_scale());
   const Value x = op.floats("x");
   Shape shape;
   const Pool pool = pool_of(op, x, Dims, shape);
-  const bool padding = op.flag("count_include_pad", true);
-  const std::int64_t divisor = op.integer("divisor_override", 0);
-  if (divisor < 0) op.fail("divisor_override is " + std::to_string(divisor));
+  const Divisor divisor(op);
   const Value y = op.make(Dtype::kFloat32, shape);
   op.step(
       {x}, {y},
@@ -199,27 +313,33 @@ void average_pool(Op& op) {
         const float* in = run.in<float>(x);
         float* out = run.out<float>(y);
         const Geometry& g = pool.g;
-        for_windows(
-            pool, run.threads,
-            [&](std::int64_t plane, std::int64_t i, const auto& first, const auto& last,
-                const auto& start) {
-              float sum = 0.0f;
-              for_values(g, in + plane * g.in_values(), first, last, start,
-                         [&](float value) { sum += value; });
-              std::int64_t count = 1;
-              for (int d = 3 - Dims; d < 3; ++d) {
-                const std::int64_t end = std::min(start[d] + g.kernel[d], g.in[d] + g.before[d]);
-                count *= padding ? end - start[d] : last[d] - first[d];
-              }
-              out[plane * g.out_values() + i] = sum / static_cast<float>(divisor ? divisor : count);
-            });
+        for_windows(pool, run.threads,
+                    [&](std::int64_t plane, std::int64_t i, const auto& first, const auto& last,
+                        const auto& start) {
+                      float sum = 0.0f;
+                      for_values(g, in + plane * g.in_values(), first, last, start,
+                                 [&](float value) { sum += value; });
+                      out[plane * g.out_values() + i] =
+                          sum / divisor.of(g, Dims, first, last, start);
+                    });
       },
       "float32");
   op.result(y);
 }
 
+// Whether an output size is 1 in every dimension.
+bool is_one(const Arg& size) {
+  if (size.kind == Arg::Kind::kInteger) return size.integer == 1;
+  return !size.list.empty() && std::all_of(size.list.begin(), size.list.end(), is_one);
+}
+
 template <int Dims>
 void adaptive_average(Op& op) {
+  const Value bytes = op.bytes("x");
+  if (Dims == 2 && bytes.rank() == 4 && is_one(op.arg("output_size"))) {
+    const Value mean = mean_of_images(op, bytes);
+    return op.result(op.view(mean, {bytes.shape[0], bytes.shape[1], 1, 1}));
+  }
   const Value x = op.floats("x");
   const Arg sizes = op.arg("output_size");
   if (x.rank() != Dims + 1 && x.rank() != Dims + 2) op.fail("x is " + text_of(x.shape));

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "bytes.hpp"
 #include "error.hpp"
 #include "op.hpp"
 
@@ -123,11 +124,31 @@ Arg Plan::argument(const Json& json, int depth) {
   return arg;
 }
 
+// The same in float32, computed once.
+Value Plan::floats_of(const Value& bytes) {
+  const auto known = floats_.find(bytes.id);
+  if (known != floats_.end()) return known->second;
+  const Value y = add(Dtype::kFloat32, bytes.shape);
+  Step step;
+  step.op = "ToFloat", step.how = "int8 to float32";
+  step.work = [=](const Run& run) { floats_from_bytes(bytes, y, run); };
+  step.reads = {bytes.id}, step.writes = {y.id};
+  steps_.push_back(std::move(step));
+  floats_.emplace(bytes.id, y);
+  return y;
+}
+
+void Plan::to_floats(Arg& arg) {
+  if (arg.kind == Arg::Kind::kTensor && arg.value.in_bytes()) arg.value = floats_of(arg.value);
+  for (Arg& item : arg.list) to_floats(item);
+}
+
 void Plan::take_outputs(const Json& json, const std::string& way) {
   const bool map = json.is(Kind::kMap) && json.keys.size() == 1 && json.keys[0] == "map";
   const Json& held = map ? json.items[0] : json;
   if (!map && !json.is(Kind::kList)) {
-    const Arg arg = argument(json, 0);
+    Arg arg = argument(json, 0);
+    to_floats(arg);
     if (arg.kind == Arg::Kind::kList) {
       for (std::size_t i = 0; i < arg.list.size(); ++i)
         if (arg.list[i].kind == Arg::Kind::kTensor)

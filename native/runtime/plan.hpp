@@ -17,11 +17,15 @@
 
 namespace subbyte::runtime {
 
-// A tensor of a plan.
+// A tensor of a plan. Activations in 8 bits are uint8 and have a scale; with four dimensions they
+// lie N H W C, whatever the order in `shape`: [n, c, h, w].
 struct Value {
   int id = -1;
   Dtype dtype = Dtype::kFloat32;
   Shape shape;
+  ByteScale scale;
+
+  bool in_bytes() const { return scale.scale > 0.0f; }
 
   bool given() const { return id >= 0; }
   int rank() const { return static_cast<int>(shape.size()); }
@@ -72,6 +76,7 @@ struct Arg {
 
 struct Settings {
   Precision precision = Precision::kInt8;
+  bool chain = true;  // of int8: activations stay in 8 bits where the file has scales for them
   std::size_t memory = std::size_t{1} << 34;  // bytes that the values of a run may take
 };
 
@@ -114,6 +119,8 @@ class Plan {
   Value add(Dtype dtype, const Shape& shape);
   int root(int id) const;
   Arg argument(const Json& json, int depth);
+  Value floats_of(const Value& bytes);
+  void to_floats(Arg& arg);
   void build(const Node& node);
   void take_outputs(const Json& json, const std::string& way);
   void set_lifetimes();
@@ -131,6 +138,7 @@ class Plan {
   std::vector<Made> made_;
   std::map<std::string, Arg> named_;
   std::map<std::string, Value> states_;
+  std::map<int, Value> floats_;  // of values in bytes, by their number
   std::deque<Buffer> constants_;
   std::size_t arena_ = 0;
 };

@@ -42,6 +42,17 @@ void check_argument(const Json& json, const std::set<std::string>& known, int de
     throw Error("the program uses '" + shown(content.text) + "' before it is made");
 }
 
+// Scales whose inverse, and whose products with any byte, are normal numbers.
+ByteScale byte_scale(const Json& json, const std::string& name) {
+  constexpr double kLeast = 0x1p-100, kMost = 0x1p100;
+  const Json* scale = json.find("scale");
+  const Json* sign = json.find("signed");
+  if (!scale || !(scale->is(Kind::kReal) || scale->is(Kind::kInteger)) ||
+      !(scale->real >= kLeast && scale->real <= kMost) || !sign || !sign->is(Kind::kBool))
+    throw Error("the program has a malformed scale of '" + shown(name) + "'");
+  return {static_cast<float>(scale->real), static_cast<std::uint8_t>(sign->integer ? 128 : 0)};
+}
+
 }  // namespace
 
 Program read_program(const Json& manifest) {
@@ -80,6 +91,13 @@ Program read_program(const Json& manifest) {
   program.output = json->find("output");
   if (!program.output) throw Error("the program has no output");
   check_argument(*program.output, known, 0);
+  if (!json->find("activations")) return program;
+  const Json& activations = json->at("activations", Kind::kMap);
+  for (std::size_t i = 0; i < activations.keys.size(); ++i) {
+    const std::string& own = activations.keys[i];
+    if (!known.count(own)) throw Error("the program has a scale of '" + shown(own) + "', no value");
+    program.activations.emplace(own, byte_scale(activations.items[i], own));
+  }
   return program;
 }
 

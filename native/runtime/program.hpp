@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "json.hpp"
+#include "kernels.hpp"
 #include "tensor.hpp"
 
 namespace subbyte::runtime {
@@ -26,6 +27,7 @@ struct Program {
   std::map<std::string, const Json*> layers;  // settings by name
   std::vector<Node> nodes;
   const Json* output;
+  std::map<std::string, ByteScale> activations;  // of values that may stay in 8 bits
 };
 
 // Of a manifest, which must outlive it. Throws Error for a file without one, for an operator that

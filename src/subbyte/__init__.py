@@ -39,7 +39,7 @@ from subbyte.methods import (
     prepare,
 )
 from subbyte.modules import pack
-from subbyte.ptq import CoRa, PublishedCoRa, quantize
+from subbyte.ptq import CoRa, PublishedCoRa, calibrate_activations, quantize
 from subbyte.storage import load, save
 from subbyte.tasks import Task, evaluate
 
@@ -67,6 +67,7 @@ __all__ = [
     "SubbyteError",
     "Task",
     "after_step",
+    "calibrate_activations",
     "evaluate",
     "export",
     "fixed_point",

@@ -67,11 +67,33 @@ class Words(nn.Module):
         return F.gelu(self.head(z)), weights.amax(-1)
 
 
-def write(name, net, example, method):
+class Chain(nn.Module):
+    """Everything that may stay in 8 bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.deep = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.pair = nn.Conv2d(16, 16, 3, padding=1, groups=2)
+        self.head, self.flat = nn.Linear(16, 3), nn.Linear(16 * 4, 3)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.a(x)), 2)
+        y = self.b(F.relu6(self.deep(x))) + x
+        y = F.hardswish(self.pair(torch.cat([y, x], 1)))
+        y = F.avg_pool2d(F.pad(y[:, :, ::2], (0, 0, 0, 1)), 1)
+        return self.head(y.mean((2, 3))), self.flat(y.flatten(1))
+
+
+def write(name, net, example, method, static=False):
     torch.manual_seed(0)
     sb.prepare(net, method)
     path = CORPUS / f"{name}.safetensors"
-    sb.save(sb.pack(sb.freeze(net)), path, example=example)
+    net, scales = sb.pack(sb.freeze(net)), None
+    if static:
+        net = sb.fuse(net)
+        scales = sb.calibrate_activations(net, [example])
+    sb.save(net, path, example=example, activations=scales)
     edit(path, lambda manifest: None)  # without checksums
 
 
@@ -80,5 +102,6 @@ if __name__ == "__main__":
     images, words = torch.randn(2, 2, 4, 4), torch.randint(0, 9, (2, 4))
     write("images", Images(), images, LowRes(levels=3))
     write("words", Words(), words, LowRes(levels=5, granularity="channel"))
+    write("chain", Chain(), images, LowRes(levels=3), static=True)
     groups = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
     write("groups", groups, torch.randn(2, 8), LowRes(levels=4))

@@ -44,7 +44,7 @@ case "$1" in
     runtime="tests/native/fuzz.cpp"
     for file in "$core"/*.cpp native/runtime/*.cpp; do
       case "$file" in
-        */bindings.cpp | */origin.cpp | */roofs.cpp | */main.cpp | */npy.cpp) ;;
+        */bindings.cpp | */origin.cpp | */roofs.cpp | */main.cpp) ;;
         "$core"/threads.cpp) ;;  # the runtime has its own
         *) runtime="$runtime $file" ;;
       esac

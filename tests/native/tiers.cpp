@@ -443,6 +443,82 @@ void check_refusals(const Kernels& tier) {
   refused("passes", [&] { Stream(4096).read(0, 1); });
 }
 
+// Bytes to bytes against whole numbers, and the float32 of `conv2d`'s comment; on every tier.
+void check_bytes(const Kernels& tier, int levels, const ConvShape& s, int n, int h, int w, int zero,
+                 bool sum_with_plus) {
+  const int in = static_cast<int>(s.in_group()), rows = static_cast<int>(s.out_channels);
+  const int kh = static_cast<int>(s.kernel_h), kw = static_cast<int>(s.kernel_w);
+  const Weight weight(levels, rows, in * kh * kw);
+  const ConvPanels panels(s, weight.stored(), weight.scale.data(), weight.affine, tier.tables);
+  const int oh = static_cast<int>(s.out_h(h)), ow = static_cast<int>(s.out_w(w));
+  const int channels = static_cast<int>(s.channels);
+  const std::vector<float> bias = floats(rows);
+  constexpr int kSlack = 64;  // a vector may be read across the end
+  std::vector<std::uint8_t> x(n * h * w * channels + kSlack), plus(n * oh * ow * rows + kSlack);
+  for (auto* bytes : {&x, &plus})
+    for (std::uint8_t& byte : *bytes) byte = static_cast<std::uint8_t>(draw(zero ? 1 : 0, 255));
+  std::vector<std::uint8_t> y(n * oh * ow * rows);
+  Images images;
+  images.bytes = x.data(), images.scale = {0.02f, static_cast<std::uint8_t>(zero)};
+  Target to;
+  const float reach = 0.02f * 127 * std::sqrt(static_cast<float>(in * kh * kw)) * levels;
+  to.bytes = y.data(), to.scale = {reach / 90, static_cast<std::uint8_t>(128 - zero)};
+  if (sum_with_plus) to.plus = plus.data(), to.plus_scale = {reach / 200, images.scale.zero};
+  Finish finish{bias.data()};
+  finish.low = -0.6f * reach, finish.high = 0.7f * reach;
+  conv2d(tier, panels, images, n, h, w, to, finish, Precision::kInt8, 2);
+  const float inverse = 1.0f / to.scale.scale;
+  const float low = std::max(finish.low * inverse, to.scale.low());
+  const float high = std::min(finish.high * inverse, to.scale.high());
+  for (int i = 0; i < n; ++i)
+    for (int r = 0; r < rows; ++r)
+      for (int p = 0; p < oh * ow; ++p) {
+        const int group = r / (rows / static_cast<int>(s.groups));
+        long sum = 0;
+        for (int c = 0; c < in; ++c)
+          for (int ky = 0; ky < kh; ++ky)
+            for (int kx = 0; kx < kw; ++kx) {
+              const int iy = p / ow * static_cast<int>(s.stride_h) +
+                             ky * static_cast<int>(s.dilation_h) - static_cast<int>(s.top);
+              const int ix = p % ow * static_cast<int>(s.stride_w) +
+                             kx * static_cast<int>(s.dilation_w) - static_cast<int>(s.left);
+              if (iy < 0 || ix < 0 || iy >= h || ix >= w) continue;
+              sum += static_cast<long>(weight.value(r, (c * kh + ky) * kw + kx)) *
+                     (x[((i * h + iy) * w + ix) * channels + group * in + c] - zero);
+            }
+        const int place = (i * oh * ow + p) * rows + r;
+        float value = static_cast<float>(sum) * (images.scale.scale * weight.scale[r] * inverse) +
+                      bias[r] * inverse;
+        if (to.plus)
+          value += static_cast<float>(plus[place] - zero) * (to.plus_scale.scale * inverse);
+        const float wanted = std::nearbyint(std::min(std::max(value, low), high));
+        require(y[place] == wanted + to.scale.zero,
+                "%s: bytes, %d levels, image %d, channel %d, pixel %d, zero %d", tier.name, levels,
+                i, r, p, zero);
+      }
+}
+
+void check_linear_of_bytes(const Kernels& tier, int levels, int rows, int k, int n, int zero) {
+  const Weight weight(levels, rows, k);
+  const Panel panel = make_panel(weight.stored(), 0, rows, k, weight.order, weight.scale.data(),
+                                 weight.affine, tier.tables);
+  std::vector<std::uint8_t> x(n * k);
+  for (std::uint8_t& byte : x) byte = static_cast<std::uint8_t>(draw(zero ? 1 : 0, 255));
+  std::vector<float> y(n * rows);
+  const ByteScale of{0.3f, static_cast<std::uint8_t>(zero)};
+  const std::vector<float> bias = floats(rows);
+  linear(tier, panel, x.data(), of, n, y.data(), Finish{bias.data()}, 2);
+  for (int i = 0; i < n; ++i)
+    for (int r = 0; r < rows; ++r) {
+      long sum = 0;
+      for (int j = 0; j < k; ++j)
+        sum += static_cast<long>(weight.value(r, j)) * (x[i * k + j] - zero);
+      const float wanted = static_cast<float>(sum) * (of.scale * weight.scale[r]) + bias[r];
+      require(y[i * rows + r] == wanted, "%s: linear of bytes, %d levels, row %d of %d, zero %d",
+              tier.name, levels, i, n, zero);
+    }
+}
+
 void check_origin() {
   for (const std::size_t size : {0, 1, 7, 8, 255, 256, 257, 5000}) {
     std::vector<std::uint8_t> bytes(size, 3);
@@ -492,6 +568,22 @@ int main() {
         const ConvShape shape{channels, channels, 3, 3, stride, stride, 1, 1, 1, 1, 1, 1, channels};
         for (const int width : {3, 8, 23, 41}) check_conv(*tier, 3, shape, 2, 4, width);
       }
+    for (const int zero : {0, 128}) {
+      for (const ConvShape& shape : shapes)
+        for (const int levels : {3, 5, 16, 17, 128})
+          for (const bool plus : {false, true})
+            check_bytes(*tier, levels, shape, 2, 9, 8, zero, plus);
+      for (const int channels : {1, 5, 8, 16, 20, 33, 40}) {
+        const ConvShape shape{channels, channels, 3, 3, 2, 1, 1, 1, 1, 1, 1, 1, channels};
+        for (const int levels : {3, 17, 128})
+          for (const int width : {3, 23})
+            check_bytes(*tier, levels, shape, 2, 4, width, zero, true);
+      }
+      // Weights that leave a core's cache: a block after another.
+      check_bytes(*tier, 3, {300, 1000, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1}, 2, 9, 8, zero, true);
+      for (const int levels : {2, 3, 5, 16, 17, 128})
+        for (const int n : {1, 8, 9, 30}) check_linear_of_bytes(*tier, levels, 37, 90, n, zero);
+    }
     std::printf("%s: %ld checks passed\n", tier->name, checks);
   }
 }

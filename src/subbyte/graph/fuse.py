@@ -44,8 +44,9 @@ def fuse(net: nn.Module) -> nn.Module:
     """A copy of a packed network that computes the same in fewer passes, for inference.
 
     Moved into a PackedConv2d: the BatchNorm2d behind it. Into a PackedConv2d or PackedLinear: a sum
-    with another tensor of the same type, then a ReLU or ReLU6. Each only where nothing else reads
-    what lies between, and no hook looks on. Values differ by float32 rounding.
+    with another tensor of the same type, then a ReLU or ReLU6, also from behind a concatenation.
+    Each only where nothing else reads what lies between, and no hook looks on. Values differ by
+    float32 rounding.
 
     The result is a `torch.fx.GraphModule` in eval mode, made by tracing: optional arguments stay
     at None, and what does not depend on the inputs is computed once. `save` takes it with
@@ -69,6 +70,7 @@ def fuse(net: nn.Module) -> nn.Module:
             layer = fused.get_submodule(str(node.target))
             if isinstance(layer, PackedConv2d | PackedLinear) and layer not in before:
                 layer.fused |= not _hooked(layer) and step(fused, node, layer)
+    _before_concatenations(fused, before)
     fused.meta.pop(PROGRAM, None)  # of the network before
     fused.delete_all_unused_submodules()
     graph.lint()
@@ -176,6 +178,29 @@ def _take_activation(
     layer.activation = _ACTIVATIONS[key]
     _remove(net, user, node)
     return True
+
+
+def _before_concatenations(net: fx.GraphModule, before: set[nn.Module]) -> None:
+    """A ReLU behind a concatenation goes into its parts, where all of them can take it."""
+    called = {node: net.get_submodule(str(node.target)) for node in _alone(net.graph)}
+    alone: dict[Any, Any] = {n: layer for n, layer in called.items() if layer not in before}
+    for joined in [n for n in net.graph.nodes if n.target in (torch.cat, torch.concat)]:
+        parts = joined.args[0] if joined.args else ()
+        takes = isinstance(parts, list | tuple) and all(
+            isinstance(layer := alone.get(part), PackedConv2d | PackedLinear)
+            and layer.activation == "none"
+            and not _hooked(layer)
+            for part in parts
+        )
+        if not takes or len(joined.users) != 1 or len(set(parts)) != len(parts):
+            continue
+        (user,) = joined.users
+        module = _module(net, user)
+        key = user.target if module is None else type(module)
+        if key in _ACTIVATIONS and not (module is not None and _hooked(module)):
+            for part in parts:
+                alone[part].activation, alone[part].fused = _ACTIVATIONS[key], True
+            _remove(net, user, joined)
 
 
 def _module(net: fx.GraphModule, node: fx.Node) -> nn.Module | None:

@@ -17,12 +17,13 @@ import keyword
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from subbyte.errors import SubbyteError
+from subbyte.graph.activations import ByteScale, scales_from
 from subbyte.graph.layers import LAYERS
 from subbyte.graph.operators import ITEM, NUMBERS, OPERATORS
 
@@ -78,7 +79,8 @@ class Program:
     """Checked when it is made: every name is made once, before it is used, and every word is known.
 
     layers: the modules that nodes call, by name, with what they were constructed with. buffers: of
-    the state, what is no parameter. output: an argument, or a dict or list of them.
+    the state, what is no parameter. output: an argument, or a dict or list of them. activations:
+    scales of values that may stay in 8 bits between layers, by name.
     Raises SubbyteError, in one line, for anything else.
     """
 
@@ -87,6 +89,7 @@ class Program:
     nodes: tuple[Node, ...]
     output: Any
     buffers: frozenset[str] = field(default_factory=frozenset)
+    activations: Mapping[str, ByteScale] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.nodes) > MAX_NODES:
@@ -104,6 +107,9 @@ class Program:
             self._check_node(node, known)
             _new_name(node.out, known)
         _check_argument(self.output, known, "the output", 0)
+        for name in self.activations:
+            if name not in known:
+                raise SubbyteError(f"the program has a scale of {name!r:.99}, which is no value")
 
     def _check_node(self, node: Node, known: set[str]) -> None:
         needs: tuple[str, ...]
@@ -150,6 +156,8 @@ class Program:
             ],
             "output": self.output,
             "buffers": sorted(self.buffers),
+            **({"activations": {n: asdict(s) for n, s in self.activations.items()}}
+               if self.activations else {}),
         }  # fmt: skip
 
     @staticmethod
@@ -165,7 +173,8 @@ class Program:
             )
             layers = {str(name): dict(settings) for name, settings in value["layers"].items()}
             buffers = frozenset(str(name) for name in value.get("buffers", ()))
-            return Program(inputs, layers, nodes, value["output"], buffers)
+            scales = scales_from(value.get("activations", {}))
+            return Program(inputs, layers, nodes, value["output"], buffers, scales)
         except SubbyteError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

@@ -76,6 +76,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # what each takes; they return an in
     "subbyte_run": (_HANDLE, _TENSORS, _INT, _TENSORS, _INT, _INT),
     "subbyte_profile": (_HANDLE, _TENSORS, _INT, _TENSORS, _INT, _INT, SeenStep, ctypes.c_void_p),
     "subbyte_watch": (_HANDLE, _TENSORS, _INT, _INT, SeenValue, ctypes.c_void_p),
+    "subbyte_command": (_INT, ctypes.POINTER(ctypes.c_char_p)),
     "subbyte_last_error": (),
 }  # fmt: skip
 

@@ -23,10 +23,10 @@ from .library import (
     library,
 )
 
-Precision = Literal["int8", "int16", "float32"]
+Precision = Literal["int8", "int16", "float32", "dynamic"]
 Array = NDArray[Any]
 
-_PRECISIONS = ("int8", "int16", "float32")
+_PRECISIONS = ("int8", "int16", "float32", "dynamic")  # in the order of `subbyte_precision`
 _DTYPES: tuple[Any, ...] = (  # in the order of `subbyte_dtype`; None: NumPy has no such type
     np.float32, np.float64, np.float16, None, np.int64, np.int32, np.int16, np.int8, np.uint8,
     np.bool_,
@@ -35,7 +35,8 @@ _DTYPES: tuple[Any, ...] = (  # in the order of `subbyte_dtype`; None: NumPy has
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """One step of a run. layer: its name, or "". how: the arithmetic, "int8" or "float32"."""
+    """One step of a run. layer: its name, or "". how: the arithmetic, as
+    "int8", "int8, static scales" or "float32"."""
 
     op: str
     out: str
@@ -63,9 +64,11 @@ def open(
 ) -> Network:
     """The network of a packed file that holds a program.
 
-    precision: of the activations in products, as in `subbyte.load`. threads: of each run; the
-    machine's cores if None. verify: by the file's checksums. memory: bytes that the values of one
-    run may take, 0 for 16 GiB. Raises SubbyteError naming the file and the fault.
+    precision: of the activations in products, as in `subbyte.load`. "int8" keeps them in 8 bits
+    between layers where the file has their scales (`subbyte.calibrate_activations`); "dynamic"
+    rounds them to int8 at each layer, as "int8" does where there are none. threads: of each run;
+    the machine's cores if None. verify: by the file's checksums. memory: bytes that the values of
+    one run may take, 0 for 16 GiB. Raises SubbyteError naming the file and the fault.
     """
     if precision not in _PRECISIONS:
         known = ", ".join(map(repr, _PRECISIONS))

@@ -18,6 +18,7 @@ from subbyte.core.grids import PerGroup
 from subbyte.core.ready import unwrapped
 from subbyte.core.sites import join
 from subbyte.errors import SubbyteError
+from subbyte.graph.activations import ActivationScales
 from subbyte.graph.network import PROGRAM
 from subbyte.graph.program import Program
 from subbyte.graph.trace import Example, traced
@@ -40,6 +41,7 @@ def save(
     compress: bool = False,
     distance: float | None = None,
     example: Example | None = None,
+    activations: ActivationScales | None = None,
 ) -> int:
     """Write a packed model; returns the file's size in bytes.
 
@@ -47,7 +49,8 @@ def save(
     (a layer it does not shrink stays in words). distance: how far the float weights were from
     their levels when they were rounded, in steps, for `inspect`. example: inputs that forward
     takes, a tensor, a tuple or a dict of tensors; with it the file holds the network's program too,
-    and opens without the network's class. Where it cannot be traced a ProgramWarning says why, and
+    and opens without the network's class. activations: the scales of that program's values, from
+    `calibrate_activations`. Where it cannot be traced a ProgramWarning says why, and
     the file is written without. The file appears whole or not at
     all: an older file of that name survives a full disk or a crash. Raises SubbyteError if the
     model has no packed layer, or if the file cannot be written.
@@ -57,6 +60,8 @@ def save(
     if not packed:
         raise SubbyteError("the model has no packed layer; save takes the result of pack()")
     program, constants = _program(net, example)
+    if activations is not None:
+        program = activations.on(program)
     if is_fused(net) and program is None:
         raise SubbyteError(
             "the model is fused; give save an input as example=, so that the file holds its program"

@@ -40,6 +40,21 @@ struct Avx2 {
     const auto half = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), index);
   }
+  static Sums ints_of_bytes(const std::uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Sums ints_of_shorts(const std::int16_t* p) {
+    return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Bytes shorts_of_bytes(const std::uint8_t* p) {
+    return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static void store_low_bytes(std::uint8_t* p, Sums v) {
+    const __m256i four = _mm256_shuffle_epi8(v, _mm256_set1_epi32(0x0C080400));
+    const __m128i eight =
+        _mm_unpacklo_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), eight);
+  }
   static Sums zero() { return _mm256_setzero_si256(); }
   template <class Floats>
   static Floats fma(Floats a, Floats b, Floats c) {

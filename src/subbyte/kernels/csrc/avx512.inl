@@ -41,6 +41,18 @@ struct Avx512 {
     const auto quarter = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(quarter), index);
   }
+  static Sums ints_of_bytes(const std::uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Sums ints_of_shorts(const std::int16_t* p) {
+    return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static Bytes shorts_of_bytes(const std::uint8_t* p) {
+    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void store_low_bytes(std::uint8_t* p, Sums v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+  }
   static Sums zero() { return _mm512_setzero_si512(); }
   template <class Floats>
   static Floats fma(Floats a, Floats b, Floats c) {

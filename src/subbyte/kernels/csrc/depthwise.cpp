@@ -70,7 +70,8 @@ struct Segment {
 };
 
 // All of a row whose windows begin in row `top` of the image, which may lie above it.
-std::vector<Segment> segments_of(const Call& call, const Together& together, std::int64_t top) {
+// width: of the weights of pixels that are taken together.
+std::vector<Segment> segments_of(const Call& call, std::int64_t width, std::int64_t top) {
   const ConvShape& s = call.s;
   const std::int64_t reach = (s.kernel_w - 1) * s.dilation_w,
                      first = std::max<std::int64_t>(top, 0);
@@ -95,7 +96,7 @@ std::vector<Segment> segments_of(const Call& call, const Together& together, std
                    std::move(offsets.weights),
                    {}});
     for (const std::int64_t place : row.back().weights)
-      row.back().together.push_back(place / s.channels * together.width);
+      row.back().together.push_back(place / s.channels * width);
   }
   return row;
 }
@@ -125,7 +126,7 @@ void pixels_of(const Call& call, const Together& together, const Segment& segmen
 class Rows {
  public:
   explicit Rows(const Call& call) : call_(call), together_(call) {
-    if (call.h > reach()) inner_ = segments_of(call, together_, 0);
+    if (call.h > reach()) inner_ = segments_of(call, together_.width, 0);
   }
 
   // plus: as `out` lies, or null.
@@ -138,7 +139,7 @@ class Rows {
       for (const Segment& segment : inner_) pixels_of(call_, together_, segment, x, finish, out);
       return;
     }
-    for (const Segment& segment : segments_of(call_, together_, top))
+    for (const Segment& segment : segments_of(call_, together_.width, top))
       pixels_of(call_, together_, segment, x, finish, out);
   }
 
@@ -210,14 +211,66 @@ class Planes {
 
 }  // namespace
 
-void depthwise(const Kernels& kernels, const ConvPanels& weight, const float* x, std::int64_t n,
-               std::int64_t h, std::int64_t w, float* y, bool last, const Finish& finish,
-               int threads) {
+namespace {
+
+// A row of results of an image of bytes; `rounding.plus` and `out` are of its first pixel.
+void bytes_of_row(const Call& call, const std::vector<Segment>& row, const std::uint8_t* x,
+                  const std::int16_t* weights, int zero, bool narrow, const Rounding& rounding,
+                  std::uint8_t* out) {
+  const std::int64_t channels = call.s.channels;
+  for (const Segment& segment : row) {
+    Rounding of = rounding;
+    if (of.plus) of.plus += segment.column * channels;
+    call.kernels.pixels_bytes(segment.taps(segment.weights), x, call.s.stride_w * channels, zero,
+                              weights, channels, segment.n, narrow, of,
+                              out + segment.column * channels);
+  }
+}
+
+void depthwise_bytes(const Call& call, const ConvPanels& weight, const Images& x, std::int64_t n,
+                     const Target& y, int threads) {
+  const ConvShape& s = call.s;
+  const std::int64_t channels = s.channels, taps = s.kernel_h * s.kernel_w;
+  const bool narrow = weight.max_abs() * 255 * taps <= 32767;
+  const float inverse = 1.0f / y.scale.scale;
+  std::vector<float> scale(channels), bias(channels);
+  for (std::int64_t c = 0; c < channels; ++c) {
+    scale[c] = x.scale.scale * weight.scale()[c] * inverse;
+    if (call.finish.bias) bias[c] = call.finish.bias[c] * inverse;
+  }
+  const Rounding rounding = rounding_of(y, call.finish, scale.data(), bias.data());
+  const std::int64_t reach = (s.kernel_h - 1) * s.dilation_h;
+  std::vector<Segment> inner;  // of rows whose windows lie between the first and the last row
+  if (call.h > reach) inner = segments_of(call, channels, 0);
+  parallel(threads, n * call.out_h, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t place = i * call.out_w * channels;
+      const std::int64_t top = i % call.out_h * s.stride_h - s.top;
+      const std::uint8_t* rows =
+          x.bytes + (i / call.out_h * call.h + std::max<std::int64_t>(top, 0)) * call.w * channels;
+      const bool inside = top >= 0 && top + reach < call.h;
+      Rounding own = rounding;
+      if (own.plus) own.plus += place;
+      bytes_of_row(call, inside ? inner : segments_of(call, channels, top), rows,
+                   weight.integers().data(), x.scale.zero, narrow, own, y.bytes + place);
+    }
+  });
+}
+
+}  // namespace
+
+void depthwise(const Kernels& kernels, const ConvPanels& weight, const Images& images,
+               std::int64_t n, std::int64_t h, std::int64_t w, const Target& target,
+               const Finish& finish, int threads) {
   const ConvShape& s = weight.shape();
   const Call call{kernels, s, weight.taps().data(), h, w, s.out_h(h), s.out_w(w), finish};
   const std::int64_t in = h * w, out = call.out_h * call.out_w;
-  if (n * s.channels * out * s.kernel_h * s.kernel_w * kCost < kSerial) threads = 1;
-  if (last) {
+  const std::int64_t cost = images.bytes ? kCost / 4 : kCost;
+  if (n * s.channels * out * s.kernel_h * s.kernel_w * cost < kSerial) threads = 1;
+  if (images.bytes) return depthwise_bytes(call, weight, images, n, target, threads);
+  const float* x = images.floats;
+  float* y = target.floats;
+  if (target.last) {
     const Rows rows(call);
     parallel(threads, n * call.out_h, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) {

@@ -43,6 +43,28 @@ struct Finish {
   float low = -kInfinity, high = kInfinity;
 };
 
+// The scale of activations that stay in 8 bits between layers, known before they are computed:
+// x = scale * (byte - zero). zero: 0, for bytes 0..255, or 128, for 1..255.
+struct ByteScale {
+  float scale = 0.0f;
+  std::uint8_t zero = 0;
+
+  float low() const { return zero ? -127.0f : 0.0f; }  // of byte - zero
+  float high() const { return zero ? 127.0f : 255.0f; }
+};
+
+// How sums become bytes: round(sum * scale[r] + bias[r] + (plus - plus_zero) * plus_scale), ties to
+// even, moved into [low, high] (NaN to low), plus zero. plus may be null.
+struct Rounding {
+  const float *scale, *bias;  // of each row
+  const std::uint8_t* plus;   // of column c at plus + c * plus_step
+  std::int64_t plus_step;
+  float plus_scale;
+  int plus_zero;
+  float low, high;
+  int zero;
+};
+
 // Where the 4-byte groups of a column lie, relative to its pointer: runs of consecutive ones.
 struct Runs {
   int count;
@@ -89,6 +111,13 @@ struct Kernels {
   void (*multiply)(const std::int8_t* weights, int max_abs, std::int64_t rows, const Runs& runs,
                    const std::uint8_t* const* x, std::int32_t* sums);
 
+  // The same of n columns, at most `tile`, as bytes: sums less excess [32] as `rounding` says,
+  // those of column c at y + c * step; whole vectors of rows.
+  void (*multiply_bytes)(const std::int8_t* weights, int max_abs, std::int64_t rows,
+                         const Runs& runs, const std::uint8_t* const* x, std::int64_t n,
+                         const std::int32_t* excess, const Rounding& rounding, std::uint8_t* y,
+                         std::int64_t step);
+
   // What products with q ^ flip have too much for each scale of a row, [scales][32].
   void (*excess)(const Panel& panel, const std::int8_t* decoded, std::int32_t* out);
   // `multiply` where weights of a row share scales: as `small_groups`, of `tile` columns.
@@ -114,8 +143,13 @@ struct Kernels {
   // < channels and for n pixels, which lie `step` values of x apart.
   void (*pixels)(const Taps& taps, const float* x, std::int64_t step, const float* weights,
                  std::int64_t channels, std::int64_t n, const Finish& finish, float* y);
-  // The same sums of weights[t] * x[t + i] for i < n, a multiple of kRowStep. There is one bias,
-  // and no finish.plus.
+  // The same of bytes: sums of weights[t + c] * (x[t + c] - zero) as bytes, in int16 if `narrow`,
+  // where no sum leaves it.
+  void (*pixels_bytes)(const Taps& taps, const std::uint8_t* x, std::int64_t step, int zero,
+                       const std::int16_t* weights, std::int64_t channels, std::int64_t n,
+                       bool narrow, const Rounding& rounding, std::uint8_t* y);
+  // The sums of `pixels` as weights[t] * x[t + i] for i < n, a multiple of kRowStep. There is one
+  // bias, and no finish.plus.
   void (*row)(const Taps& taps, const float* x, const float* weights, std::int64_t n,
               const Finish& finish, float* y);
 };

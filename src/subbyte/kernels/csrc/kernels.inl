@@ -574,6 +574,52 @@ void decode(const Panel& panel, std::int64_t block, std::int8_t* out) {
   for (std::int64_t k = panel.k; k < panel.groups() * panel.traits().group(); ++k) clear(k);
 }
 
+// ---------------------------------------------------------------- bytes
+
+typedef std::int16_t Shorts __attribute__((vector_size(V::kBytes)));
+
+template <class Vector, class T>
+inline Vector loaded(const T* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class To, class From>  // of one size
+inline To same_bits(const From& from) {
+  To to;
+  static_assert(sizeof to == sizeof from, "bits of one size");
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// A number of bytes of y from float sums: kFloats of them. Adding 1.5 * 2^23 leaves the integer in
+// the low mantissa bits.
+struct ToBytes {
+  Floats plus_scale, low, high, whole;
+  Ints plus_zero;
+
+  explicit ToBytes(const Rounding& r)
+      : plus_scale(r.plus_scale + Floats{}),
+        low(r.low + Floats{}),
+        high(r.high + Floats{}),
+        whole(12582912.0f + static_cast<float>(r.zero) + Floats{}),
+        plus_zero(r.plus_zero + Ints{}) {}
+
+  // plus: null, or what is added.
+  void store(Ints sums, Floats scale, Floats bias, const std::uint8_t* plus,
+             std::uint8_t* y) const {
+    Floats value = __builtin_convertvector(sums, Floats) * scale + bias;
+    if (plus) {
+      const Ints more = same_bits<Ints>(V::ints_of_bytes(plus)) - plus_zero;
+      value += __builtin_convertvector(more, Floats) * plus_scale;
+    }
+    value = value > low ? value : low;
+    value = value < high ? value : high;
+    V::store_low_bytes(y, same_bits<typename V::Sums>(value + whole));
+  }
+};
+
 // What becomes of the sums of column n and the rows from `row` on.
 struct Stored {
   std::int32_t* sums;  // [columns][32]
@@ -593,6 +639,25 @@ struct Accumulated {
     std::memcpy(place, &value, sizeof value);
   }
 };
+
+template <bool Plus>
+struct Rounded {
+  std::int64_t columns;
+  const std::int32_t* excess;  // [32]
+  Rounding rounding;
+  ToBytes to;
+  std::uint8_t* y;
+  std::int64_t step;
+  __attribute__((always_inline)) void take(int n, int row, typename V::Sums sum) const {
+    if (n >= columns) return;
+    const Ints integers = same_bits<Ints>(sum) - loaded<Ints>(excess + row);
+    to.store(integers, floats(rounding.scale + row), floats(rounding.bias + row),
+             Plus ? rounding.plus + n * rounding.plus_step + row : nullptr, y + n * step + row);
+  }
+};
+template <class Sink>
+constexpr bool gives_bytes =
+    std::is_same_v<Sink, Rounded<true>> || std::is_same_v<Sink, Rounded<false>>;
 
 // Once: no part overflows before the end, so there are no totals to keep in registers.
 template <class Dots, int R, int N, bool Once, class Sink>
@@ -628,9 +693,10 @@ void multiply_rows(const std::int8_t* weights, std::int64_t span, const Runs& ru
         }
     }
   }
-  const Sink out = sink;  // a copy, and constants as indices: both stay in registers
-  each<R>([&](auto r) {
-    each<N>([&](auto n) {
+  // A copy, where it is small, and constants as indices: both stay in registers.
+  std::conditional_t<gives_bytes<Sink>, const Sink&, const Sink> out = sink;
+  each<R>([&](auto r) __attribute__((always_inline)) {
+    each<N>([&](auto n) __attribute__((always_inline)) {
       out.take(n, row + r * kFloats, Dots::flush(Once ? V::zero() : total[r][n], part[r][n]));
     });
   });
@@ -642,8 +708,9 @@ void multiply_with(const std::int8_t* weights, std::int64_t span, std::int64_t r
   constexpr int kStep = V::kTileVectors * V::kBytes / 4;
   std::int64_t length = 0;
   for (int run = 0; run < runs.count; ++run) length += runs.length[run];
-  if (rows <= kFloats && length <= span)  // the other vectors would hold nothing
-    return multiply_rows<Dots, 1, V::kTileColumns, true>(weights, span, runs, x, sink, 0);
+  if constexpr (!gives_bytes<Sink>)
+    if (rows <= kFloats && length <= span)  // the other vectors would hold nothing
+      return multiply_rows<Dots, 1, V::kTileColumns, true>(weights, span, runs, x, sink, 0);
   const auto part = length <= span
                         ? multiply_rows<Dots, V::kTileVectors, V::kTileColumns, true, Sink>
                         : multiply_rows<Dots, V::kTileVectors, V::kTileColumns, false, Sink>;
@@ -664,6 +731,17 @@ void multiply_into(const std::int8_t* weights, int max_abs, std::int64_t rows, c
 void multiply(const std::int8_t* weights, int max_abs, std::int64_t rows, const Runs& runs,
               const std::uint8_t* const* x, std::int32_t* sums) {
   multiply_into(weights, max_abs, rows, runs, x, Stored{sums});
+}
+
+void multiply_bytes(const std::int8_t* weights, int max_abs, std::int64_t rows, const Runs& runs,
+                    const std::uint8_t* const* x, std::int64_t n, const std::int32_t* excess,
+                    const Rounding& rounding, std::uint8_t* y, std::int64_t step) {
+  const ToBytes to(rounding);
+  if (rounding.plus)
+    multiply_into(weights, max_abs, rows, runs, x, Rounded<true>{n, excess, rounding, to, y, step});
+  else
+    multiply_into(weights, max_abs, rows, runs, x,
+                  Rounded<false>{n, excess, rounding, to, y, step});
 }
 
 // The sums of a row's weights for each scale.
@@ -816,16 +894,106 @@ void values_float(const float* sums, std::int64_t n, const Scaling& scaling, flo
   values_of<false>(sums, n, scaling, y, step);
 }
 
+// ---------------------------------------------------------------- depthwise, bytes
+
+// Sums of a window in int16 or int32, from kLanes channels on.
+struct InShorts {
+  static constexpr int kLanes = V::kBytes / 2;
+  using Sum = Shorts;
+  static Sum weights(const std::int16_t* p) { return loaded<Sum>(p); }
+  static Sum bytes(const std::uint8_t* p) { return same_bits<Sum>(V::shorts_of_bytes(p)); }
+  static Sum all(int value) { return static_cast<std::int16_t>(value) + Sum{}; }
+  static Ints ints(const Sum& sum, int from) {
+    return same_bits<Ints>(V::ints_of_shorts(reinterpret_cast<const std::int16_t*>(&sum) + from));
+  }
+};
+struct InInts {
+  static constexpr int kLanes = kFloats;
+  using Sum = Ints;
+  static Sum weights(const std::int16_t* p) { return same_bits<Sum>(V::ints_of_shorts(p)); }
+  static Sum bytes(const std::uint8_t* p) { return same_bits<Sum>(V::ints_of_bytes(p)); }
+  static Sum all(int value) { return value + Sum{}; }
+  static Ints ints(const Sum& sum, int) { return sum; }
+};
+
+// P pixels, as many channels from x and y on as In has lanes.
+template <class In, int P>
+inline void window_bytes(const Taps& taps, const std::uint8_t* x, std::int64_t step, int zero,
+                         const std::int16_t* weights, std::int64_t channels, const Rounding& r,
+                         std::uint8_t* y) {
+  const typename In::Sum zeros = In::all(zero);
+  const ToBytes to(r);
+  typename In::Sum sum[P];
+  for (auto& own : sum) own = In::all(0);
+  for (int t = 0; t < taps.count; ++t) {
+    const auto weight = In::weights(weights + taps.weights[t]);
+    for (int p = 0; p < P; ++p) sum[p] += weight * (In::bytes(x + taps.x[t] + p * step) - zeros);
+  }
+  for (int i = 0; i < In::kLanes; i += kFloats) {
+    const Floats scale = floats(r.scale + i), bias = floats(r.bias + i);
+    for (int p = 0; p < P; ++p) {
+      const std::int64_t place = p * channels + i;
+      to.store(In::ints(sum[p], i), scale, bias, r.plus ? r.plus + place : nullptr, y + place);
+    }
+  }
+}
+
+// The same of one channel.
+inline void value_of_bytes(const Taps& taps, const std::uint8_t* x, int zero,
+                           const std::int16_t* weights, const Rounding& r, std::uint8_t* y) {
+  std::int32_t sum = 0;
+  for (int t = 0; t < taps.count; ++t) sum += weights[taps.weights[t]] * (x[taps.x[t]] - zero);
+  float value = static_cast<float>(sum) * *r.scale + *r.bias;
+  if (r.plus) value += static_cast<float>(*r.plus - r.plus_zero) * r.plus_scale;
+  value = value > r.low ? value : r.low;
+  value = (value < r.high ? value : r.high) + (12582912.0f + static_cast<float>(r.zero));
+  *y = static_cast<std::uint8_t>(bits_of(value));
+}
+
+// All channels of P pixels: whole vectors, the last of which ends with the last channel.
+template <class In, int P>
+inline void windows_bytes(const Taps& taps, const std::uint8_t* x, std::int64_t step, int zero,
+                          const std::int16_t* weights, std::int64_t channels, const Rounding& r,
+                          std::uint8_t* y) {
+  constexpr std::int64_t kLanes = In::kLanes;
+  const auto from = [&](std::int64_t c) {
+    Rounding own = r;
+    own.scale += c, own.bias += c;
+    if (own.plus) own.plus += c;
+    return own;
+  };
+  if (channels < kLanes) {
+    for (int p = 0; p < P; ++p)
+      for (std::int64_t c = 0; c < channels; ++c) {
+        Rounding own = from(c);
+        if (own.plus) own.plus += p * channels;
+        value_of_bytes(taps, x + p * step + c, zero, weights + c, own, y + p * channels + c);
+      }
+    return;
+  }
+  for (std::int64_t c = 0; c < channels; c += kLanes) {
+    const std::int64_t at = std::min(c, channels - kLanes);
+    window_bytes<In, P>(taps, x + at, step, zero, weights + at, channels, from(at), y + at);
+  }
+}
+
+void pixels_bytes(const Taps& taps, const std::uint8_t* x, std::int64_t step, int zero,
+                  const std::int16_t* weights, std::int64_t channels, std::int64_t n, bool narrow,
+                  const Rounding& rounding, std::uint8_t* y) {
+  Rounding at = rounding;
+  const auto four = narrow ? windows_bytes<InShorts, 4> : windows_bytes<InInts, 4>;
+  const auto one = narrow ? windows_bytes<InShorts, 1> : windows_bytes<InInts, 1>;
+  while (n > 0) {
+    const std::int64_t count = n >= 4 ? 4 : 1;
+    (count == 4 ? four : one)(taps, x, step, zero, weights, channels, at, y);
+    n -= count, x += count * step, y += count * channels;
+    if (at.plus) at.plus += count * channels;
+  }
+}
+
 // ---------------------------------------------------------------- float32
 
 typedef float Four __attribute__((vector_size(16)));
-
-template <class Vector>
-inline Vector loaded(const float* p) {
-  Vector v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
 
 // P pixels, and N vectors of their channels.
 template <class Vector, int P, int N>
@@ -915,7 +1083,24 @@ constexpr bool kTables = true;
 #else
 constexpr bool kTables = false;
 #endif
-constexpr Kernels kKernels{
-    V::kName,        V::kFlip,      V::kTileColumns, kTables,   &peak,   &round,           &sum,
-    &small,          &small_groups, &decode,         &multiply, &excess, &multiply_groups, &widen,
-    &multiply_float, &values,       &values_float,   &pixels,   &row};
+constexpr Kernels kKernels{V::kName,
+                           V::kFlip,
+                           V::kTileColumns,
+                           kTables,
+                           &peak,
+                           &round,
+                           &sum,
+                           &small,
+                           &small_groups,
+                           &decode,
+                           &multiply,
+                           &multiply_bytes,
+                           &excess,
+                           &multiply_groups,
+                           &widen,
+                           &multiply_float,
+                           &values,
+                           &values_float,
+                           &pixels,
+                           &pixels_bytes,
+                           &row};

@@ -18,12 +18,19 @@ struct Columns {
   std::int64_t shared, span;  // so many values of a column take so many bytes of it
   int planes;
   std::uint8_t flip;
+  int offset;  // what a byte is more than its value, to the products: 0, 128 or -128
   std::int8_t* q;
   std::vector<Quantized> of;  // [n]
   std::vector<float> scale;   // [count()]; 1 for columns in float32
 
   std::int64_t count() const { return n * planes; }
   const std::int8_t* at(std::int64_t i) const { return q + i * stride; }
+
+  // What sums [32] of products with decoded weights have too much.
+  void excess(const Panel& panel, std::int64_t block, std::int32_t* out) const {
+    for (int r = 0; r < kBlockRows; ++r)
+      out[r] = offset / 128 * panel.excess_of_flip[block * kBlockRows + r];
+  }
 };
 
 void quantize_rows(const Kernels& kernels, const float* x, int threads, Columns& columns) {
@@ -97,18 +104,21 @@ struct Sink {
 void few_columns(const Kernels& kernels, const Panel& panel, const Columns& columns,
                  const Sink& sink, int threads) {
   const int n = static_cast<int>(columns.count());
-  std::int32_t excess[kMaxSmall][kBlockRows];
+  std::int32_t center[kMaxSmall];
   const std::int8_t* x[kMaxSmall];
   for (int c = 0; c < n; ++c) {
     x[c] = columns.at(c);
-    std::fill_n(excess[c], kBlockRows, panel.affine.center * kernels.sum(x[c], columns.length));
+    center[c] = panel.affine.center * kernels.sum(x[c], columns.length);
   }
   parallel(threads, panel.blocks(), [&](std::int64_t begin, std::int64_t end) {
-    alignas(64) std::int32_t sums[kMaxSmall * kBlockRows];
+    alignas(64) std::int32_t sums[kMaxSmall * kBlockRows], excess[kBlockRows];
     for (std::int64_t b = begin; b < end; ++b) {
       kernels.small(panel, b, x, n, sums);
-      for (int c = 0; c < n; ++c)
-        sink.write(b, c, 1, sums + c * kBlockRows, panel.affine.factor, excess[c]);
+      for (int c = 0; c < n; ++c) {
+        columns.excess(panel, b, excess);
+        for (std::int32_t& own : excess) own += center[c];
+        sink.write(b, c, 1, sums + c * kBlockRows, panel.affine.factor, excess);
+      }
     }
   });
 }
@@ -153,9 +163,10 @@ struct Block {
       kernels.multiply_groups(panel, at, decoded, excess, column, values);
       return sink.write(at, first, n, values, 1, panel.excess(0, at));
     }
-    alignas(64) std::int32_t sums[kMaxTile * kBlockRows] = {};
+    alignas(64) std::int32_t sums[kMaxTile * kBlockRows] = {}, too_much[kBlockRows];
     kernels.multiply(decoded, panel.max_abs, rows(), runs, column, sums);
-    sink.write(at, first, n, sums, 1, panel.excess(kernels.flip, at));
+    sink.columns.excess(panel, at, too_much);
+    sink.write(at, first, n, sums, 1, too_much);
   }
   void write(std::int64_t first, std::int64_t n, const Runs& runs, const float* weights,
              const std::uint8_t* const* column, const Sink& sink) const {
@@ -215,7 +226,9 @@ std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, con
   const int planes = planes_of(precision);
   const std::int64_t stride = panel.groups() * panel.traits().group();
   const std::int64_t k = panel.inputs(), shared = panel.shared ? panel.shared : k;
-  Columns columns{n, k, stride, shared, panel.span(), planes, kernels.flip, nullptr, {}, {}};
+  const int offset = kernels.flip;
+  Columns columns{n,      k,       stride, shared, panel.span(), planes, kernels.flip,
+                  offset, nullptr, {},     {}};
   columns.scale.assign(n * planes, 1.0f);
   Sink sink{kernels, panel, columns, y, finish, {}};
   sink.units.fill(panel.unit);
@@ -231,7 +244,7 @@ std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, con
     return odd;
   }
   const bool few = columns.count() <= kMaxSmall;
-  if (few) columns.flip = 0;
+  if (few) columns.flip = 0, columns.offset = 0;
   columns.q = reinterpret_cast<std::int8_t*>(scratch.reserve(n * planes * stride));
   columns.of.resize(n);
   quantize_rows(kernels, x, team, columns);
@@ -245,6 +258,31 @@ std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, con
   for (std::int64_t i = 0; i < n; ++i)
     if (!columns.of[i].fits || !panel.scales(columns.of[i].scale)) odd.push_back(i);
   return odd;
+}
+
+void linear(const Kernels& kernels, const Panel& panel, const std::uint8_t* x, ByteScale of,
+            std::int64_t n, float* y, const Finish& finish, int threads) {
+  threads = team_of(threads);
+  if (n == 0) return;
+  thread_local Buffer scratch;
+  const std::int64_t stride = panel.groups() * panel.traits().group(), k = panel.inputs();
+  const bool few = n <= kMaxSmall;  // they are multiplied as signed bytes
+  const std::uint8_t turn = few ? 0x80 : kernels.flip ^ 0x80;
+  Columns columns{n,       k,  stride, k, panel.span(), 1, 0, turn ? of.zero - 128 : of.zero,
+                  nullptr, {}, {}};
+  columns.scale.assign(n, of.scale);
+  columns.q = reinterpret_cast<std::int8_t*>(scratch.reserve(n * stride));
+  for (std::int64_t i = 0; i < n; ++i, x += k) {
+    std::int8_t* q = columns.q + i * stride;
+    for (std::int64_t j = 0; j < k; ++j) q[j] = static_cast<std::int8_t>(x[j] ^ turn);
+    std::memset(q + k, 0, stride - k);
+  }
+  const Sink sink{kernels, panel, columns, y, finish, {}};
+  if (n * panel.rows * k < (few ? kSerial / 2 : kSerial)) threads = 1;
+  if (few)
+    few_columns(kernels, panel, columns, sink, threads);
+  else
+    many_columns(kernels, panel, columns, columns.q, stride, sink, threads);
 }
 
 }  // namespace subbyte

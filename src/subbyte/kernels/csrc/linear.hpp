@@ -17,4 +17,9 @@ std::vector<std::int64_t> linear(const Kernels& kernels, const Panel& panel, con
                                  std::int64_t n, float* y, const Finish& finish,
                                  Precision precision, int threads);
 
+// The same of bytes x [n][panel.inputs()] that have a scale already; not for weights of a row that
+// share scales.
+void linear(const Kernels& kernels, const Panel& panel, const std::uint8_t* x, ByteScale of,
+            std::int64_t n, float* y, const Finish& finish, int threads);
+
 }  // namespace subbyte

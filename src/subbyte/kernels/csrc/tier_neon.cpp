@@ -53,6 +53,20 @@ struct V {
   static Bytes lookup(const std::uint8_t* table, Bytes index) {
     return vqtbl1q_u8(vld1q_u8(table), index);
   }
+  static Sums ints_of_bytes(const std::uint8_t* p) {
+    std::uint32_t four;
+    std::memcpy(&four, p, 4);
+    const uint16x8_t wide = vmovl_u8(vcreate_u8(four));
+    return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide)));
+  }
+  static Sums ints_of_shorts(const std::int16_t* p) { return vmovl_s16(vld1_s16(p)); }
+  static uint16x8_t shorts_of_bytes(const std::uint8_t* p) { return vmovl_u8(vld1_u8(p)); }
+  static void store_low_bytes(std::uint8_t* p, Sums v) {
+    const uint16x4_t wide = vmovn_u32(vreinterpretq_u32_s32(v));
+    const std::uint32_t four =
+        vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(wide, wide))), 0);
+    std::memcpy(p, &four, 4);
+  }
   static Sums zero() { return vdupq_n_s32(0); }
   template <class Floats>
   static Floats fma(Floats a, Floats b, Floats c) {

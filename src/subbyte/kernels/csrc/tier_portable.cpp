@@ -60,6 +60,27 @@ struct V {
   static Bytes lookup(const std::uint8_t* table, Bytes index) {
     return map([&](int i) { return table[index.at[i]]; });
   }
+  static Sums ints_of_bytes(const std::uint8_t* p) {
+    Sums v;
+    for (int i = 0; i < kBytes / 4; ++i) v.at[i] = p[i];
+    return v;
+  }
+  static Sums ints_of_shorts(const std::int16_t* p) {
+    Sums v;
+    for (int i = 0; i < kBytes / 4; ++i) v.at[i] = p[i];
+    return v;
+  }
+  struct Pairs {
+    std::int16_t at[kBytes / 2];
+  };
+  static Pairs shorts_of_bytes(const std::uint8_t* p) {
+    Pairs v;
+    for (int i = 0; i < kBytes / 2; ++i) v.at[i] = p[i];
+    return v;
+  }
+  static void store_low_bytes(std::uint8_t* p, Sums v) {
+    for (int i = 0; i < kBytes / 4; ++i) p[i] = static_cast<std::uint8_t>(v.at[i]);
+  }
   static Sums zero() { return {}; }
   template <class Floats>
   static Floats fma(Floats a, Floats b, Floats c) {
