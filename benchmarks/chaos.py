@@ -3,7 +3,7 @@
 SIGKILL to a training, a save, a quantization, and one worker of two under torchrun, over and over.
 After each kill:
 
-- training: the checkpoint is whole and holds no epoch less than before, the metrics are whole lines;
+- training: the checkpoint is whole and has no epoch less than before, the metrics are whole lines;
   when the run ends at last, its checkpoint has the weights of the unbroken run, to the bit;
 - save: the file is the old or the new one, whole; the next save leaves nothing beside it;
 - quantize: the file is not there or whole; the next one gives the network of the unbroken one;
@@ -146,14 +146,15 @@ def training(found: Found, draw: random.Random, whole: dict[str, Any], seconds: 
         while again:
             resume = (folder / CHECKPOINT).is_file()
             run = lambda r=resume: train(checkpoints.config(folder, EPOCHS), resume=r)  # noqa: E731
-            # later kills come later, so that the run ends some time
+            # some kills would come after the end, so that a run ends some time
             again = found.end("training", killed(run, draw.uniform(0, 1.3 * seconds)))
             try:
                 now = weights(folder)["epoch"] if (folder / CHECKPOINT).is_file() else 0
                 text = (folder / METRICS).read_text() if (folder / METRICS).is_file() else ""
                 lines = [json.loads(line) for line in text.splitlines()]
             except (SubbyteError, ValueError) as error:
-                return found.check(False, f"training: {error}")
+                found.check(False, f"training: {error}")
+                return
             found.check(now >= epoch, f"training: epoch {now} after epoch {epoch}")
             found.check(now - 1 <= len(lines) <= now, f"training: {len(lines)} lines of {now}")
             epoch = now
@@ -286,7 +287,7 @@ def run(minutes: float, draw: random.Random, workers: bool) -> Found:
         end = time.monotonic() + 60 * minutes * (2 / 3 if workers else 1)
         while time.monotonic() < end:
             training(found, draw, *ready["train"])
-            for _ in range(6):
+            for _ in range(12):
                 saving(found, draw, *ready["save"])
             for _ in range(4):
                 work, seconds, whole = ready["quantize"]

@@ -62,7 +62,7 @@ def spoil(content: Any, draw: random.Random) -> None:
     old = parent[key]
     if isinstance(old, torch.Tensor) and draw.random() < 0.7:
         ways = (lambda t: t[..., :-1] if t.ndim else t, lambda t: t.double(), lambda t: t.flatten(),
-                lambda t: t.to(torch.int8), lambda t: t.new_zeros(0), lambda t: t[None])  # fmt: skip
+                lambda t: t.to(torch.int8), lambda t: t.new_zeros(0))  # fmt: skip
         parent[key] = draw.choice(ways)(old).clone()
     elif isinstance(parent, dict | list):
         parent[key] = copy.deepcopy(draw.choice(damage.HOSTILE))

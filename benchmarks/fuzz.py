@@ -1,8 +1,8 @@
 """Damaged files against the readers: python benchmarks/fuzz.py --minutes 5 [--seed 0]
 
 Each case is a file of specimens.py with faults of damage.py, or a checkpoint with faults, given to
-`load`, `size_report` (what `inspect` shows), `storage.read` (what `verify` does) or `train`. A reader
-may refuse the file by a SubbyteError, or take it. A report is: another exception, more than 2 s of
+`load`, `size_report` (what `inspect` shows), `storage.read` (what `verify` does) or `train`. A
+reader may refuse the file by a SubbyteError, or take it. A report is: another exception, more than 2 s of
 processor time, a message of more than 1,000 characters, more memory than `memory_limit`, or a
 crash. The cases run in a child process, so that a crash ends the case and not the run.
 
