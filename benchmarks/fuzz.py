@@ -2,9 +2,9 @@
 
 Each case is a file of specimens.py with faults of damage.py, or a checkpoint with faults, given to
 `load`, `size_report` (what `inspect` shows), `storage.read` (what `verify` does) or `train`. A
-reader may refuse the file by a SubbyteError, or take it. A report is: another exception, more than 2 s of
-processor time, a message of more than 1,000 characters, more memory than `memory_limit`, or a
-crash. The cases run in a child process, so that a crash ends the case and not the run.
+reader may refuse the file by a SubbyteError, or take it. A report is: another exception, more than
+2 s of processor time, a message of more than 1,000 characters, more memory than `memory_limit`, or
+a crash. The cases run in a child process, so that a crash ends the case and not the run.
 
 Appends one line to results/reliability.jsonl. --first N begins at a case, --keep FOLDER writes the
 files of reports. Exit code 1 if there is a report.
@@ -51,6 +51,16 @@ READERS: dict[str, Callable[[Path], object]] = {
     "load": load,
     "size_report": size_report,
 }
+
+
+def warm(files: dict[str, bytes]) -> None:
+    """Every reader takes every file while it is whole; modules that it needs are imported now."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "net.safetensors"
+        for data in files.values():
+            path.write_bytes(data)
+            for reader in READERS.values():
+                reader(path)
 
 
 class TooLong(BaseException):
@@ -102,7 +112,7 @@ def resident(key: str) -> int:
 
 def work(first: int, seed: int, files: dict[str, bytes], end: float, out: int) -> None:
     """Cases from `first` until the time is over; a line of JSON before and after each."""
-    signal.signal(signal.SIGPROF, _alarm)
+    signal.signal(signal.SIGPROF, alarm)
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESSES, _ADDRESSES))
     readers = {**READERS, "train": checkpoints.resumed}
     with tempfile.TemporaryDirectory() as folder, os.fdopen(out, "w") as pipe:
@@ -117,7 +127,7 @@ def work(first: int, seed: int, files: dict[str, bytes], end: float, out: int) -
             number += 1
 
 
-def _alarm(*_: Any) -> None:
+def alarm(*_: Any) -> None:
     raise TooLong
 
 
@@ -183,7 +193,9 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, metavar="FOLDER")
     options = parser.parse_args()
     started = time.monotonic()
-    files = specimens.files() | {"checkpoint": checkpoints.made()}
+    files = specimens.files()
+    warm(files)
+    files["checkpoint"] = checkpoints.made()
     found = run(options.seed, options.first, started + 60 * options.minutes, files)
     for report in found["reports"] if options.keep else ():
         options.keep.mkdir(parents=True, exist_ok=True)
