@@ -30,6 +30,7 @@ MAX_SIZE = 2**31  # of a constructor's argument
 @dataclass(frozen=True, slots=True)
 class LayerKind:
     """settings: constructor arguments that a program keeps. takes: a call's arguments in order.
+    dims: of a convolution's window.
 
     shape: an uninitialised result of the right shape, type and layout, for tracing.
     """
@@ -38,6 +39,7 @@ class LayerKind:
     settings: tuple[str, ...]
     takes: tuple[str, ...]
     shape: Callable[..., Any]
+    dims: int = 0
 
 
 def _conv_shape(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -84,17 +86,17 @@ _SIDE = ("x", "plus")  # what a fused layer adds comes beside
 
 LAYERS: dict[str, LayerKind] = {
     "Linear": LayerKind(nn.Linear, ("in_features", "out_features", "bias"), _SIDE, _linear_shape),
-    "Conv1d": LayerKind(nn.Conv1d, _CONV, ("x",), _conv_shape(F.conv1d)),
-    "Conv2d": LayerKind(nn.Conv2d, _CONV, _SIDE, _conv_shape(F.conv2d)),
-    "Conv3d": LayerKind(nn.Conv3d, _CONV, ("x",), _conv_shape(F.conv3d)),
+    "Conv1d": LayerKind(nn.Conv1d, _CONV, ("x",), _conv_shape(F.conv1d), 1),
+    "Conv2d": LayerKind(nn.Conv2d, _CONV, _SIDE, _conv_shape(F.conv2d), 2),
+    "Conv3d": LayerKind(nn.Conv3d, _CONV, ("x",), _conv_shape(F.conv3d), 3),
     "ConvTranspose1d": LayerKind(
-        nn.ConvTranspose1d, _TRANSPOSED, ("x",), _transposed_shape(F.conv_transpose1d)
+        nn.ConvTranspose1d, _TRANSPOSED, ("x",), _transposed_shape(F.conv_transpose1d), 1
     ),
     "ConvTranspose2d": LayerKind(
-        nn.ConvTranspose2d, _TRANSPOSED, ("x",), _transposed_shape(F.conv_transpose2d)
+        nn.ConvTranspose2d, _TRANSPOSED, ("x",), _transposed_shape(F.conv_transpose2d), 2
     ),
     "ConvTranspose3d": LayerKind(
-        nn.ConvTranspose3d, _TRANSPOSED, ("x",), _transposed_shape(F.conv_transpose3d)
+        nn.ConvTranspose3d, _TRANSPOSED, ("x",), _transposed_shape(F.conv_transpose3d), 3
     ),
     "Embedding": LayerKind(
         nn.Embedding, ("num_embeddings", "embedding_dim", "padding_idx"), ("x",), _embedding_shape
@@ -154,12 +156,12 @@ def build_layer(name: str, settings: Mapping[str, Any]) -> nn.Module:
     kind = LAYERS[settings["type"]]
     given = {key: settings.get(key) for key in kind.settings}
     for key, value in given.items():
-        _check_setting(name, key, value)
+        _check_setting(name, key, value, kind.dims)
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     try:
         with torch.device("meta"):
             return kind.module(**arguments)  # type: ignore[no-any-return]
-    except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise SubbyteError(f"layer {name!r:.99} of the program cannot be: {first[:200]}") from None
 
@@ -167,11 +169,13 @@ def build_layer(name: str, settings: Mapping[str, Any]) -> nn.Module:
 _FLAGS = ("bias", "affine", "track_running_stats", "add_bias_kv", "add_zero_attn", "batch_first")
 _REALS = ("eps", "momentum", "dropout")
 _MAYBE = ("padding_idx", "momentum", "kdim", "vdim")  # None is a value
+_WINDOW = ("kernel_size", "stride", "padding", "output_padding", "dilation")  # one a dimension
 _MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-def _check_setting(name: str, key: str, value: Any) -> None:
-    values = value if isinstance(value, list) and 0 < len(value) <= 3 else [value]
+def _check_setting(name: str, key: str, value: Any, dims: int) -> None:
+    window = key in _WINDOW and isinstance(value, list) and len(value) == dims
+    values = value if window else [value]
     if key == "padding_mode":
         good = value in _MODES
     elif key in _FLAGS:

@@ -111,5 +111,5 @@ def restore(net: nn.Module, names: tuple[str, ...]) -> None:
         if not isinstance(norm, BATCHNORMS):
             raise SubbyteError(f"the network has no BatchNorm '{name}'")
         parent, _, own = name.rpartition(".")
-        empty = torch.zeros(norm.num_features)
+        empty = torch.empty(norm.num_features, device="meta")
         setattr(modules[parent], own, Affine(empty, empty.clone()).train(norm.training))

@@ -28,6 +28,8 @@ except ImportError:  # a source tree without a compiler: the torch path does eve
 
 _LOW = 0xFFFFFFFF
 _ZSTD_LEVEL = 19
+MAX_GROWTH = 100  # of compressed codes: a small file must not take all memory
+_FREE_BYTES = 2**16  # what any layer may hold
 _AT_ONCE = 2**18  # words that are looked at in one go
 
 
@@ -170,13 +172,23 @@ def compress(codes: Tensor, n_levels: int) -> Tensor:
     return torch.frombuffer(bytearray(frame), dtype=torch.uint8)
 
 
+def may_grow(stored: int, size: int) -> bool:
+    """Whether a reader takes a frame of `stored` bytes that holds `size` bytes of codes."""
+    return size <= max(_FREE_BYTES, MAX_GROWTH * stored)
+
+
+def byte_count(count: int, n_levels: int) -> int:
+    """Bytes that `compress` makes of `count` codes before zstd."""
+    return -(-count // digits_per(n_levels, 8))
+
+
 def decompress(frame: Tensor, n_levels: int, count: int) -> Tensor:
     """Codes, uint8 [count], of a frame made by `compress`; never allocates more than they take.
 
     Raises SubbyteError if the frame is damaged, of another size, or holds a code above the grid.
     """
     digits = digits_per(n_levels, 8)
-    size = -(-count // digits)
+    size = byte_count(count, n_levels)
     data = _inflate(frame.numpy().tobytes(), size)
     value = torch.frombuffer(bytearray(data), dtype=torch.uint8) if size else frame.new_empty(0)
     if size and int(value.max()) >= n_levels**digits:
@@ -197,6 +209,11 @@ def _inflate(frame: bytes, size: int) -> bytes:
         stated = zstandard.frame_content_size(frame)
         if stated != size:
             raise SubbyteError(f"the compressed codes hold {stated} bytes, {size} are needed")
+        if not may_grow(len(frame), size):
+            raise SubbyteError(
+                f"{len(frame)} bytes of compressed codes say that they hold {size}; more than "
+                f"{MAX_GROWTH} times as many is no layer"
+            )
         return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     except (zstandard.ZstdError, MemoryError) as error:
         raise SubbyteError(f"the compressed codes are damaged ({error})") from None

@@ -15,7 +15,7 @@ from subbyte.core.functional import entropy, level_shares
 from subbyte.core.grids import Grid
 from subbyte.core.sites import join
 from subbyte.core.tensors import QuantizedLayer
-from subbyte.errors import SubbyteError
+from subbyte.errors import SubbyteError, of_file
 from subbyte.kernels.panels import panel_of
 from subbyte.modules import PackedConv2d, PackedLinear, PackedMultiheadAttention, PackedWeight
 from subbyte.packing import radix
@@ -298,7 +298,7 @@ def size_report(path: str | Path) -> SizeReport:
     try:
         layers = artifact.layers()
     except SubbyteError as error:
-        raise SubbyteError(f"{path}: {error}") from None
+        raise of_file(path, error) from None
     net = _network(artifact)
     panels = {} if net is None else _panels(net)
     sizes = tuple(

@@ -139,7 +139,7 @@ def parse(
         digests = tuple(str(value) for value in manifest.get("sha256", ()))
     except SubbyteError:
         raise
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise SubbyteError(f"the manifest is malformed ({error!r})") from None
     _check_names(entries, state, tensors)
     _check_ties(ties, state)
@@ -182,7 +182,7 @@ def _manifest(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _entry(value: Mapping[str, Any], grids: list[Grid]) -> LayerEntry:
     shape = tuple(value["shape"])
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape)
+    whole = all(type(n) is int and 0 <= n <= MAX_WEIGHTS for n in shape)
     if not whole or math.prod(shape) > MAX_WEIGHTS:
         raise SubbyteError(f"the manifest has a shape {str(value['shape'])[:80]}")
     if value["encoding"] not in (WORDS, ZSTD):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from subbyte.errors import SubbyteError
+from subbyte.errors import SubbyteError, of_file
 from subbyte.kernels import Precision
 from subbyte.storage.reader import assemble, read
 from subbyte.storage.writer import save
@@ -120,7 +120,7 @@ def load_pretrained(
     try:
         net = assemble(artifact, like, precision=precision)
     except SubbyteError as error:
-        raise SubbyteError(f"{folder / PACKED}: {error}") from None
+        raise of_file(folder / PACKED, error) from None
     if (folder / "generation_config.json").is_file():
         made = _asked(folder, library.GenerationConfig.from_pretrained, str(folder))
         vars(net)["generation_config"] = made

@@ -16,7 +16,7 @@ from subbyte.core.as_linear import with_linears
 from subbyte.core.quantized import Quantized
 from subbyte.core.ready import copied
 from subbyte.core.sites import sites
-from subbyte.errors import SubbyteError
+from subbyte.errors import SubbyteError, of_file
 from subbyte.graph.network import place_unread, skeleton, take_activations
 from subbyte.graph.trace import CONSTANTS
 from subbyte.kernels import Precision
@@ -49,7 +49,7 @@ def load(
     try:
         return assemble(artifact, model, precision=precision)
     except SubbyteError as error:
-        raise SubbyteError(f"{path}: {error}") from None
+        raise of_file(path, error) from None
 
 
 def assemble(
@@ -89,7 +89,7 @@ def read(path: str | Path, *, verify: bool = True) -> Artifact:
         tensors |= _mapped(path, [name for name in tensors if name.rpartition(".")[2] == "codes"])
     except (SafetensorError, OSError) as error:
         raise SubbyteError(
-            f"{path}: not a whole safetensors file ({error}); it is damaged or was cut off: "
+            f"{path}: not a whole safetensors file ({error!s:.200}); it is damaged or was cut off: "
             "make or fetch it again"
         ) from None
     try:
@@ -99,7 +99,7 @@ def read(path: str | Path, *, verify: bool = True) -> Artifact:
             check_tensors(tensors, found.names, found.digests)
         return found
     except SubbyteError as error:
-        raise SubbyteError(f"{path}: {error}") from None
+        raise of_file(path, error) from None
 
 
 def _mapped(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
@@ -132,13 +132,14 @@ def _skeleton(artifact: Artifact, model: nn.Module | None) -> nn.Module:
         )
     try:
         name, arguments = artifact.network["name"], dict(artifact.network["arguments"])
-        with torch.device("meta"):  # no memory before it is known to be the file's network
-            _check_entries(artifact.entries, build(name, **arguments))
-        return build(name, **arguments)
+        with torch.device("meta"):  # without memory: the file fills it
+            like = build(name, **arguments)
     except SubbyteError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise SubbyteError(f"the manifest's network is malformed ({str(error)[:200]!r})") from None
+    _check_entries(artifact.entries, like)
+    return like
 
 
 def _sharing(like: nn.Module, shared: Mapping[str, str]) -> nn.Module:

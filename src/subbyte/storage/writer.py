@@ -198,8 +198,10 @@ def _encode(weight: PackedWeight, compress: bool) -> tuple[Tensor, str]:
     """Codes as they go to disk, and the name of their encoding."""
     words = weight.words.cpu()
     if compress:
-        frame = radix.compress(weight.codes().cpu(), weight.grid.n_levels)
-        if frame.numel() < words.numel():
+        levels = weight.grid.n_levels
+        frame = radix.compress(weight.codes().cpu(), levels)
+        size = radix.byte_count(weight.n_weights, levels)
+        if frame.numel() < words.numel() and radix.may_grow(frame.numel(), size):
             return frame, ZSTD
     return words, WORDS
 

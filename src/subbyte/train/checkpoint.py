@@ -18,6 +18,9 @@ from subbyte.train.watch import Histograms
 
 _VERSION = 3
 _MARK = b"subbyte-sha256:"  # behind what torch.save wrote, with the checksum of that
+_KINDS = {"model": (dict,), "ema": (dict, type(None)), "optimizer": (dict,), "epoch": (int,),
+          "history": (list,), "histograms": (list,), "fingerprint": (dict,), "threads": (int,),
+          "processes": (int,)}  # fmt: skip
 _FREE_KEYS = (  # they may differ at resume
     "out", "compress", "batchnorm", "train.epochs", "train.threads", "train.strategy",
     "data.unreadable",
@@ -118,7 +121,7 @@ def load_checkpoint(path: Path, config: RunConfig) -> Checkpoint:
         checkpoint = Checkpoint(**content)
     except (KeyError, TypeError) as error:
         raise SubbyteError(
-            f"{path}: not a checkpoint of this loop ({error}); delete it and start again"
+            f"{path}: not a checkpoint of this loop ({error!s:.200}); delete it and start again"
         ) from None
     _check_same_run(checkpoint, config, path)
     return checkpoint
@@ -145,9 +148,32 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     version = content.pop("version", None) if isinstance(content, dict) else None
     if version != _VERSION:
         raise SubbyteError(
-            f"{path}: checkpoint version {version!r}, expected {_VERSION}; delete it, start again"
+            f"{path}: checkpoint version {version!r:.50}, expected {_VERSION}; delete it, start "
+            "again"
         )
+    _check_kinds(content, path)
     return content
+
+
+def _check_kinds(content: Mapping[str, Any], path: Path) -> None:
+    for name, kinds in _KINDS.items():
+        found = content.get(name, 1 if name == "processes" else ...)  # older ones do not say it
+        if type(found) not in kinds:
+            raise SubbyteError(
+                f"{path}: not a checkpoint of this loop ('{name}' is of type "
+                f"{type(found).__name__}); delete it and start again"
+            )
+    numbers = [
+        x for record in content["history"] if isinstance(record, dict) for x in record.values()
+    ]
+    counts = [x for own in content["histograms"] if isinstance(own, dict) for x in own.values()]
+    if not all(isinstance(x, int | float | None) for x in numbers) or not all(
+        isinstance(x, list) and all(type(n) is int for n in x) for x in counts
+    ):
+        raise SubbyteError(
+            f"{path}: not a checkpoint of this loop (its history holds other things than numbers); "
+            "delete it and start again"
+        )
 
 
 def _check_same_run(checkpoint: Checkpoint, config: RunConfig, path: Path) -> None:
@@ -156,7 +182,7 @@ def _check_same_run(checkpoint: Checkpoint, config: RunConfig, path: Path) -> No
     for key in [*now, *then]:
         if then.get(key, unset) != now.get(key, unset):
             raise SubbyteError(
-                f"{path}: was made with {key} = {then.get(key, 'nothing')}, "
+                f"{path}: was made with {key!s:.100} = {then.get(key, 'nothing')!s:.200}, "
                 f"the configuration says {now.get(key, 'nothing')}; "
                 "restore the value, or choose another 'out' and start again"
             )

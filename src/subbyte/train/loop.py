@@ -132,7 +132,7 @@ def _train(
             progress.note("this CPU has no bf16 instructions: float32 will be much faster here")
         state = start(setup.model, config.train, setup.teacher, group)
         if checkpoint is not None:
-            _restore(state, checkpoint)
+            _restore(state, checkpoint, config.out / CHECKPOINT)
             _write_metrics(state, config)  # a kill may have come between checkpoint and metrics
             _note_other_sums(checkpoint, group, progress)
         elif group.leads:  # a restart must not take an older run's checkpoint for this one's
@@ -170,11 +170,17 @@ def _note_other_sums(checkpoint: Checkpoint, group: Group, progress: Progress) -
             progress.note(_OTHER_SUMS.format(f"{then} {name}", now))
 
 
-def _restore(state: State, checkpoint: Checkpoint) -> None:
-    load_whole(state.model, checkpoint.model)
-    load_optimizer(state.optimizer, checkpoint.optimizer)
-    if state.ema is not None and checkpoint.ema is not None:
-        load_whole(state.ema, checkpoint.ema)
+def _restore(state: State, checkpoint: Checkpoint, path: Path) -> None:
+    try:
+        load_whole(state.model, checkpoint.model)
+        load_optimizer(state.optimizer, checkpoint.optimizer)
+        if state.ema is not None and checkpoint.ema is not None:
+            load_whole(state.ema, checkpoint.ema)
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise SubbyteError(
+            f"{path}: what it holds does not fit this network ({' '.join(str(error).split())[:300]}"
+            "); delete it and start again"
+        ) from None
     state.epoch, state.history = checkpoint.epoch, checkpoint.history
     state.histograms = checkpoint.histograms
 

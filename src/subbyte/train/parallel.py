@@ -72,6 +72,10 @@ def load_whole(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """In place: the state of an optimizer of whole parameters into one that may have shards."""
     own = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, values in state["state"].items():
+        for name, x in values.items():
+            if isinstance(x, Tensor) and x.ndim and x.shape != own[i].shape:
+                raise ValueError(f"the optimizer's '{name}' has shape {tuple(x.shape)}")
     parts = {
         i: {name: _like(own[i], x) for name, x in values.items()}
         for i, values in state["state"].items()
