@@ -51,14 +51,17 @@ case "$1" in
     done
     mkdir -p "$out/objects"
     objects=""
+    stale=""
     for file in $runtime; do  # one by one: what has not changed is not compiled again
       object="$out/objects/$(echo "$file" | tr / _).o"
       objects="$objects $object"
       [ "$object" -nt "$file" ] && [ -z "$(find native "$core" -name '*.[hi]*' -newer "$object")" ] &&
         continue
-      ${CXX:-g++} $flags -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
-        -Inative/include -Inative/runtime -c "$file" -o "$object"
+      stale="$stale -c $file -o $object"
     done
+    # shellcheck disable=SC2086
+    echo $stale | xargs -r -n 4 -P "$(getconf _NPROCESSORS_ONLN)" ${CXX:-g++} $flags -O1 -g \
+      -fsanitize=address,undefined -fno-sanitize-recover=all -Inative/include -Inative/runtime
     ${CXX:-g++} -fsanitize=address,undefined $objects -o "$out/fuzz" -ldl -lpthread
     root=$PWD
     cd "$out"
