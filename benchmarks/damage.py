@@ -35,8 +35,8 @@ HOSTILE: tuple[Any, ...] = (
     -(2**63) - 1, 10**400, 0.5, -0.0, 1e-320, 1e308, float("inf"), float("nan"), "", "x", "0",
     "self", "a.b", "..", "\x00", "\u2028", "x" * 50_000, "a." * 300, "class", "__class__",
     "forward", "training", "Linear", "float32", "relu", [], [1], [2**40, 2**40], [0, 2**64],
-    ["x"] * 3000, [10**400] * 50, nested(60), nested(250), _DEEP, {}, {"value": "x"}, {"state": "x"},
-    {"value": "n1"}, {"map": {"a": {"value": "x"}}}, {"x" * 9999: 1},
+    ["x"] * 3000, [10**400] * 50, nested(60), nested(250), _DEEP, {}, {"value": "x"},
+    {"state": "x"}, {"value": "n1"}, {"map": {"a": {"value": "x"}}}, {"x" * 9999: 1},
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Damaged files: a reader says what is wrong in one short line, soon, and takes no memory for it."""
+"""Damaged files: a reader says what is wrong in one short line, soon, without memory for it."""
 
 import dataclasses
 import io

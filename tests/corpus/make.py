@@ -11,8 +11,8 @@ import zstandard
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 
-import damage
-import specimens
+import damage  # noqa: E402
+import specimens  # noqa: E402
 
 
 def distance(parts):  # ended in an OverflowError
