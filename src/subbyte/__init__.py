@@ -39,7 +39,7 @@ from subbyte.methods import (
     prepare,
 )
 from subbyte.modules import pack
-from subbyte.ptq import CoRa, PublishedCoRa, quantize
+from subbyte.ptq import CoRa, PublishedCoRa, quantize, quantize_folder
 from subbyte.storage import load, save
 from subbyte.tasks import Task, evaluate
 
@@ -78,6 +78,7 @@ __all__ = [
     "penalty",
     "prepare",
     "quantize",
+    "quantize_folder",
     "save",
     "uniform",
 ]

@@ -55,7 +55,7 @@ def quantize(
     window: o.Window = WINDOW,
     samples: o.Samples = None,
     seed: o.Seed = 0,
-    tune: o.Tune = 250,
+    tune: o.Tune = None,
     adapter_bits: o.AdapterBits = 8,
     plan: o.PlanFile = None,
     save_plan: o.SavePlan = None,
@@ -63,18 +63,33 @@ def quantize(
     score: o.Score = "test",
     size: o.Size = None,
     compress: o.Compress = False,
+    by_block: o.ByBlock = False,
     json_: o.Json = False,
 ) -> None:
     """Quantize a trained network with some examples and no labels; leaves a packed file."""
+    if by_block and tune:
+        raise SubbyteError(f"--tune {tune} needs the whole network; leave it out with --by-block")
+    tune = 0 if by_block else tune
     chosen = method_of(method, bits, levels, (target_bits, group), tune, adapter_bits)
     if is_folder(model):
         check_plain_folder({"--weights": weights, "--size": size, "--compress": compress or None})
         folder = FolderRequest(
-            Path(model), task or "", Path(calibrate), out, window, samples, seed, plan, save_plan
+            Path(model),
+            task or "",
+            Path(calibrate),
+            out,
+            window,
+            samples,
+            seed,
+            plan,
+            save_plan,
+            by_block,
         )
         made = convert_folder(folder, chosen, console_progress(quiet=json_))
         show(made, folder_table, json_)
         return
+    if by_block:
+        raise SubbyteError(f"--by-block goes with a folder of transformers, and {model} is none")
     if task is not None:
         raise SubbyteError(NO_FOLDER.format(model))
     request = Request(
@@ -191,7 +206,7 @@ def method_of(
     bits: int | None,
     levels: int | None,
     budget: tuple[float | None, int | None],
-    tune: int,
+    tune: int | None,
     adapter_bits: int,
 ) -> CoRa | PublishedCoRa:
     """The method of a name, with the options that it takes. budget: target bits and group size.
@@ -200,7 +215,8 @@ def method_of(
     """
     target_bits, group = budget
     if name == "cora":
-        return CoRa(levels, bits, target_bits, tune=tune, adapter_bits=adapter_bits, group=group)
+        made = CoRa(levels, bits, target_bits, adapter_bits=adapter_bits, group=group)
+        return made if tune is None else replace(made, tune=tune)
     if name in ("gptq", "rtn"):
         if target_bits is not None:
             raise SubbyteError(f"--target-bits goes with --method cora; {name} has no adapters")

@@ -1,0 +1,316 @@
+"""Post-training quantization of a folder whose float weights do not fit in memory.
+
+    done = sb.quantize_folder("folder", sb.CoRa(bits=4), calibration=batches, task="language")
+    subbyte.storage.save_pretrained(sb.pack(done), "folder", "out")
+
+The network is a chain of blocks. Each in turn gets its weights, is quantized by `quantize` as a
+network of its own, for what the packed blocks before it hand on, and is freed. In memory are the
+hidden states of the calibration, and one block with what `quantize` needs for it; packed weights go
+to a temporary file. What lies before the blocks is rounded first, without statistics, and a head
+last, with the statistics of what reaches it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subbyte.core.account import note_on_size, notes_on_float
+from subbyte.core.as_linear import linears_in_place, with_linears
+from subbyte.core.plan import Plan, PlannedLayer
+from subbyte.core.quantized import Evidence, Quantized
+from subbyte.core.ready import check_weight, copied
+from subbyte.core.recipe import Recipe, as_recipe
+from subbyte.core.sites import Site, join, sites
+from subbyte.core.spool import Spool
+from subbyte.core.tensors import QuantizedLayer
+from subbyte.errors import SubbyteError
+from subbyte.modules import pack
+from subbyte.packing.stored import stored
+from subbyte.ptq.calibration import gathered
+from subbyte.ptq.cora import CoRa
+from subbyte.ptq.entrance import checked_task, set_cache
+from subbyte.ptq.evidence.statistics import Statistics, input_statistics
+from subbyte.ptq.judge import Judge, judging, teaching
+from subbyte.ptq.listen import Listener, Notes
+from subbyte.ptq.measuring import known_layer, note_unmeasured
+from subbyte.ptq.on_demand import OnDemand, put_value
+from subbyte.ptq.one_block import (
+    BLOCK,
+    Block,
+    HiddenStates,
+    batches_of,
+    common_call,
+    outside,
+    plan_of,
+    recipe_of,
+)
+from subbyte.ptq.planning import as_solved, chosen_plan, solver_of
+from subbyte.ptq.published import PublishedCoRa
+from subbyte.ptq.quantize import far_warning, quantize
+from subbyte.ptq.run import Run, check_methods
+from subbyte.ptq.steps.chain import BlockCall, Chain, blocks_of
+from subbyte.storage.pretrained import empty_model
+from subbyte.storage.shards import open_shards
+from subbyte.tasks import Task
+from subbyte.tasks.batches import Batch, Examples, in_batches, one_batch
+
+_BATCH = 64
+
+
+def quantize_folder(
+    folder: str | Path,
+    method: CoRa | PublishedCoRa | Recipe,
+    *,
+    calibration: Iterable[Any],
+    task: Task | str,
+    plan: Plan | None = None,
+    seed: int = 0,
+    listener: Listener | None = None,
+) -> Quantized:
+    """Quantize a folder of `transformers` block by block; the float network is never in memory.
+
+    Parameters as of `quantize`; the calibration's examples are all of one length, without padding.
+    A budget (`target_bits`) is met in each block by itself; there is no tuning. Seven parameters:
+    each is a user's choice of its own. The result's network has no values of the weights that were
+    quantized; `pack` does not need them. Raises SubbyteError, before the long work, for weights
+    that are missing, a network that is no chain of blocks, and what `quantize` refuses.
+    """
+    notes, started = Notes(listener), time.perf_counter()
+    with torch.inference_mode(False):
+        work = _started(folder, as_recipe(method), (calibration, task), plan, notes)
+        done = _by_block(work, seed)
+    packed = pack(done)
+    set_cache(packed, False)
+    with work.weights.on_demand(work.blocks), work.teacher.behind(work.weights.model):
+        verdict = work.judge.verdict(packed)
+    for note in (*note_on_size(done.parameters), *far_warning(work.task, verdict)):
+        notes.add(note)
+    seconds = time.perf_counter() - started
+    evidence = Evidence(
+        work.solved_plan(), seconds, 0, work.task.name, verdict.distance, verdict.agreement
+    )
+    return replace(done, notes=tuple(notes.taken), evidence=evidence)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Work:
+    """What is known before the first block, and what has been found since.
+
+    weights: the float network. blocks: paths of its blocks. before: modules that it runs before
+    them. plan: which layers are quantized, by which method. judge, teacher: of the examples held
+    out, and where the float network stands with them. result: the network without its quantized
+    weights. layers, planned: by layer, as they are solved.
+    """
+
+    weights: OnDemand
+    blocks: tuple[str, ...]
+    before: frozenset[str]
+    plan: Plan
+    examples: Examples
+    task: Task
+    judge: Judge
+    teacher: Chain
+    result: nn.Module
+    notes: Notes
+    layers: dict[str, QuantizedLayer] = field(default_factory=dict)
+    planned: dict[str, PlannedLayer] = field(default_factory=dict)
+    spool: Spool = field(default_factory=Spool)
+
+    def take(self, layers: Mapping[str, QuantizedLayer], plan: Plan, path: str | None) -> None:
+        """Solved layers, with the plan that they follow; path: of the block that names them."""
+        for name, layer in layers.items():
+            full = name if path is None else outside(name, path)
+            weight = stored(layer.weight, self.spool.on_disk)
+            self.layers[full] = replace(layer, weight=weight)
+            own = next(x for x in plan.layers if x.name == name)
+            self.planned[full] = replace(own, name=full)
+
+    def solved_plan(self) -> Plan:
+        own = (self.planned.get(x.name, replace(x, method=None)) for x in self.plan.layers)
+        return as_solved(replace(self.plan, layers=tuple(own)), self.layers)
+
+    def in_block(self, name: str) -> bool:
+        return name.startswith(tuple(f"{path}." for path in self.blocks))
+
+
+def _started(
+    folder: str | Path,
+    recipe: Recipe,
+    given_for: tuple[Iterable[Any], Task | str],
+    plan: Plan | None,
+    notes: Notes,
+) -> _Work:
+    """Everything that can be refused is refused here. given_for: calibration batches and task."""
+    recipe = _untuned(recipe, notes)
+    model = empty_model(folder)
+    weights = OnDemand(model, open_shards(folder, model))
+    base = recipe.plan(linears_in_place(copied(model)), shared=True)
+    base = base if plan is None else base.following(plan)
+    result = with_linears(copied(model), {x.name for x in base.quantized})
+    set_cache(model, False)
+    given = gathered(given_for[0], model)
+    with weights.on_demand():
+        task, _ = checked_task(model, given.examples, given_for[1])
+        blocks = blocks_of(model, one_batch(given.examples[:2]))
+    _check_chain(model, blocks)
+    weights.used.clear()
+    judge = Judge(model, judging(given.examples), task)
+    with weights.on_demand(blocks):
+        teacher = Chain(model, blocks, judge.batches)
+    for note in (*given.notes, *notes_on_float(base.float_parameters)):
+        notes.add(note)
+    return _Work(
+        weights, blocks, frozenset(weights.used), base, given.examples, task, judge, teacher,
+        result, notes,
+    )  # fmt: skip
+
+
+def _untuned(recipe: Recipe, notes: Notes) -> Recipe:
+    """The recipe without tuning, which needs the whole network."""
+    check_methods(recipe)
+    methods = [rule.method for rule in recipe.rules if rule.method is not None]
+    other = next((m for m in methods if not isinstance(m, CoRa)), None)
+    if other is not None:
+        raise SubbyteError(f"{other!r} needs the whole network; by block, give CoRa(bits=3), or so")
+    if any(m.tune for m in methods):
+        notes.add("not tuned: tuning needs the whole network")
+    rules = (r if r.method is None else replace(r, method=replace(r.method, tune=0))
+             for r in recipe.rules)  # fmt: skip
+    return Recipe(tuple(rules))
+
+
+def _check_chain(model: nn.Module, blocks: Sequence[str]) -> None:
+    """Raises SubbyteError for a network that cannot be taken apart into blocks."""
+    kind = type(model).__name__
+    if not blocks:
+        raise SubbyteError(
+            f"{kind} is no chain of blocks, each of which takes what the one before it returns and "
+            "is given the same besides; it has to be quantized as a whole"
+        )
+    owners: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = next((path for path in blocks if name.startswith(f"{path}.")), "")
+        owners.setdefault(id(parameter), set()).add(owner)
+        if len(owners[id(parameter)]) > 1:
+            raise SubbyteError(
+                f"blocks of {kind} share '{name}' with one another or with the rest; it has to be "
+                "quantized as a whole"
+            )
+
+
+# ---------------------------------------------------------------- in the order of the network
+
+
+def _by_block(work: _Work, seed: int) -> Quantized:
+    rest = _layers_outside(work)
+    for site in rest:
+        if site.owner in work.before:
+            _solve_outside(work, site, {})
+    _keep_outside(work)
+    partly = pack(Quantized(work.result, work.layers), precision="float32")
+    set_cache(partly, False)
+    batches = in_batches(teaching(work.examples), _BATCH)
+    student = Chain(partly, work.blocks, batches)
+    own = common_call(student)
+    for i, path in enumerate(work.blocks):
+        _solve_block(work, i, student, own, seed)
+        work.notes.progress("blocks", i + 1, len(work.blocks))
+        work.notes.tell(f"{path} is packed")
+    for site in rest:
+        if site.owner not in work.before:
+            _solve_outside(work, site, _seen(work, site, student, batches))
+    return Quantized(work.result, work.layers)
+
+
+def _layers_outside(work: _Work) -> list[Site]:
+    """Layers that are quantized and in no block."""
+    names = {x.name for x in work.plan.quantized if not work.in_block(x.name)}
+    found = [site for site in sites(work.weights.model) if site.name in names]
+    other = names - {site.name for site in found}
+    if other:
+        raise SubbyteError(
+            f"'{min(other)}' lies outside of the blocks and is no plain layer; add a rule that "
+            "keeps it float"
+        )
+    return found
+
+
+def _solve_outside(work: _Work, site: Site, statistics: Mapping[str, Statistics]) -> None:
+    planned = next(x for x in work.plan.layers if x.name == site.name)
+    model = work.weights.model
+    with work.weights.filled(site.owner, recurse=False) as owner:
+        check_weight(owner.get_parameter(site.parameter), site.name)
+        run = Run(
+            model, replace(work.plan, layers=(planned,)), {site.name: site}, work.examples, None,
+            work.task, work.judge, work.notes,
+        )  # fmt: skip
+        note_unmeasured(run, statistics)
+        known = known_layer(run, site, statistics.get(site.name), {})
+        chosen = chosen_plan(run, [known])
+        work.take({site.name: solver_of(run, chosen)(known)}, chosen, None)
+
+
+def _seen(
+    work: _Work, site: Site, student: Chain, batches: Sequence[Batch]
+) -> dict[str, Statistics]:
+    """Statistics of a layer behind the blocks, on what the packed ones hand on."""
+    model = work.weights.model
+    with work.weights.on_demand(work.blocks), student.behind(model):
+        return input_statistics(model, [site], batches, task=work.task)
+
+
+def _keep_outside(work: _Work) -> None:
+    """What stays float outside of the blocks gets its values; what is shared stays shared."""
+    model = work.weights.model
+    names = {x.name for x in work.plan.quantized}
+    chosen = [site for site in sites(model) if site.name in names]
+    weights = {id(model.get_submodule(x.owner).get_parameter(x.parameter)) for x in chosen}
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if work.in_block(name) or id(parameter) in weights:
+            continue
+        if id(parameter) not in made:
+            value = work.spool.on_disk(work.weights.value(parameter))
+            made[id(parameter)] = nn.Parameter(value, requires_grad=False)
+        put_value(work.result, name, made[id(parameter)])
+
+
+def _solve_block(work: _Work, i: int, student: Chain, own: BlockCall, seed: int) -> None:
+    path = work.blocks[i]
+    chosen = [x for x in work.plan.quantized if x.name.startswith(f"{path}.")]
+    with work.weights.filled(path) as block:
+        work.teacher.pass_block(i)
+        if not chosen:
+            student.pass_through(block)
+            _keep(work, path, block.state_dict())
+            return
+        done = quantize(
+            Block(block, own), recipe_of(chosen, path), calibration=batches_of(student.hidden),
+            task=HiddenStates(), plan=plan_of(chosen, path), seed=seed,
+        )  # fmt: skip
+    assert done.plan is not None
+    work.take(done.layers, done.plan, path)
+    _keep(work, path, _state_of_block(done))
+    for note in done.notes:
+        work.notes.add(f"{path}: {note}")
+    student.pass_through(pack(done, precision="float32").get_submodule(BLOCK))
+
+
+def _state_of_block(done: Quantized) -> dict[str, Tensor]:
+    """What is no quantized weight, by its name in the block."""
+    quantized = {join(x.owner, x.parameter) for x in sites(done.model) if x.name in done.layers}
+    state = done.model.state_dict()
+    return {n.removeprefix(f"{BLOCK}."): v for n, v in state.items() if n not in quantized}
+
+
+def _keep(work: _Work, path: str, state: Mapping[str, Tensor]) -> None:
+    """Float values of a block go to the result."""
+    for name, value in state.items():
+        put_value(work.result, join(path, name), work.spool.on_disk(value))
