@@ -14,52 +14,45 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from subbyte.core.account import note_on_size, notes_on_float
-from subbyte.core.as_linear import linears_in_place, with_linears
-from subbyte.core.plan import Plan, PlannedLayer
+from subbyte.core.account import note_on_size
+from subbyte.core.plan import Plan
 from subbyte.core.quantized import Evidence, Quantized
-from subbyte.core.ready import check_weight, copied
+from subbyte.core.ready import check_weight
 from subbyte.core.recipe import Recipe, as_recipe
 from subbyte.core.sites import Site, join, sites
-from subbyte.core.spool import Spool
-from subbyte.core.tensors import QuantizedLayer
 from subbyte.errors import SubbyteError
 from subbyte.modules import pack
-from subbyte.packing.stored import stored
-from subbyte.ptq.calibration import gathered
+from subbyte.ptq.blockwork import Work, start_work
 from subbyte.ptq.cora import CoRa
-from subbyte.ptq.entrance import checked_task, set_cache
+from subbyte.ptq.entrance import set_cache
 from subbyte.ptq.evidence.statistics import Statistics, input_statistics
-from subbyte.ptq.judge import Judge, judging, teaching
+from subbyte.ptq.judge import teaching
 from subbyte.ptq.listen import Listener, Notes
 from subbyte.ptq.measuring import known_layer, note_unmeasured
-from subbyte.ptq.on_demand import OnDemand, put_value
+from subbyte.ptq.on_demand import put_value
 from subbyte.ptq.one_block import (
     BLOCK,
     Block,
     HiddenStates,
     batches_of,
     common_call,
-    outside,
     plan_of,
     recipe_of,
 )
-from subbyte.ptq.planning import as_solved, chosen_plan, solver_of
+from subbyte.ptq.planning import chosen_plan, solver_of
 from subbyte.ptq.published import PublishedCoRa
 from subbyte.ptq.quantize import far_warning, quantize
-from subbyte.ptq.run import Run, check_methods
-from subbyte.ptq.steps.chain import BlockCall, Chain, blocks_of
-from subbyte.storage.pretrained import empty_model
-from subbyte.storage.shards import open_shards
+from subbyte.ptq.run import Run
+from subbyte.ptq.steps.chain import BlockCall, Chain
 from subbyte.tasks import Task
-from subbyte.tasks.batches import Batch, Examples, in_batches, one_batch
+from subbyte.tasks.batches import Batch, in_batches
 
 _BATCH = 64
 
@@ -84,7 +77,7 @@ def quantize_folder(
     """
     notes, started = Notes(listener), time.perf_counter()
     with torch.inference_mode(False):
-        work = _started(folder, as_recipe(method), (calibration, task), plan, notes)
+        work = start_work(folder, as_recipe(method), (calibration, task), plan, notes)
         done = _by_block(work, seed)
     packed = pack(done)
     set_cache(packed, False)
@@ -99,116 +92,10 @@ def quantize_folder(
     return replace(done, notes=tuple(notes.taken), evidence=evidence)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Work:
-    """What is known before the first block, and what has been found since.
-
-    weights: the float network. blocks: paths of its blocks. before: modules that it runs before
-    them. plan: which layers are quantized, by which method. judge, teacher: of the examples held
-    out, and where the float network stands with them. result: the network without its quantized
-    weights. layers, planned: by layer, as they are solved.
-    """
-
-    weights: OnDemand
-    blocks: tuple[str, ...]
-    before: frozenset[str]
-    plan: Plan
-    examples: Examples
-    task: Task
-    judge: Judge
-    teacher: Chain
-    result: nn.Module
-    notes: Notes
-    layers: dict[str, QuantizedLayer] = field(default_factory=dict)
-    planned: dict[str, PlannedLayer] = field(default_factory=dict)
-    spool: Spool = field(default_factory=Spool)
-
-    def take(self, layers: Mapping[str, QuantizedLayer], plan: Plan, path: str | None) -> None:
-        """Solved layers, with the plan that they follow; path: of the block that names them."""
-        for name, layer in layers.items():
-            full = name if path is None else outside(name, path)
-            weight = stored(layer.weight, self.spool.on_disk)
-            self.layers[full] = replace(layer, weight=weight)
-            own = next(x for x in plan.layers if x.name == name)
-            self.planned[full] = replace(own, name=full)
-
-    def solved_plan(self) -> Plan:
-        own = (self.planned.get(x.name, replace(x, method=None)) for x in self.plan.layers)
-        return as_solved(replace(self.plan, layers=tuple(own)), self.layers)
-
-    def in_block(self, name: str) -> bool:
-        return name.startswith(tuple(f"{path}." for path in self.blocks))
-
-
-def _started(
-    folder: str | Path,
-    recipe: Recipe,
-    given_for: tuple[Iterable[Any], Task | str],
-    plan: Plan | None,
-    notes: Notes,
-) -> _Work:
-    """Everything that can be refused is refused here. given_for: calibration batches and task."""
-    recipe = _untuned(recipe, notes)
-    model = empty_model(folder)
-    weights = OnDemand(model, open_shards(folder, model))
-    base = recipe.plan(linears_in_place(copied(model)), shared=True)
-    base = base if plan is None else base.following(plan)
-    result = with_linears(copied(model), {x.name for x in base.quantized})
-    set_cache(model, False)
-    given = gathered(given_for[0], model)
-    with weights.on_demand():
-        task, _ = checked_task(model, given.examples, given_for[1])
-        blocks = blocks_of(model, one_batch(given.examples[:2]))
-    _check_chain(model, blocks)
-    weights.used.clear()
-    judge = Judge(model, judging(given.examples), task)
-    with weights.on_demand(blocks):
-        teacher = Chain(model, blocks, judge.batches)
-    for note in (*given.notes, *notes_on_float(base.float_parameters)):
-        notes.add(note)
-    return _Work(
-        weights, blocks, frozenset(weights.used), base, given.examples, task, judge, teacher,
-        result, notes,
-    )  # fmt: skip
-
-
-def _untuned(recipe: Recipe, notes: Notes) -> Recipe:
-    """The recipe without tuning, which needs the whole network."""
-    check_methods(recipe)
-    methods = [rule.method for rule in recipe.rules if rule.method is not None]
-    other = next((m for m in methods if not isinstance(m, CoRa)), None)
-    if other is not None:
-        raise SubbyteError(f"{other!r} needs the whole network; by block, give CoRa(bits=3), or so")
-    if any(m.tune for m in methods):
-        notes.add("not tuned: tuning needs the whole network")
-    rules = (r if r.method is None else replace(r, method=replace(r.method, tune=0))
-             for r in recipe.rules)  # fmt: skip
-    return Recipe(tuple(rules))
-
-
-def _check_chain(model: nn.Module, blocks: Sequence[str]) -> None:
-    """Raises SubbyteError for a network that cannot be taken apart into blocks."""
-    kind = type(model).__name__
-    if not blocks:
-        raise SubbyteError(
-            f"{kind} is no chain of blocks, each of which takes what the one before it returns and "
-            "is given the same besides; it has to be quantized as a whole"
-        )
-    owners: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner = next((path for path in blocks if name.startswith(f"{path}.")), "")
-        owners.setdefault(id(parameter), set()).add(owner)
-        if len(owners[id(parameter)]) > 1:
-            raise SubbyteError(
-                f"blocks of {kind} share '{name}' with one another or with the rest; it has to be "
-                "quantized as a whole"
-            )
-
-
 # ---------------------------------------------------------------- in the order of the network
 
 
-def _by_block(work: _Work, seed: int) -> Quantized:
+def _by_block(work: Work, seed: int) -> Quantized:
     rest = _layers_outside(work)
     for site in rest:
         if site.owner in work.before:
@@ -229,7 +116,7 @@ def _by_block(work: _Work, seed: int) -> Quantized:
     return Quantized(work.result, work.layers)
 
 
-def _layers_outside(work: _Work) -> list[Site]:
+def _layers_outside(work: Work) -> list[Site]:
     """Layers that are quantized and in no block."""
     names = {x.name for x in work.plan.quantized if not work.in_block(x.name)}
     found = [site for site in sites(work.weights.model) if site.name in names]
@@ -242,7 +129,7 @@ def _layers_outside(work: _Work) -> list[Site]:
     return found
 
 
-def _solve_outside(work: _Work, site: Site, statistics: Mapping[str, Statistics]) -> None:
+def _solve_outside(work: Work, site: Site, statistics: Mapping[str, Statistics]) -> None:
     planned = next(x for x in work.plan.layers if x.name == site.name)
     model = work.weights.model
     with work.weights.filled(site.owner, recurse=False) as owner:
@@ -258,7 +145,7 @@ def _solve_outside(work: _Work, site: Site, statistics: Mapping[str, Statistics]
 
 
 def _seen(
-    work: _Work, site: Site, student: Chain, batches: Sequence[Batch]
+    work: Work, site: Site, student: Chain, batches: Sequence[Batch]
 ) -> dict[str, Statistics]:
     """Statistics of a layer behind the blocks, on what the packed ones hand on."""
     model = work.weights.model
@@ -266,7 +153,7 @@ def _seen(
         return input_statistics(model, [site], batches, task=work.task)
 
 
-def _keep_outside(work: _Work) -> None:
+def _keep_outside(work: Work) -> None:
     """What stays float outside of the blocks gets its values; what is shared stays shared."""
     model = work.weights.model
     names = {x.name for x in work.plan.quantized}
@@ -282,7 +169,7 @@ def _keep_outside(work: _Work) -> None:
         put_value(work.result, name, made[id(parameter)])
 
 
-def _solve_block(work: _Work, i: int, student: Chain, own: BlockCall, seed: int) -> None:
+def _solve_block(work: Work, i: int, student: Chain, own: BlockCall, seed: int) -> None:
     path = work.blocks[i]
     chosen = [x for x in work.plan.quantized if x.name.startswith(f"{path}.")]
     with work.weights.filled(path) as block:
@@ -310,7 +197,7 @@ def _state_of_block(done: Quantized) -> dict[str, Tensor]:
     return {n.removeprefix(f"{BLOCK}."): v for n, v in state.items() if n not in quantized}
 
 
-def _keep(work: _Work, path: str, state: Mapping[str, Tensor]) -> None:
+def _keep(work: Work, path: str, state: Mapping[str, Tensor]) -> None:
     """Float values of a block go to the result."""
     for name, value in state.items():
         put_value(work.result, join(path, name), work.spool.on_disk(value))
