@@ -37,7 +37,7 @@ SHARD = 2**28  # bytes
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--codes", choices=("gptq", "rtn"), default="rtn")
+    parser.add_argument("--codes", choices=("gptq", "rtn", "k-sigma"), default="rtn")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
@@ -89,7 +89,8 @@ def child(folder: str, codes: str, windows: str, tokens: str) -> None:
     before, start = peak(), time.perf_counter()
     ids = torch.randint(3, CONFIG["vocab_size"], (int(windows), int(tokens)),
                         generator=torch.Generator().manual_seed(1))  # fmt: skip
-    method = sb.CoRa(levels=16, group=64, codes=codes, tune=0)
+    group = None if codes == "k-sigma" else 64
+    method = sb.CoRa(levels=16, group=group, codes=codes, tune=0)
     done = sb.quantize_folder(
         folder, method, calibration=[{"input_ids": ids}], task="language", listener=Told()
     )
