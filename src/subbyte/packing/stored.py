@@ -63,10 +63,10 @@ class StoredTensor:
 
 
 def stored(weight: QuantizedWeight, place: Callable[[Tensor], Tensor]) -> StoredTensor:
-    """The weight in words that `place` has put somewhere."""
+    """The weight in words that `place` has put somewhere, where they are not read yet."""
     words = place(radix.pack(weight.codes, weight.grid.n_levels))
     scale = store_scale(weight.scale, weight.grid.scale_domain)
-    return StoredTensor(words, scale, weight.grid, weight.shape, checked=True)
+    return StoredTensor(words, scale, weight.grid, weight.shape, checked=False)
 
 
 def check_codes(words: Tensor, grid: Grid, count: int) -> None:

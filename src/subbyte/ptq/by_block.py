@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from subbyte.core.account import note_on_size
 from subbyte.core.plan import Plan
 from subbyte.core.quantized import Evidence, Quantized
-from subbyte.core.ready import check_weight
+from subbyte.core.ready import check_weight, copied
 from subbyte.core.recipe import Recipe, as_recipe
 from subbyte.core.sites import Site, join, sites
 from subbyte.errors import SubbyteError
@@ -33,7 +33,7 @@ from subbyte.ptq.blockwork import Work, start_work
 from subbyte.ptq.cora import CoRa
 from subbyte.ptq.entrance import set_cache
 from subbyte.ptq.evidence.statistics import Statistics, input_statistics
-from subbyte.ptq.judge import teaching
+from subbyte.ptq.judge import Verdict, teaching
 from subbyte.ptq.listen import Listener, Notes
 from subbyte.ptq.measuring import known_layer, note_unmeasured
 from subbyte.ptq.on_demand import put_value
@@ -78,11 +78,8 @@ def quantize_folder(
     notes, started = Notes(listener), time.perf_counter()
     with torch.inference_mode(False):
         work = start_work(folder, as_recipe(method), (calibration, task), plan, notes)
-        done = _by_block(work, seed)
-    packed = pack(done)
-    set_cache(packed, False)
-    with work.weights.on_demand(work.blocks), work.teacher.behind(work.weights.model):
-        verdict = work.judge.verdict(packed)
+        done, held_out = _by_block(work, seed)
+    verdict = _verdict(work, done, held_out)
     for note in (*note_on_size(done.parameters), *far_warning(work.task, verdict)):
         notes.add(note)
     seconds = time.perf_counter() - started
@@ -95,7 +92,9 @@ def quantize_folder(
 # ---------------------------------------------------------------- in the order of the network
 
 
-def _by_block(work: Work, seed: int) -> Quantized:
+def _by_block(work: Work, seed: int) -> tuple[Quantized, Chain]:
+    """The result, and where the packed network stands behind its blocks with the examples held
+    out."""
     rest = _layers_outside(work)
     for site in rest:
         if site.owner in work.before:
@@ -105,15 +104,29 @@ def _by_block(work: Work, seed: int) -> Quantized:
     set_cache(partly, False)
     batches = in_batches(teaching(work.examples), _BATCH)
     student = Chain(partly, work.blocks, batches)
+    held_out = Chain(partly, work.blocks, work.judge.batches)
     own = common_call(student)
     for i, path in enumerate(work.blocks):
-        _solve_block(work, i, student, own, seed)
+        packed = _solved_block(work, i, student, own, seed)
+        held_out.pass_through(packed)
         work.notes.progress("blocks", i + 1, len(work.blocks))
         work.notes.tell(f"{path} is packed")
     for site in rest:
         if site.owner not in work.before:
             _solve_outside(work, site, _seen(work, site, student, batches))
-    return Quantized(work.result, work.layers)
+    return Quantized(work.result, work.layers), held_out
+
+
+def _verdict(work: Work, done: Quantized, held_out: Chain) -> Verdict:
+    """How far the packed network is from the float one, without a block in memory."""
+    packed, model = pack(done), work.weights.model
+    set_cache(packed, False)
+    with (
+        work.weights.on_demand(work.blocks),
+        work.teacher.behind(model),
+        held_out.behind(packed),
+    ):
+        return work.judge.verdict(packed)
 
 
 def _layers_outside(work: Work) -> list[Site]:
@@ -169,7 +182,8 @@ def _keep_outside(work: Work) -> None:
         put_value(work.result, name, made[id(parameter)])
 
 
-def _solve_block(work: Work, i: int, student: Chain, own: BlockCall, seed: int) -> None:
+def _solved_block(work: Work, i: int, student: Chain, own: BlockCall, seed: int) -> nn.Module:
+    """The block, packed as it will run; the student has passed it in float arithmetic."""
     path = work.blocks[i]
     chosen = [x for x in work.plan.quantized if x.name.startswith(f"{path}.")]
     with work.weights.filled(path) as block:
@@ -177,7 +191,7 @@ def _solve_block(work: Work, i: int, student: Chain, own: BlockCall, seed: int) 
         if not chosen:
             student.pass_through(block)
             _keep(work, path, block.state_dict())
-            return
+            return copied(block)
         done = quantize(
             Block(block, own), recipe_of(chosen, path), calibration=batches_of(student.hidden),
             task=HiddenStates(), plan=plan_of(chosen, path), seed=seed,
@@ -188,6 +202,7 @@ def _solve_block(work: Work, i: int, student: Chain, own: BlockCall, seed: int) 
     for note in done.notes:
         work.notes.add(f"{path}: {note}")
     student.pass_through(pack(done, precision="float32").get_submodule(BLOCK))
+    return pack(done).get_submodule(BLOCK)
 
 
 def _state_of_block(done: Quantized) -> dict[str, Tensor]:
