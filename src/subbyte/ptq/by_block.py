@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.core.account import note_on_size
+from subbyte.core.memory import give_back
 from subbyte.core.plan import Plan
 from subbyte.core.quantized import Evidence, Quantized
 from subbyte.core.ready import check_weight, copied
@@ -100,6 +101,7 @@ def _by_block(work: Work, seed: int) -> tuple[Quantized, Chain]:
         if site.owner in work.before:
             _solve_outside(work, site, {})
     _keep_outside(work)
+    give_back()
     partly = pack(Quantized(work.result, work.layers), precision="float32")
     set_cache(partly, False)
     batches = in_batches(teaching(work.examples), _BATCH)
@@ -109,6 +111,8 @@ def _by_block(work: Work, seed: int) -> tuple[Quantized, Chain]:
     for i, path in enumerate(work.blocks):
         packed = _solved_block(work, i, student, own, seed)
         held_out.pass_through(packed)
+        del packed
+        give_back()
         work.notes.progress("blocks", i + 1, len(work.blocks))
         work.notes.tell(f"{path} is packed")
     for site in rest:
