@@ -111,6 +111,22 @@ def distributed() -> str:
     return grid(head, rows)
 
 
+@table
+def streaming() -> str:
+    """The newest run by block of each size and solver."""
+    rows = [
+        [
+            f"{line['float_bytes'] / 1e9:.2f} GB", str(line["layers"]), line["codes"],
+            f"{line['windows']} x {line['tokens']}", f"{line['bytes'] / 1e6:.0f} MB",
+            f"{line['peak_bytes'] / 1e9:.2f} GB", f"{line['seconds'] / 60:.0f}",
+        ]
+        for line in newest(lines("streaming"), "layers", "codes", "windows", "tokens")
+    ]  # fmt: skip
+    head = ["float weights", "blocks", "codes", "calibration tokens", "packed file", "peak memory",
+            "minutes"]  # fmt: skip
+    return grid(head, rows)
+
+
 # ---------------------------------------------------------------- files of other tools
 
 

@@ -39,7 +39,13 @@ from subbyte.methods import (
     prepare,
 )
 from subbyte.modules import pack
-from subbyte.ptq import CoRa, PublishedCoRa, calibrate_activations, quantize
+from subbyte.ptq import (
+    CoRa,
+    PublishedCoRa,
+    calibrate_activations,
+    quantize,
+    quantize_folder,
+)
 from subbyte.storage import load, save
 from subbyte.tasks import Task, evaluate
 
@@ -79,6 +85,7 @@ __all__ = [
     "penalty",
     "prepare",
     "quantize",
+    "quantize_folder",
     "save",
     "uniform",
 ]

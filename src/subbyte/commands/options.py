@@ -93,7 +93,19 @@ TargetBits = Annotated[
     ),
 ]
 Seed = Annotated[int, Option(help="Seed of what is drawn: images, pseudo-labels, tuning.")]
-Tune = Annotated[int, Option(help="Steps of tuning, 0 for none.")]
+Tune = Annotated[
+    int | None,
+    Option(help="Steps of tuning, 0 for none; if not given, the method's 250, by block none."),
+]
+ByBlock = Annotated[
+    bool,
+    Option(
+        "--by-block",
+        help="Of a folder larger than memory: read, quantize and free one block of the network "
+        "after the other. Memory for one block and the hidden states of the calibration; a budget "
+        "is met in each block, errors are not made up for from block to block, no tuning.",
+    ),
+]
 AdapterBits = Annotated[int, Option(help="Bits of the adapters' factors, 8 or 16.")]
 PlanFile = Annotated[Path | None, Option(help="Take levels and ranks from this file, no search.")]
 SavePlan = Annotated[Path | None, Option(help="Write the plan to this file; --plan takes it.")]

@@ -23,7 +23,7 @@ from subbyte.core.plan import Plan
 from subbyte.core.quantized import Evidence, Quantized
 from subbyte.errors import SubbyteError
 from subbyte.modules import pack
-from subbyte.ptq import CoRa, Listener, PublishedCoRa, quantize
+from subbyte.ptq import CoRa, Listener, PublishedCoRa, quantize, quantize_folder
 from subbyte.storage.opening import load
 from subbyte.storage.pretrained import PACKED, float_model, save_pretrained, tokenizer_of
 from subbyte.tasks import Score, Task, evaluate, task_named
@@ -41,7 +41,8 @@ class FolderRequest:
     """What to convert and how.
 
     task: 'language' or 'embedding'. calibrate: a text file. window: tokens of one example of
-    language. samples: windows or sentences, None for SAMPLES of the task.
+    language. samples: windows or sentences, None for SAMPLES of the task. by_block: see
+    `quantize_folder`.
     """
 
     folder: Path
@@ -53,6 +54,7 @@ class FolderRequest:
     seed: int = 0
     plan: Path | None = None
     save_plan: Path | None = None
+    by_block: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,14 @@ def convert_folder(
         batches: list[Any] = [{"input_ids": examples}]
     else:
         batches = list(sentences(text.splitlines(), tokenizer, samples, request.seed))
-    model = float_model(request.folder)
-    done = quantize(
-        model, method, calibration=batches, task=task, plan=plan, seed=request.seed,
-        listener=listener, group=group,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "calibration": batches, "task": task, "plan": plan, "seed": request.seed,
+        "listener": listener,
+    }  # fmt: skip
+    if request.by_block:
+        done = quantize_folder(request.folder, method, **options)
+    else:
+        done = quantize(float_model(request.folder), method, **options, group=group)
     if not group.leads:
         return None
     if request.save_plan is not None:

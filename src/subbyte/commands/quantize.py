@@ -56,7 +56,7 @@ def quantize(
     window: o.Window = WINDOW,
     samples: o.Samples = None,
     seed: o.Seed = 0,
-    tune: o.Tune = 250,
+    tune: o.Tune = None,
     adapter_bits: o.AdapterBits = 8,
     plan: o.PlanFile = None,
     save_plan: o.SavePlan = None,
@@ -64,13 +64,19 @@ def quantize(
     score: o.Score = "test",
     size: o.Size = None,
     compress: o.Compress = False,
+    by_block: o.ByBlock = False,
     json_: o.Json = False,
 ) -> None:
     """Quantize a trained network with some examples and no labels; leaves a packed file.
 
     Several processes share the work: torchrun --nproc-per-node 2 -m subbyte quantize ...
     """
+    if by_block and tune:
+        raise SubbyteError(f"--tune {tune} needs the whole network; leave it out with --by-block")
+    tune = 0 if by_block else tune
     with joined() as processes:
+        if by_block and not processes.alone:
+            raise SubbyteError("--by-block is for one process; start it without torchrun")
         chosen = method_of(method, bits, levels, (target_bits, group), tune, adapter_bits)
         progress = console_progress(quiet=json_ or not processes.leads)
         if is_folder(model):
@@ -78,12 +84,16 @@ def quantize(
             check_plain_folder(own)
             folder = FolderRequest(
                 Path(model), task or "", Path(calibrate), out, window, samples, seed, plan,
-                save_plan,
+                save_plan, by_block,
             )  # fmt: skip
             made = convert_folder(folder, chosen, progress, processes)
             if made is not None:
                 show(made, folder_table, json_)
             return
+        if by_block:
+            raise SubbyteError(
+                f"--by-block goes with a folder of transformers, and {model} is none"
+            )
         if task is not None:
             raise SubbyteError(NO_FOLDER.format(model))
         request = Request(
@@ -224,7 +234,7 @@ def method_of(
     bits: int | None,
     levels: int | None,
     budget: tuple[float | None, int | None],
-    tune: int,
+    tune: int | None,
     adapter_bits: int,
 ) -> CoRa | PublishedCoRa:
     """The method of a name, with the options that it takes. budget: target bits and group size.
@@ -233,7 +243,8 @@ def method_of(
     """
     target_bits, group = budget
     if name == "cora":
-        return CoRa(levels, bits, target_bits, tune=tune, adapter_bits=adapter_bits, group=group)
+        made = CoRa(levels, bits, target_bits, adapter_bits=adapter_bits, group=group)
+        return made if tune is None else replace(made, tune=tune)
     if name in ("gptq", "rtn"):
         if target_bits is not None:
             raise SubbyteError(f"--target-bits goes with --method cora; {name} has no adapters")

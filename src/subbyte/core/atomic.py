@@ -8,7 +8,7 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from subbyte.errors import SubbyteError
@@ -22,12 +22,17 @@ def write_atomically(path: Path, data: bytes) -> None:
     A link stays, its target is replaced; the mode of an older file is kept. What is no ordinary
     file (a device, a folder) is refused.
     """
-    with _explained(path, f" ({len(data):,} bytes)"):
+    write_parts_atomically(path, [data], len(data))
+
+
+def write_parts_atomically(path: Path, parts: Iterable[bytes | memoryview], n_bytes: int) -> None:
+    """As `write_atomically`, of data that is made part by part; n_bytes: of all of it."""
+    with _explained(path, f" ({n_bytes:,} bytes)"):
         _check_kind(path)
         place = path.resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
         _sweep(place)
-        _write_beside(place, data)
+        _write_beside(place, parts)
 
 
 def check_writable(path: Path) -> None:
@@ -58,7 +63,7 @@ def _check_kind(path: Path) -> None:
         raise SubbyteError(f"cannot write {path}: it is {kind}; give the name of a file")
 
 
-def _write_beside(path: Path, data: bytes) -> None:
+def _write_beside(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Through a temporary file that is gone afterwards, whatever happens (Ctrl-C too).
 
     It gets a name only once it is complete, where the system can do that. It is locked while it is
@@ -73,7 +78,7 @@ def _write_beside(path: Path, data: bytes) -> None:
     with os.fdopen(number, "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
             os.fchmod(file.fileno(), mode)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from subbyte.core.functional import decode, read_scale
+from subbyte.core.functional import decode, read_scale, store_scale
 from subbyte.core.grids import Grid
-from subbyte.core.tensors import check_scale
+from subbyte.core.tensors import QuantizedWeight, check_scale
 from subbyte.errors import SubbyteError
 from subbyte.packing import radix
 
@@ -57,6 +58,13 @@ class StoredTensor:
     def dequantize(self) -> Tensor:
         """The weight as float32."""
         return decode(self.codes, self.scale, self.grid)
+
+
+def stored(weight: QuantizedWeight, place: Callable[[Tensor], Tensor]) -> StoredTensor:
+    """The weight in words that `place` has put somewhere, where they are not read yet."""
+    words = place(radix.pack(weight.codes, weight.grid.n_levels))
+    scale = store_scale(weight.scale, weight.grid.scale_domain)
+    return StoredTensor(words, scale, weight.grid, weight.shape, checked=False)
 
 
 def check_codes(words: Tensor, grid: Grid, count: int) -> None:

@@ -13,15 +13,14 @@ tensors of another length) has to be the same in every batch.
 from __future__ import annotations
 
 import inspect
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from subbyte.core.spool import Spool
 from subbyte.errors import SubbyteError
 from subbyte.tasks.batches import (
     Batch,
@@ -84,7 +83,7 @@ class _Store:
         self.parts: list[Batch] = []
         self.open: list[Batch] = []  # batches of one form that are not joined yet
         self.n_bytes = 0
-        self.file: IO[bytes] | None = None
+        self.file: Spool | None = None
 
     def add(self, batch: Batch) -> None:
         own = sum(x.nbytes for x in _tensors(batch))
@@ -97,7 +96,7 @@ class _Store:
                 f"the calibration takes more than {SPOOL_BYTES >> 30} GiB; give fewer examples"
             )
         if self.file is None and self.n_bytes > KEPT_BYTES:
-            self.file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as its tensors
+            self.file = Spool()
             self.parts = [self._spooled(part) for part in self.parts]
 
     def examples(self) -> Examples:
@@ -121,22 +120,11 @@ class _Store:
         self.open = []
 
     def _spooled(self, batch: Batch) -> Batch:
-        if isinstance(batch, Tensor):
-            return self._on_disk(batch)
-        args, kwargs = mapped(self._on_disk, (batch.args, batch.kwargs))
-        return Inputs(args, kwargs, batch.n)
-
-    def _on_disk(self, value: Any) -> Any:
-        """A tensor mapped from the file, which it is added to; anything else as it is."""
-        if not isinstance(value, Tensor) or not value.numel():
-            return value
         assert self.file is not None
-        start = self.file.seek(0, 2)
-        self.file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        self.file.flush()
-        shape = (value.nbytes,)
-        found = np.memmap(self.file, np.uint8, "c", start, shape)  # type: ignore[call-overload]
-        return torch.from_numpy(found).view(value.dtype).reshape(value.shape)
+        if isinstance(batch, Tensor):
+            return self.file.on_disk(batch)
+        args, kwargs = mapped(self.file.kept, (batch.args, batch.kwargs))
+        return Inputs(args, kwargs, batch.n)
 
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:

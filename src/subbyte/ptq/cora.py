@@ -108,10 +108,12 @@ def solve_layer(layer: Layer, planned: PlannedLayer, method: CoRa) -> QuantizedL
     assert planned.levels
     matrix, rank = layer.matrix, planned.rank
     gram = None if layer.statistics is None else layer.statistics.gram
-    metric = Metric(gram, layer.effect, layer.groups, matrix.shape[1])
     solver, group = method.solver, planned.group
     codes, adapter = solver.solve(matrix, gram, planned.levels, group), None
-    for _ in range(method.rounds if rank else 0):
+    if not rank:  # the metric of a wide layer is large
+        return QuantizedLayer(weight_of(codes, layer.site))
+    metric = Metric(gram, layer.effect, layer.groups, matrix.shape[1])
+    for _ in range(method.rounds):
         if adapter is not None:
             codes = solver.solve(matrix - adapter.product(), gram, planned.levels, group)
         adapter = _adapter(layer, matrix - codes.dequantize(), metric, rank, method.adapter_bits)

@@ -109,7 +109,7 @@ def _quantized(run: Run, seed: int, searching: bool) -> Quantized:
         outcome = _reclaimed(run, generator, seed)
     done = outcome.done
     verdict = run.judge.verdict(pack(done))
-    for note in (*note_on_size(done.parameters), *_warning(run.task, verdict)):
+    for note in (*note_on_size(done.parameters), *far_warning(run.task, verdict)):
         run.notes.add(note)
     seconds = time.perf_counter() - started
     evidence = Evidence(
@@ -119,7 +119,7 @@ def _quantized(run: Run, seed: int, searching: bool) -> Quantized:
     return replace(done, notes=tuple(run.notes.taken), evidence=evidence)
 
 
-def _warning(task: Task, verdict: Verdict) -> Iterator[str]:
+def far_warning(task: Task, verdict: Verdict) -> Iterator[str]:
     """A line if the packed network is far from the float one."""
     if task.is_far(verdict.distance, verdict.agreement):
         agreement = verdict.agreement

@@ -68,7 +68,7 @@ def start_run(
     group: Group = ALONE,
 ) -> Run:
     """Everything that can be refused is refused here. given_for: calibration batches and task."""
-    _check_methods(recipe)
+    check_methods(recipe)
     twin = float_twin(model)
     base = recipe.plan(twin, shared=True)
     base = base if plan is None else base.following(plan)
@@ -94,7 +94,8 @@ def start_run(
     return Run(twin, base, chosen, examples, labels, task, judge, notes, blocks, group)
 
 
-def _check_methods(recipe: Recipe) -> None:
+def check_methods(recipe: Recipe) -> None:
+    """Raises SubbyteError for methods that are not of post-training, or do not go together."""
     methods = [rule.method for rule in recipe.rules if rule.method is not None]
     for method in methods:
         if not isinstance(method, CoRa | PublishedCoRa):

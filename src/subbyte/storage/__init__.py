@@ -8,12 +8,12 @@ from subbyte.storage.manifest import FORMAT, VERSION, WORDS, ZSTD, Artifact, Lay
 from subbyte.storage.opening import load
 from subbyte.storage.pretrained import load_pretrained, save_pretrained
 from subbyte.storage.reader import assemble, read
+from subbyte.storage.tensorfile import write_safetensors
 from subbyte.storage.writer import (
     PackedLayer,
     ProgramWarning,
     packed_layers,
     save,
-    write_safetensors,
 )
 
 __all__ = [

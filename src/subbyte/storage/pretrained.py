@@ -57,6 +57,17 @@ def float_model(folder: str | Path) -> nn.Module:
     return model.eval()  # type: ignore[no-any-return]
 
 
+def empty_model(folder: str | Path) -> nn.Module:
+    """The model that the config in a folder describes, in eval mode: its parameters are on the meta
+    device and take no memory, its buffers are whole."""
+    folder, library = Path(folder), _transformers()
+    kind = _class_of(library, folder)
+    config = _asked(folder, library.AutoConfig.from_pretrained, str(folder))
+    with _without_memory():
+        model = _asked(folder, kind, config)
+    return model.eval()  # type: ignore[no-any-return]
+
+
 def tokenizer_of(folder: str | Path) -> Any:
     """The tokenizer in a folder."""
     folder, library = Path(folder), _transformers()
@@ -111,17 +122,13 @@ def load_pretrained(
             f"{folder} is a folder and has no {PACKED}; make it with `subbyte quantize FOLDER "
             f"--out {folder}`, or give the path of a packed file"
         )
-    library = _transformers()
-    artifact = read(folder / PACKED, verify=verify)
-    kind = _class_of(library, folder)
-    config = _asked(folder, library.AutoConfig.from_pretrained, str(folder))
-    with _without_memory():
-        like = _asked(folder, kind, config)
+    artifact, like = read(folder / PACKED, verify=verify), empty_model(folder)
     try:
         net = assemble(artifact, like, precision=precision)
     except SubbyteError as error:
         raise of_file(folder / PACKED, error) from None
     if (folder / "generation_config.json").is_file():
+        library = _transformers()
         made = _asked(folder, library.GenerationConfig.from_pretrained, str(folder))
         vars(net)["generation_config"] = made
     return net

@@ -10,10 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save as to_bytes
 from torch import Tensor, fx, nn
 
-from subbyte.core.atomic import write_atomically
 from subbyte.core.grids import PerGroup
 from subbyte.core.ready import unwrapped
 from subbyte.core.sites import join
@@ -26,8 +24,9 @@ from subbyte.models import Network, Preprocess
 from subbyte.modules import SEVERAL, PackedWeight, is_fused
 from subbyte.modules.absorb import Affine
 from subbyte.packing import radix
-from subbyte.storage.digests import HEADER, digests_of, sealed, unsealed
+from subbyte.storage.digests import digests_of, unsealed
 from subbyte.storage.manifest import ADAPTER, FORMAT, VERSION, WORDS, ZSTD, fault_of
+from subbyte.storage.tensorfile import write_safetensors
 
 
 class ProgramWarning(UserWarning):
@@ -145,15 +144,6 @@ def _program(net: nn.Module, example: Example | None) -> tuple[Program | None, d
     except SubbyteError as error:
         warnings.warn(f"saved without a program: {error}", ProgramWarning, stacklevel=3)
         return None, {}
-
-
-def write_safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str], path: Path) -> int:
-    """Write whole or not at all (temporary file, fsync, rename); returns the size in bytes."""
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    data = to_bytes(plain, metadata)
-    data = sealed(data) if HEADER in metadata else data
-    write_atomically(path, data)
-    return len(data)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,11 +8,10 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from subbyte.core.grids import PerChannel
-from subbyte.core.rtn import rtn
 from subbyte.core.sites import Site
 from subbyte.core.tensors import QuantizedTensor, as_weight
 from subbyte.errors import SubbyteError
-from subbyte.ptq.solvers.codes import gptq, k_sigma, matrix_grid
+from subbyte.ptq.solvers.codes import gptq, k_sigma, matrix_grid, nearest
 
 
 class Solver(Protocol):
@@ -43,7 +42,7 @@ class RTN:
     def solve(
         self, matrix: Tensor, gram: Tensor | None, levels: int, group: int | None = None
     ) -> QuantizedTensor:
-        return rtn(matrix, None, matrix_grid(matrix, levels, group))
+        return nearest(matrix, matrix_grid(matrix, levels, group))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class GPTQ:
         self, matrix: Tensor, gram: Tensor | None, levels: int, group: int | None = None
     ) -> QuantizedTensor:
         grid = matrix_grid(matrix, levels, group)
-        return rtn(matrix, None, grid) if gram is None else gptq(matrix, gram, grid)
+        return nearest(matrix, grid) if gram is None else gptq(matrix, gram, grid)
 
 
 @dataclass(frozen=True, slots=True)

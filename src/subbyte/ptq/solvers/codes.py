@@ -37,6 +37,7 @@ _LEAST_PEAK = 2.0**-16  # of |w| in a row: its scale may be a quarter of that
 _MOST_PEAK = FLOAT16_MAX / MOST
 _COMPENSATED = (1.0, 0.8, 0.88, 0.95, 1.06, 1.13)  # times the best plain scale
 _SEARCH_WORK = 2**32  # rows * width^2 above which one scale is compensated, not several
+_NEAREST_AT_ONCE = 2**18  # weights
 _AT_ONCE = 2**22  # weights of a part of a matrix: a table of 28 million takes gigabytes at once
 
 
@@ -81,6 +82,15 @@ def row_errors(error: Tensor, gram: Tensor | None) -> Tensor:
         return error.square().sum(1)
     grouped = error.reshape(len(gram), -1, error.shape[1])
     return ((grouped @ gram.double()) * grouped).sum(2).flatten()
+
+
+def nearest(matrix: Tensor, grid: Grid) -> QuantizedTensor:
+    """`rtn` of a few rows at a time, whose errors stay in the processor's cache: of a matrix
+    [out, width] on its grid, a scale per row or per group of inputs."""
+    rows = max(1, _NEAREST_AT_ONCE // matrix.shape[1])
+    found = [rtn(part, None, grid) for part in matrix.split(rows)]
+    codes, scale = torch.cat([x.codes for x in found]), torch.cat([x.scale for x in found])
+    return QuantizedTensor(codes, scale, grid)
 
 
 # ---------------------------------------------------------------- GPTQ

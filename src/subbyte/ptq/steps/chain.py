@@ -6,6 +6,7 @@ the inputs of a layer in block 20, there is no need to run blocks 0 to 19 again.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -173,6 +174,7 @@ class Chain:
         self.model, self.paths = model, paths
         self.calls: list[BlockCall] = []
         self.hidden: list[Tensor] = []
+        self.in_tuple = False  # whether blocks return the hidden state as the first of several
         for x in batches:
             trace = _Trace()
             with torch.no_grad(), suppress(_StoppedError), _watched(model, paths, trace, stop=True):
@@ -185,7 +187,35 @@ class Chain:
         """What block i makes of a batch; all blocks before it have been passed."""
         return self.calls[batch](self.model.get_submodule(self.paths[i]), self.hidden[batch])
 
-    @torch.no_grad()
     def pass_block(self, i: int) -> None:
         """On to the border behind block i."""
-        self.hidden = [hidden_of(self.run(i, batch)) for batch in range(len(self.hidden))]
+        self.pass_through(self.model.get_submodule(self.paths[i]))
+
+    @torch.no_grad()
+    def pass_through(self, block: nn.Module) -> None:
+        """On to the border behind a block, which need not be one of the network's own."""
+        for batch, own in enumerate(self.calls):
+            result = own(block, self.hidden[batch])
+            self.in_tuple = isinstance(result, tuple | list)
+            self.hidden[batch] = hidden_of(result)
+
+    @contextmanager
+    def behind(self, model: nn.Module) -> Iterator[None]:
+        """While it is open, a network with such blocks does not run them: of each batch in turn
+        they hand on the hidden state at which this stands."""
+        turn = itertools.cycle(self.hidden)
+        now: list[Tensor] = []
+
+        def handed_on(path: str, *_: Any, **__: Any) -> Any:
+            if path == self.paths[0]:
+                now[:] = [next(turn)]
+            return (now[0],) if self.in_tuple else now[0]
+
+        blocks = {path: vars(model.get_submodule(path)) for path in self.paths}
+        for path, own in blocks.items():
+            own["forward"] = partial(handed_on, path)
+        try:
+            yield
+        finally:
+            for own in blocks.values():
+                own.pop("forward")
