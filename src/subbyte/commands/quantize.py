@@ -71,12 +71,10 @@ def quantize(
 
     Several processes share the work: torchrun --nproc-per-node 2 -m subbyte quantize ...
     """
-    if by_block and tune:
-        raise SubbyteError(f"--tune {tune} needs the whole network; leave it out with --by-block")
-    tune = 0 if by_block else tune
     with joined() as processes:
-        if by_block and not processes.alone:
-            raise SubbyteError("--by-block is for one process; start it without torchrun")
+        if by_block:
+            _check_by_block(model, tune, processes)
+            tune = 0
         chosen = method_of(method, bits, levels, (target_bits, group), tune, adapter_bits)
         progress = console_progress(quiet=json_ or not processes.leads)
         if is_folder(model):
@@ -90,10 +88,6 @@ def quantize(
             if made is not None:
                 show(made, folder_table, json_)
             return
-        if by_block:
-            raise SubbyteError(
-                f"--by-block goes with a folder of transformers, and {model} is none"
-            )
         if task is not None:
             raise SubbyteError(NO_FOLDER.format(model))
         request = Request(
@@ -103,6 +97,15 @@ def quantize(
         found = convert(request, chosen, progress, processes)
         if found is not None:
             show(found, table, json_)
+
+
+def _check_by_block(model: str, tune: int | None, processes: Group) -> None:
+    if not is_folder(model):
+        raise SubbyteError(f"--by-block goes with a folder of transformers, and {model} is none")
+    if tune:
+        raise SubbyteError(f"--tune {tune} needs the whole network; leave it out with --by-block")
+    if not processes.alone:
+        raise SubbyteError("--by-block is for one process; start it without torchrun")
 
 
 @dataclass(frozen=True, slots=True)

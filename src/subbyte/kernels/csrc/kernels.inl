@@ -708,9 +708,13 @@ void multiply_with(const std::int8_t* weights, std::int64_t span, std::int64_t r
   constexpr int kStep = V::kTileVectors * V::kBytes / 4;
   std::int64_t length = 0;
   for (int run = 0; run < runs.count; ++run) length += runs.length[run];
-  if constexpr (!gives_bytes<Sink>)
-    if (rows <= kFloats && length <= span)  // the other vectors would hold nothing
+  // The other vectors would hold nothing, and bytes of theirs would lie on those of other rows.
+  if constexpr (!gives_bytes<Sink> || kFloats >= kRowStep)
+    if (rows <= kFloats && length <= span)
       return multiply_rows<Dots, 1, V::kTileColumns, true>(weights, span, runs, x, sink, 0);
+  if constexpr (gives_bytes<Sink> && kFloats >= kRowStep)
+    if (rows <= kFloats)
+      return multiply_rows<Dots, 1, V::kTileColumns, false>(weights, span, runs, x, sink, 0);
   const auto part = length <= span
                         ? multiply_rows<Dots, V::kTileVectors, V::kTileColumns, true, Sink>
                         : multiply_rows<Dots, V::kTileVectors, V::kTileColumns, false, Sink>;
