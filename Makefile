@@ -9,7 +9,7 @@ NATIVE := CMakeLists.txt $(wildcard src/subbyte/kernels/csrc/* native/CMakeLists
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # SUBBYTE_ISA=avx2 (avx512vnni, neon, portable) forces an instruction set in anything below.
-.PHONY: demo test test-all test-tiers test-san test-fuzz test-old test-avx512 test-neon wheel check format bench bench-peers mutants pages reproduce clean
+.PHONY: demo test test-all test-tiers test-san test-fuzz chaos fuzz test-old test-avx512 test-neon wheel check format bench bench-peers mutants pages reproduce clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
@@ -40,6 +40,12 @@ test-san:  ## The C++ core under the address and undefined-behaviour sanitizers
 
 test-fuzz:  ## The runtime on damaged files, under the same (FUZZ_SECONDS=3600 for an hour)
 	tests/native/run.sh fuzz $(or $(FUZZ_SECONDS),60)
+
+chaos: $(STAMP)  ## Kill trainings, saves, quantizations and workers (MINUTES=5)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py --minutes $(or $(MINUTES),5)
+
+fuzz: $(STAMP)  ## The Python readers on damaged files (MINUTES=5)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py --minutes $(or $(MINUTES),5)
 
 test-old:  ## The same as on CPUs without AVX2, and with no more than it (skipped without qemu-user)
 	tests/native/run.sh old

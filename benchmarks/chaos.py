@@ -208,8 +208,8 @@ def worker(found: Found, draw: random.Random, whole: Any, seconds: float) -> Non
         end = time.monotonic() + draw.uniform(0.3, 0.95) * seconds
         while time.monotonic() < end and process.poll() is None:
             time.sleep(0.05)
-        victims = workers_of(process.pid)
-        if victims and process.poll() is None:
+        victims = workers_of(process.pid) if process.poll() is None else []
+        if victims:
             os.kill(draw.choice(victims), signal.SIGKILL)
         ended(process)
         found.end("worker", bool(victims))
@@ -240,8 +240,9 @@ def ended(process: subprocess.Popen[bytes]) -> None:
 
 
 def workers_of(pid: int) -> list[int]:
-    """The processes that a process has started (Linux)."""
-    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """The processes that a process has started and that run (Linux); none if it has ended."""
+    place = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(x) for x in place.read_text().split()] if place.exists() else []
 
 
 # ---------------------------------------------------------------- all of them

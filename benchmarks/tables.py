@@ -257,6 +257,42 @@ def export_gguf() -> str:
     return grid(["levels", "tensors", "bytes", "weights equal to the bit", "tokens"], rows)
 
 
+# ---------------------------------------------------------------- reliability
+
+
+@table
+def reliability_kills() -> str:
+    """Of the newest run of chaos.py: kills and runs that ended by themselves, by kind."""
+    (line,) = lines("reliability", case="chaos")[-1:]
+    kinds = [*line["kills"], *(kind for kind in line["ends"] if kind not in line["kills"])]
+    rows = [
+        [kind, str(line["kills"].get(kind, 0)), str(line["ends"].get(kind, 0))] for kind in kinds
+    ]
+    rows.append(["all", str(sum(line["kills"].values())), str(sum(line["ends"].values()))])
+    head = ["process", "kills", "not reached by the kill"]
+    return f"{grid(head, rows)}\n\n{len(line['faults'])} faults in {line['seconds']:.0f} s."
+
+
+@table
+def reliability_fuzz() -> str:
+    """Of the newest run of fuzz.py: cases by kind of damage."""
+    (line,) = lines("reliability", case="fuzz")[-1:]
+    rows = [[kind, f"{n:,}"] for kind, n in line["kinds"].items()]
+    rows.append(["all", f"{line['cases']:,}"])
+    said = f"{line['reports']} reports in {line['seconds']:.0f} s; {line['refusals']} refusals"
+    return f"{grid(['damage to', 'files'], rows)}\n\n{said} that differ."
+
+
+@table
+def reliability_flips() -> str:
+    """Of the newest run of flips.py, by encoding."""
+    (line,) = lines("reliability", case="flips")[-1:]
+    rows = [[name, f"{n:,}"] for name, n in line["files"].items()]
+    rows.append(["all", f"{line['flips']:,}"])
+    said = f"{line['errors']:,} errors, {line['accepted']} accepted."
+    return f"{grid(['file', 'flipped bits'], rows)}\n\n{said}"
+
+
 # ---------------------------------------------------------------- the README's
 
 

@@ -117,6 +117,16 @@ def test_a_network_takes_no_memory_before_the_file_is_known_to_hold_it(tmp_path)
     assert "'positions' has shape (1, 4, 96) in the file, (1, 4000000, 96)" in said
 
 
+def test_a_network_of_too_many_channels_is_refused_at_once(files, tmp_path):
+    """Its mean and deviation, a number for each channel, were made first."""
+    path, parts = tmp_path / "net.safetensors", damage.Parts.of(files["zoo"])
+    parts.manifest["network"]["arguments"]["in_channels"] = 2**24
+    path.write_bytes(parts.to_bytes())
+    said, fault = fuzz.tried(sb.load, path, path.stat().st_size)
+    assert fault is None
+    assert "in_channels=16777216 of network 'digitsnet' is over 1048576" in said
+
+
 def test_codes_that_would_not_be_read_are_not_written(tmp_path):
     """A layer of one level compresses without end; it stays in words."""
     net = torch.nn.Sequential(torch.nn.Linear(1000, 1000))

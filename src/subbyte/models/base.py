@@ -9,6 +9,9 @@ from subbyte.errors import SubbyteError
 from subbyte.models.preprocess import Preprocess
 
 
+_MOST = 2**20  # of an argument: what is made for each must not take all memory
+
+
 @dataclass(frozen=True)
 class NetworkSpec:
     """A network's key in `NETWORKS` and the JSON-able arguments that build it again."""
@@ -37,11 +40,13 @@ def image_spec(name: str, *, in_channels: int, image_size: int, classes: int) ->
 
 
 def checked_spec(name: str, **arguments: int) -> NetworkSpec:
-    """A spec whose arguments are all integers above 0; SubbyteError names the one that is not."""
+    """A spec whose arguments are all integers from 1 to 2^20; SubbyteError names another one."""
     for argument, value in arguments.items():
+        if type(value) is int and value > _MOST:
+            raise SubbyteError(f"{argument}={value} of network '{name}' is over {_MOST}")
         if type(value) is not int or value < 1:
             raise SubbyteError(
-                f"{argument}={value!r} of network '{name}' is not an integer of 1 or more; "
+                f"{argument}={value!r:.99} of network '{name}' is not an integer of 1 or more; "
                 f"give one, such as {argument}=10."
             )
     return NetworkSpec(name, arguments)
