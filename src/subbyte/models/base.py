@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from subbyte.errors import SubbyteError
 from subbyte.models.preprocess import Preprocess
 
-
 _MOST = 2**20  # of an argument: what is made for each must not take all memory
 
 
