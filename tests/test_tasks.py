@@ -11,7 +11,7 @@ from torch import nn
 import subbyte as sb
 from subbyte.errors import SubbyteError
 from subbyte.ptq.judge import Judge
-from subbyte.ptq.quantize import _warning
+from subbyte.ptq.quantize import far_warning
 from subbyte.tasks import (
     TASKS,
     Classification,
@@ -250,7 +250,7 @@ def test_a_network_that_is_far_off_is_told_with_what_to_try():
     nan = Judge(net, examples("regression"), Regression()).verdict(
         Given(torch.full((64, 1), math.nan))
     )
-    assert list(_warning(Regression(), nan))
+    assert list(far_warning(Regression(), nan))
 
 
 def test_a_mask_that_hides_all_is_refused():
