@@ -194,7 +194,7 @@ def test_bad_input_is_one_line_and_exit_code_2(bad, file, tmp_path):
         ("epochs = 1", "epochs = 1\nbatch_size = 99999999999999999999", "2 to 2**31 - 1"),
         ("threads = 1", "threads = 100000", "threads = 100000: expected at most"),
         ('source = "digits"', 'source = "digits"\ncrop = 100000000', "crop = 100000000"),
-        ("[data]", "[model.arguments]\nclasses = 100000000000\n[data]", "cannot be built with"),
+        ("[data]", "[model.arguments]\nclasses = 100000000000\n[data]", "is over 1048576"),
         ("[data]", "[model.arguments]\nimage_size = 4\n[data]", "not of the network's 4x4"),
         ("lr = 0.05", "lr = 1e12", "lower train.lr"),
     ):

@@ -299,8 +299,8 @@ def test_int8_convolutions_are_off_by_the_steps_that_they_round_to(all_convs):
         if "int8" in kinds[f"layers.{i}"]:
             seen, n = fast.int8.ranges[f"layers.{i}"], n + 1
             weight, size = exact_parts(layer)
-            if kinds[f"layers.{i}"].startswith("int8"):  # 1/254 of a channel's largest weight
-                top = weight.abs().flatten(1).amax(1) / 254
+            if kinds[f"layers.{i}"].startswith("int8"):  # 1/128 of a channel's largest weight
+                top = weight.abs().flatten(1).amax(1) / 128
                 step = top.reshape(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
                 bound = bound + applied(layer, x.double().abs() + seen.x.scale, step, None)
                 size = size + step

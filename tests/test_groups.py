@@ -13,7 +13,7 @@ from torch import nn
 import subbyte as sb
 from subbyte.core.functional import decode, encode, fake_quantize, in_groups, n_groups, spread
 from subbyte.core.grids import Grid, PerGroup, ScaleDomain, uniform
-from subbyte.core.rtn import rtn
+from subbyte.core.rtn import COARSE, rtn
 from subbyte.core.sites import sites
 from subbyte.core.tensors import QuantizedTensor
 from subbyte.errors import SubbyteError
@@ -154,7 +154,7 @@ def test_quick_errors_are_those_of_one_pass(levels, size):
     from subbyte.ptq.solvers.codes import _compensate, _ordered_factors, damped, matrix_grid
 
     grid = matrix_grid(w, levels, size)
-    start = rtn(w, gram, grid)
+    start = rtn(w, gram, grid, COARSE)
     codes = _compensate(w, start.scale[None], grid, _ordered_factors(damped(gram)))[0]
     exact = row_errors(w - decode(codes, start.scale, grid), damped(gram))
     assert torch.allclose(found, exact, rtol=1e-2)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +60,8 @@ def converted(job: Job) -> Ready:
     )  # fmt: skip
 
     def work(quiet: bool) -> Found:
-        done = convert(request, method, console_progress(quiet=quiet))
-        assert done is not None  # this process is alone
+        # This process is alone, so there is a result.
+        done = cast(Conversion, convert(request, method, console_progress(quiet=quiet)))
         return _found(done, method, _paired(request))
 
     return work
