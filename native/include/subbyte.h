@@ -54,8 +54,8 @@ typedef enum {
 } subbyte_precision;
 
 /* precision: of activations in the products of packed layers. int8 uses the file's scales of
- * activations where it has any, and keeps them in 8 bits between layers; dynamic rounds them to int8
- * at each layer, by the largest value of a row or image. verify: by the file's checksums.
+ * activations where it has any, and keeps them in 8 bits between layers; dynamic rounds them to
+ * int8 at each layer, by the largest value of a row or image. verify: by the file's checksums.
  * memory: bytes that the values of one run may take at most, 0 for the default of 16 GiB. */
 typedef struct {
   subbyte_precision precision;
