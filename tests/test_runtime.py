@@ -318,14 +318,15 @@ def test_inputs_by_name_and_with_strides(digits):
     assert net.run(x[:0]).shape == (0, 10)
 
 
-WITHOUT = """
+# The package by itself, without PyTorch: its folder, a file, inputs, outputs, threads.
+APART = """
 import importlib.util, sys, numpy as np
 spec = importlib.util.spec_from_file_location("subbyte_runtime", sys.argv[1] + "/__init__.py",
                                               submodule_search_locations=[sys.argv[1]])
 module = importlib.util.module_from_spec(spec)
 sys.modules["subbyte_runtime"] = module
 spec.loader.exec_module(module)
-net = module.open(sys.argv[2], threads=2)
+net = module.open(sys.argv[2], threads=int(sys.argv[5]))
 np.save(sys.argv[4], net.run(np.load(sys.argv[3])))
 assert "torch" not in sys.modules and "subbyte" not in sys.modules
 """
@@ -335,9 +336,9 @@ def test_a_process_without_torch_gives_the_same_bits(digits, tmp_path):
     path, inputs = digits
     x = inputs(3)[0]
     np.save(tmp_path / "x.npy", x.numpy())
-    code = [sys.executable, "-c", WITHOUT, str(Path(rt.__file__).parent), str(path)]
+    code = [sys.executable, "-c", APART, str(Path(rt.__file__).parent), str(path)]
     done = subprocess.run(
-        [*code, str(tmp_path / "x.npy"), str(tmp_path / "y.npy")],
+        [*code, str(tmp_path / "x.npy"), str(tmp_path / "y.npy"), "2"],
         capture_output=True, text=True, check=False,
         env={"SUBBYTE_RUNTIME": library()._name, "PATH": ""},
     )  # fmt: skip

@@ -22,6 +22,7 @@ from subbyte.graph.program import LAYER, Program
 from subbyte.graph.trace import trace
 from subbyte.models import build
 from test_artifact import edit
+from test_runtime import APART
 
 pytest.importorskip("subbyte._native", reason="the C++ core was not built")
 
@@ -216,19 +217,6 @@ def test_functions_are_those_of_their_float_values(tmp_path):
     assert len(set(done)) == 2
 
 
-TIER = """
-import importlib.util, sys
-import numpy as np
-spec = importlib.util.spec_from_file_location("subbyte_runtime", sys.argv[1] + "/__init__.py",
-                                              submodule_search_locations=[sys.argv[1]])
-module = importlib.util.module_from_spec(spec)
-sys.modules["subbyte_runtime"] = module
-spec.loader.exec_module(module)
-net = module.open(sys.argv[2], threads=int(sys.argv[5]))
-np.save(sys.argv[4], net.run(np.load(sys.argv[3])))
-"""
-
-
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_tiers_and_threads_give_the_same_bits(name, tmp_path):
     from subbyte import _native
@@ -242,7 +230,7 @@ def test_tiers_and_threads_give_the_same_bits(name, tmp_path):
         own = str(Path(rt.__file__).parent)  # without PyTorch
         files = [own, str(path), str(tmp_path / "x.npy"), str(out), str(threads)]
         environment = {**os.environ, "SUBBYTE_ISA": tier, "SUBBYTE_RUNTIME": library()._name}
-        subprocess.run([sys.executable, "-c", TIER, *files], check=True, env=environment)
+        subprocess.run([sys.executable, "-c", APART, *files], check=True, env=environment)
         found.append(np.load(out))
     assert len(found) >= 2
     assert all(np.array_equal(found[0], other) for other in found[1:])

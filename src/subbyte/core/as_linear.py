@@ -36,13 +36,12 @@ def with_linears(model: nn.Module, names: Collection[str]) -> nn.Module:
     """The network with `nn.Linear` in the place of the layers that these names are of; itself, if
     there is none. Names of a stack's experts begin with its own."""
     named = dict(model.named_modules(remove_duplicate=False))
-    if not any(_meant(named[path], path, names) for path in named):
+    meant = [path for path, module in named.items() if _meant(module, path, names)]
+    if not meant:
         return model
     twin = copied(model)
     held = dict(twin.named_modules(remove_duplicate=False))
-    return linears_in_place(
-        twin, {id(held[path]) for path in held if _meant(held[path], path, names)}
-    )
+    return linears_in_place(twin, {id(held[path]) for path in meant})
 
 
 def linears_in_place(model: nn.Module, chosen: Collection[int] | None = None) -> nn.Module:

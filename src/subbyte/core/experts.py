@@ -41,9 +41,6 @@ class Expert(nn.Module):
         for name in _stacks(stacked):
             self.add_module(name, _linear(stacked, name, index))
 
-    def layers(self) -> Iterator[Any]:
-        return iter(self._modules.values())
-
 
 class Experts(nn.Module):
     """What a module of stacked experts computes, with the experts one after the other.
@@ -75,7 +72,7 @@ class Experts(nn.Module):
         return found
 
     def _expert(self, index: int, x: Tensor) -> Tensor:
-        first, last = self._modules[str(index)].layers()  # type: ignore[union-attr, operator]
+        first, last = self.get_submodule(str(index)).children()
         inner: Any = self.between
         h = first(x)
         y: Tensor = last(inner._apply_gate(h) if self.has_gate else inner.act_fn(h))

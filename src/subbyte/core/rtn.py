@@ -28,16 +28,16 @@ def rtn(matrix: Tensor, gram: Tensor | None, grid: Grid, ratio: float = RATIO) -
     is tried to the next.
     """
     if isinstance(grid.granularity, PerGroup):
-        scale = _group_scale(matrix, gram, grid, ratio)
+        scale = _group_scale(matrix, gram, grid, grid.granularity.size, ratio)
     else:
         scale = _plain_scale(matrix, _column_weights(matrix, gram), grid, ratio)
     return QuantizedTensor(encode(matrix, scale, grid), scale, grid)
 
 
-def _group_scale(matrix: Tensor, gram: Tensor | None, grid: Grid, ratio: float) -> Tensor:
+def _group_scale(
+    matrix: Tensor, gram: Tensor | None, grid: Grid, size: int, ratio: float
+) -> Tensor:
     """Every group is a row of a matrix of its own; what fills up the last ones weighs nothing."""
-    assert isinstance(grid.granularity, PerGroup)
-    size = grid.granularity.size
     weights = _column_weights(matrix, gram).expand(matrix.shape)
     by_row = replace(grid, granularity=PerChannel(0))
     return _plain_scale(in_groups(matrix, size), in_groups(weights, size), by_row, ratio)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from subbyte.core.memory import bytes_of
+
 
 class Spool:
     """A file without a name, which goes with the last tensor in it, or with the process."""
@@ -21,8 +23,7 @@ class Spool:
         if not tensor.numel():
             return tensor
         start = self._file.seek(0, 2)
-        plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._file.write(plain.numpy().data)
+        self._file.write(bytes_of(tensor))
         self._file.flush()
         found = np.memmap(self._file, np.uint8, "c", start, (tensor.nbytes,))  # type: ignore[call-overload]
         return torch.from_numpy(found).view(tensor.dtype).reshape(tensor.shape)

@@ -10,9 +10,9 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from subbyte.core.memory import bytes_of
 from subbyte.errors import SubbyteError
 
 HEADER = "subbyte-sha256"  # metadata key of the header's checksum
@@ -22,8 +22,7 @@ _SHORT = 16  # hexadecimal digits of a tensor's
 
 def digest_of(tensor: Tensor) -> str:
     """The first 16 hexadecimal digits of SHA-256 over the tensor's bytes, in C order."""
-    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(plain.numpy().data).hexdigest()[:_SHORT]
+    return hashlib.sha256(bytes_of(tensor)).hexdigest()[:_SHORT]
 
 
 def digests_of(tensors: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:

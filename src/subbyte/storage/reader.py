@@ -85,8 +85,9 @@ def read(path: str | Path, *, verify: bool = True) -> Artifact:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        tensors |= _mapped(path, [name for name in tensors if name.rpartition(".")[2] == "codes"])
+            names = list(file.keys())
+            held = _mapped(path, [name for name in names if name.rpartition(".")[2] == "codes"])
+            tensors = {n: held[n] if n in held else file.get_tensor(n) for n in names}
     except (SafetensorError, OSError) as error:
         raise SubbyteError(
             f"{path}: not a whole safetensors file ({error!s:.200}); it is damaged or was cut off: "

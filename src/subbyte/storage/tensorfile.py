@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from subbyte.core.atomic import write_parts_atomically
+from subbyte.core.memory import bytes_of
 from subbyte.errors import SubbyteError
 from subbyte.storage.digests import HEADER, sealed
 
@@ -39,7 +40,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str], p
     header = _header(tensors, order, metadata)
     header = sealed(header) if HEADER in metadata else header
     n_bytes = len(header) + sum(tensor.nbytes for tensor in tensors.values())
-    parts = (_bytes(tensors[name]) for name in order)
+    parts = (bytes_of(tensors[name]) for name in order)
     write_parts_atomically(path, itertools.chain([header], parts), n_bytes)
     return n_bytes
 
@@ -59,8 +60,3 @@ def _header(
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNED)
     return len(text).to_bytes(8, "little") + text
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return plain.numpy().data
